@@ -1,0 +1,10 @@
+//! One host's mechanics: stop a process from outside, read it, build it again. Knows no network.
+//!
+//! Everything is done by the service, from outside, with two primitives: batches of system calls run by
+//! a stopped thread of the process ([`remote`]), and its memory read and written from outside. Blocking;
+//! each migration's calls come from the one OS thread that traces the process.
+
+pub mod reason;
+pub mod remote;
+pub mod state;
+pub mod sys;

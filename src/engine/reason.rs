@@ -1,0 +1,31 @@
+//! Why a process cannot be moved: what preflight collects, all at once, and the operator reads.
+
+use std::fmt;
+
+/// One obstacle to a move.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
+pub struct Reason {
+    /// The object, as the operator finds it: `pid 12`, `fd 5`, `mapping 7f00000000-7f00001000`.
+    pub object: String,
+    /// What is in the way: `is an inotify descriptor, which cannot be carried yet`.
+    pub why: String,
+    /// What to do about it; empty where nothing helps.
+    pub remedy: String,
+}
+
+impl Reason {
+    /// Builds a reason from its three parts.
+    pub fn new(object: impl Into<String>, why: impl Into<String>, remedy: impl Into<String>) -> Self {
+        Self { object: object.into(), why: why.into(), remedy: remedy.into() }
+    }
+}
+
+impl fmt::Display for Reason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.object, self.why)?;
+        if !self.remedy.is_empty() {
+            write!(f, " ({})", self.remedy)?;
+        }
+        Ok(())
+    }
+}

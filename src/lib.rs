@@ -1,0 +1,19 @@
+//! Live migration of running Linux processes.
+//!
+//! The map of the crate, top to bottom; `tests/layers.rs` holds the arrows between the rooms:
+//!
+//! - [`source`]: the outgoing side, behind `migrate --to HOST:PORT PID`.
+//! - [`dest`]: the incoming side, behind `migrate serve`.
+//! - [`pageserver`]: the page frames of a migration, packed and unpacked in memory.
+//! - [`transport`], [`identity`], [`wire`]: QUIC with mutual TLS, who is trusted, what the messages mean.
+//! - [`engine`]: one host's mechanics (tracees, memory, kernel state); knows no network.
+//! - [`proto`]: the plain description of a process and the messages, generated from `proto/`.
+
+pub mod dest;
+pub mod engine;
+pub mod identity;
+pub mod pageserver;
+pub mod proto;
+pub mod source;
+pub mod transport;
+pub mod wire;
