@@ -62,6 +62,8 @@ pub struct Call {
 pub struct Batch {
     pub(crate) calls: Vec<Call>,
     pub(crate) data: Vec<u8>,
+    /// Places in the data that hold the remote address of another place in the data.
+    pub(crate) pointers: Vec<(usize, usize)>,
 }
 
 impl Batch {
@@ -99,6 +101,25 @@ impl Batch {
         let at = self.reserve();
         self.data.resize(at + len, 0);
         Arg::Data(at)
+    }
+
+    /// Makes the eight bytes at `offset` of what `within` points to hold the remote address of `target`: a
+    /// pointer inside a structure (`iovec`, `msghdr`, `clone_args`). Both must be data of this batch.
+    pub fn pointer_to(&mut self, within: Arg, offset: usize, target: Arg) {
+        if let (Arg::Data(within), Arg::Data(target)) = (within, target) {
+            self.pointers.push((within + offset, target));
+        }
+    }
+
+    /// The data as it must be at `address` in the process, pointers filled in.
+    pub(crate) fn data_at(&self, address: u64) -> Vec<u8> {
+        let mut data = self.data.clone();
+        for &(at, target) in &self.pointers {
+            if let Some(place) = data.get_mut(at..at + 8) {
+                place.copy_from_slice(&(address + target as u64).to_ne_bytes());
+            }
+        }
+        data
     }
 
     /// Number of calls.
