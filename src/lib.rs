@@ -9,6 +9,8 @@
 //! - [`engine`]: one host's mechanics (tracees, memory, kernel state); knows no network.
 //! - [`proto`]: the plain description of a process and the messages, generated from `proto/`.
 
+#![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used, reason = "tests may panic"))]
+
 pub mod dest;
 pub mod engine;
 pub mod identity;

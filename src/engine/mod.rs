@@ -4,7 +4,15 @@
 //! a stopped thread of the process ([`remote`]), and its memory read and written from outside. Blocking;
 //! each migration's calls come from the one OS thread that traces the process.
 
+pub mod dirty;
+pub mod extents;
+pub mod freeze;
+pub mod inject;
+pub mod memory;
+pub mod procfs;
 pub mod reason;
+pub mod regs;
 pub mod remote;
+pub mod skeleton;
 pub mod state;
 pub mod sys;

@@ -2,3 +2,19 @@
 //! and borrowed descriptors in the signatures, no policy.
 
 #![allow(unsafe_code, reason = "this module is the fence")]
+
+pub mod blob;
+pub mod clone;
+pub mod pagemap;
+pub mod pidfd;
+pub mod ptrace;
+pub mod uffd;
+pub mod vm;
+
+use std::os::fd::{FromRawFd, OwnedFd};
+
+/// Takes over a descriptor number that the kernel has just returned to us.
+pub fn owned_fd(fd: i32) -> OwnedFd {
+    // SAFETY: callers pass what a system call has just made for them and nobody else holds.
+    unsafe { OwnedFd::from_raw_fd(fd) }
+}
