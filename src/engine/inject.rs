@@ -109,7 +109,8 @@ impl Injector {
         let lanes = (room.start + code.len() as u64).next_multiple_of(16);
         let left = (room.start + room.len as u64).saturating_sub(lanes);
         let lane_count = usize::try_from(left).unwrap_or(0) / lane::BYTES;
-        if lane_count == 0 {
+        // One for the thread that stays parked in the code, one at least for another.
+        if lane_count < 2 {
             return Err(InjectError::NoRoom { tid: pid, why: "the tail of its vdso is too small" });
         }
         mem.write_all_at(code, room.start).map_err(|e| io("writing the injected code", pid, &e))?;
@@ -193,6 +194,16 @@ impl Injector {
 
     /// Runs `batch` in one thread, in as few stops as its size allows.
     pub fn run(&mut self, thread: &mut StoppedThread, batch: &Batch) -> Result<Outcome, InjectError> {
+        self.run_in_lane(0, thread, batch, 1)
+    }
+
+    fn run_in_lane(
+        &mut self,
+        lane: usize,
+        thread: &mut StoppedThread,
+        batch: &Batch,
+        under_way: usize,
+    ) -> Result<Outcome, InjectError> {
         let room = WORK_BYTES.checked_sub(batch.data.len()).map_or(0, |left| left / ENTRY_BYTES);
         if room == 0 {
             return Err(InjectError::NoRoom { tid: self.pid, why: "too much data for one batch" });
@@ -201,8 +212,8 @@ impl Injector {
         for calls in batch.calls.chunks(room) {
             let data = std::mem::take(&mut outcome.data);
             let part = Batch { calls: calls.to_vec(), data, pointers: batch.pointers.clone() };
-            self.write_under_way(1)?;
-            let slice = self.start(0, 0, thread, &part)?;
+            self.write_under_way(under_way)?;
+            let slice = self.start(lane, 0, thread, &part)?;
             self.wait_for_bell(thread.tid, self.code + blob::blob().loop_rang)?;
             let done = self.collect(slice, &part)?;
             outcome.returned.extend(done.returned);
@@ -219,29 +230,33 @@ impl Injector {
         parked: usize,
     ) -> Result<Vec<Outcome>, InjectError> {
         let first_lane = usize::from(parked > 0);
-        let wave = (self.lane_count - first_lane).max(1);
+        let wave = self.lane_count - first_lane;
         let mut outcomes = Vec::with_capacity(work.len());
         for group in work.chunks_mut(wave) {
             let slice_bytes = (WORK_BYTES / group.len()) & !63;
             let fits = |b: &Batch| b.data.len() + b.calls.len() * ENTRY_BYTES <= slice_bytes;
-            if self.lane_count <= first_lane || !group.iter().all(|(_, b)| fits(b)) {
+            if !group.iter().all(|(_, b)| fits(b)) {
                 for (thread, batch) in group.iter_mut() {
-                    outcomes.push(self.run(thread, batch)?);
+                    outcomes.push(self.run_in_lane(first_lane, thread, batch, parked + 1)?);
                     thread.put_back()?;
+                    self.write_under_way(parked)?;
                 }
                 continue;
             }
-            self.write_under_way(group.len() + parked)?;
+            // The count follows each thread closely, so that if we die in between, the last of those that
+            // are really under way unmaps the area; too high leaves it behind, too low is never safe.
             let mut slices = Vec::with_capacity(group.len());
             for (i, (thread, batch)) in group.iter_mut().enumerate() {
+                self.write_under_way(parked + i + 1)?;
                 slices.push(self.start(first_lane + i, i * slice_bytes, thread, batch)?);
             }
             for ((thread, batch), slice) in group.iter_mut().zip(slices) {
                 self.wait_for_bell(thread.tid, self.code + blob::blob().loop_rang)?;
                 outcomes.push(self.collect(slice, batch)?);
             }
-            for (thread, _) in group.iter_mut() {
+            for (i, (thread, _)) in group.iter_mut().enumerate().rev() {
                 thread.put_back()?;
+                self.write_under_way(parked + i)?;
             }
         }
         Ok(outcomes)
