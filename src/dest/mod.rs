@@ -1,1 +1,4 @@
 //! The incoming side.
+
+pub mod machine;
+pub mod protocol;

@@ -1,1 +1,5 @@
 //! The outgoing side.
+
+pub mod machine;
+pub mod policy;
+pub mod protocol;

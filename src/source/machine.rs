@@ -1,0 +1,338 @@
+//! The source's half of the protocol: what to do next, decided without I/O.
+//!
+//! The driver feeds [`Event`]s to [`SourceMachine::handle`] and performs the [`Action`]s it gets, in order.
+//! `StartSentinel`, `StartRound`, `Freeze`, `TakeAddresses`, `SendFinal` and `EnterLimbo` can fail: the driver
+//! then drops the rest of the list and reports [`Event::Failed`]. All other actions never end the list; a
+//! `Send` without a connection is reported as [`Event::LinkLost`] after it.
+//!
+//! ```text
+//!  Asking ──Ready──▶ Copying ◀─┐        ──▶ Freezing ──Frozen──▶ Finishing ──Prepared──▶ Entering
+//!    │ Begin sent      │ StartRound;      Freeze              TakeAddresses,           EnterLimbo
+//!    │                 │ RoundSent and                        SendFinal                   │
+//!    │                 └ RoundPlaced                                                 LimboEntered
+//!    │                                                                                    ▼
+//!    └─ refused, cancel, link lost, timeout, failure: from every state up to here       Limbo: Commit sent
+//!       ▼                                                                               │  │  │
+//!     Done(NotMoved): Thaw  ◀───────────────── NotAccepted (Answer, Abort) ─────────────┘  │  │
+//!     Done(Moved): Confirm  ◀── Killed ── Concluding: Conclude ◀── Committed, Accepted ────┘  │
+//!     Done(Unknown): LeaveHeld ◀────────── nobody reached until the deadline ─────────────────┘
+//! ```
+//!
+//! In limbo the answer is not ours to guess. On link loss or silence the machine connects again and sends
+//! Query, with back-off, until the destination says what it did; its answer binds it. Before limbo the
+//! destination cannot have accepted, so the process is thawed at once.
+//!
+//! Why the order of the entry matters: journal and sentinel first, the fence second, Commit last. Whoever
+//! survives us then finds a process held by the fence only together with a record that says so, and a
+//! record of limbo always before the destination can have accepted.
+
+use std::time::Duration;
+
+use crate::migration::{Fate, ProcessKey, RunRight};
+use crate::source::policy::{self, Limits, Round, Verdict};
+use crate::source::protocol::{Action, Cause, Event, Message, Outcome, Tell, WrongState};
+
+/// Longest wait for the next message before limbo.
+pub const PEER_TIMEOUT: Duration = Duration::from_secs(30);
+/// Longest wait from the freeze to Prepared: the process stands still meanwhile.
+pub const PREPARE_TIMEOUT: Duration = Duration::from_secs(10);
+/// Longest wait for the answer to a Commit or Query before we connect again.
+pub const ANSWER_TIMEOUT: Duration = Duration::from_secs(2);
+/// First pause between attempts to connect in limbo; doubled each time.
+pub const FIRST_RETRY: Duration = Duration::from_millis(20);
+/// Longest such pause.
+pub const LAST_RETRY: Duration = Duration::from_secs(2);
+/// How long the source command asks before it leaves the process held and lets the sentinel go on.
+pub const LIMBO_LIMIT: Duration = Duration::from_secs(60);
+
+/// Each state owns what exists in it.
+#[derive(Debug)]
+enum State {
+    Asking { right: RunRight },
+    Copying { right: RunRight, round: u32, sent: Option<Round>, placed: bool },
+    Freezing { right: RunRight, give_up: Option<Cause> },
+    Finishing { right: RunRight },
+    Entering { right: RunRight, give_up: Option<Cause> },
+    Limbo { right: RunRight, deadline: Duration, retry: Duration, link: Link },
+    Concluding,
+    Done,
+}
+
+/// The connection as limbo knows it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Link {
+    /// We wait for an answer on it.
+    Up,
+    /// It is being opened.
+    Opening,
+    /// We wait before we open it again.
+    Pausing,
+}
+
+impl State {
+    fn name(&self) -> &'static str {
+        match self {
+            State::Asking { .. } => "asking the destination",
+            State::Copying { .. } => "copying memory",
+            State::Freezing { .. } => "freezing",
+            State::Finishing { .. } => "sending the final state",
+            State::Entering { .. } => "preparing the commit",
+            State::Limbo { .. } => "waiting for the answer to the commit",
+            State::Concluding => "ending the process here",
+            State::Done => "done",
+        }
+    }
+}
+
+/// The source of one migration.
+#[derive(Debug)]
+pub struct SourceMachine {
+    state: State,
+    limits: Limits,
+    rounds: Vec<Round>,
+}
+
+impl SourceMachine {
+    /// The machine for `process`, which runs here, and its first actions.
+    pub fn start(process: ProcessKey, limits: Limits) -> (Self, Vec<Action>) {
+        let state = State::Asking { right: RunRight::of(process) };
+        (
+            Self { state, limits, rounds: Vec::new() },
+            vec![Action::Send(Tell::Begin), Action::Arm(PEER_TIMEOUT)],
+        )
+    }
+
+    /// What is being done, for progress lines and errors.
+    pub fn state_name(&self) -> &'static str {
+        self.state.name()
+    }
+
+    /// The completed rounds.
+    pub fn rounds(&self) -> &[Round] {
+        &self.rounds
+    }
+
+    /// Whether a Commit may be under way: neither cancel nor failure decides any more.
+    pub fn in_limbo(&self) -> bool {
+        matches!(self.state, State::Limbo { .. })
+    }
+
+    /// Takes an event at time `now` (any monotonic clock) and returns what to do about it.
+    ///
+    /// # Errors
+    /// For an event that the driver cannot have in this state; the state stays as it was.
+    pub fn handle(&mut self, now: Duration, event: Event) -> Result<Vec<Action>, WrongState> {
+        let state = std::mem::replace(&mut self.state, State::Done);
+        let (next, result) = match state {
+            State::Asking { right } => self.asking(right, event),
+            State::Copying { right, round, sent, placed } => self.copying(right, round, sent, placed, event),
+            State::Freezing { right, give_up } => freezing(right, give_up, event),
+            State::Finishing { right } => finishing(right, event),
+            State::Entering { right, give_up } => entering(now, right, give_up, event),
+            State::Limbo { right, deadline, retry, link } => limbo(now, right, deadline, retry, link, event),
+            State::Concluding => concluding(event),
+            // Whatever still arrives (a late answer, a timer) concerns nobody any more.
+            State::Done => (State::Done, Ok(vec![])),
+        };
+        self.state = next;
+        result
+    }
+
+    fn asking(&mut self, right: RunRight, event: Event) -> Step {
+        match event {
+            Event::Message(Message::Ready) => {
+                let actions = vec![Action::StartSentinel, Action::StartRound(1), Action::Arm(PEER_TIMEOUT)];
+                (State::Copying { right, round: 1, sent: None, placed: false }, Ok(actions))
+            }
+            Event::Message(Message::Refused(reasons)) => stay(right, Cause::Refused(reasons), Held::Running),
+            other => ended(State::Asking { right }, other),
+        }
+    }
+
+    fn copying(
+        &mut self,
+        right: RunRight,
+        round: u32,
+        sent: Option<Round>,
+        placed: bool,
+        event: Event,
+    ) -> Step {
+        let (sent, placed) = match event {
+            Event::RoundSent(measured) if sent.is_none() => (Some(measured), placed),
+            Event::Message(Message::RoundPlaced(n)) if n == round && !placed => (sent, true),
+            other => return ended(State::Copying { right, round, sent, placed }, other),
+        };
+        let Some(measured) = sent.filter(|_| placed) else {
+            return (State::Copying { right, round, sent, placed }, Ok(vec![Action::Arm(PEER_TIMEOUT)]));
+        };
+        self.rounds.push(measured);
+        match policy::decide(&self.rounds, &self.limits).verdict {
+            Verdict::Continue => {
+                let next = State::Copying { right, round: round + 1, sent: None, placed: false };
+                (next, Ok(vec![Action::StartRound(round + 1), Action::Arm(PEER_TIMEOUT)]))
+            }
+            Verdict::Freeze(reason) => (
+                State::Freezing { right, give_up: None },
+                Ok(vec![Action::Arm(PREPARE_TIMEOUT), Action::Freeze(reason)]),
+            ),
+        }
+    }
+}
+
+type Step = (State, Result<Vec<Action>, WrongState>);
+
+/// How far the process is held; decides what must be undone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Held {
+    Running,
+    Frozen,
+    Fenced,
+}
+
+/// The process stays: everything is undone, then the destination is told, best effort.
+fn stay(right: RunRight, cause: Cause, held: Held) -> Step {
+    let mut actions = Vec::new();
+    if held == Held::Fenced {
+        actions.push(Action::LowerFence);
+    }
+    if held != Held::Running {
+        actions.push(Action::ReturnAddresses);
+    }
+    actions.push(Action::Thaw(right));
+    if !matches!(cause, Cause::Refused(_) | Cause::GivenUp(_) | Cause::NotAccepted | Cause::LinkLost(_)) {
+        actions.push(Action::Send(Tell::Abort(cause.clone())));
+    }
+    actions.push(Action::Forget);
+    actions.push(Action::Finish(Outcome::NotMoved(cause)));
+    (State::Done, Ok(actions))
+}
+
+/// The events that end any state before limbo; all others are wrong there.
+fn ended(state: State, event: Event) -> Step {
+    let cause = match cause_of(&state, event) {
+        Ok(cause) => cause,
+        Err(wrong) => return (state, Err(wrong)),
+    };
+    match state {
+        State::Asking { right } | State::Copying { right, .. } => stay(right, cause, Held::Running),
+        State::Finishing { right } => stay(right, cause, Held::Frozen),
+        // The driver is in the middle of it: wait for its report, or a thaw would overtake the freeze.
+        State::Freezing { right, give_up } => {
+            (State::Freezing { right, give_up: give_up.or(Some(cause)) }, Ok(vec![]))
+        }
+        State::Entering { right, give_up } => {
+            (State::Entering { right, give_up: give_up.or(Some(cause)) }, Ok(vec![]))
+        }
+        state @ (State::Limbo { .. } | State::Concluding | State::Done) => (state, Ok(vec![])),
+    }
+}
+
+/// Why this event ends the migration in this state before limbo.
+fn cause_of(state: &State, event: Event) -> Result<Cause, WrongState> {
+    Ok(match event {
+        Event::Message(Message::Abort(reasons)) => Cause::GivenUp(reasons),
+        Event::Message(message) => Cause::Protocol { message: format!("{message:?}"), state: state.name() },
+        Event::LinkLost => Cause::LinkLost(state.name()),
+        Event::Timeout => Cause::Timeout(state.name()),
+        Event::Cancel => Cause::Cancelled,
+        Event::Failed { step, error } => Cause::Failed { step, error },
+        other => return Err(WrongState { event: format!("{other:?}"), state: state.name() }),
+    })
+}
+
+fn freezing(right: RunRight, give_up: Option<Cause>, event: Event) -> Step {
+    match (event, give_up) {
+        (Event::Frozen, None) => {
+            let actions = vec![Action::TakeAddresses, Action::SendFinal];
+            (State::Finishing { right }, Ok(actions))
+        }
+        (Event::Frozen, Some(cause)) => stay(right, cause, Held::Frozen),
+        (Event::Failed { step, error }, give_up) => {
+            stay(right, give_up.unwrap_or(Cause::Failed { step, error }), Held::Frozen)
+        }
+        (other, give_up) => ended(State::Freezing { right, give_up }, other),
+    }
+}
+
+fn finishing(right: RunRight, event: Event) -> Step {
+    match event {
+        Event::Message(Message::Prepared) => {
+            (State::Entering { right, give_up: None }, Ok(vec![Action::EnterLimbo]))
+        }
+        other => ended(State::Finishing { right }, other),
+    }
+}
+
+fn entering(now: Duration, right: RunRight, give_up: Option<Cause>, event: Event) -> Step {
+    match (event, give_up) {
+        (Event::LimboEntered, None) => {
+            let deadline = now.saturating_add(LIMBO_LIMIT);
+            let actions = vec![Action::Send(Tell::Commit), Action::Arm(ANSWER_TIMEOUT)];
+            (State::Limbo { right, deadline, retry: FIRST_RETRY, link: Link::Up }, Ok(actions))
+        }
+        // Commit was not sent, so the answer is known without asking.
+        (Event::LimboEntered, Some(cause)) => stay(right, cause, Held::Fenced),
+        (Event::Failed { step, error }, give_up) => {
+            stay(right, give_up.unwrap_or(Cause::Failed { step, error }), Held::Fenced)
+        }
+        (other, give_up) => ended(State::Entering { right, give_up }, other),
+    }
+}
+
+fn limbo(
+    now: Duration,
+    right: RunRight,
+    deadline: Duration,
+    retry: Duration,
+    link: Link,
+    event: Event,
+) -> Step {
+    let again = |right, retry, link, actions| (State::Limbo { right, deadline, retry, link }, Ok(actions));
+    match event {
+        Event::Message(Message::Committed | Message::Answer(Fate::Accepted)) => {
+            (State::Concluding, Ok(vec![Action::Conclude(right)]))
+        }
+        Event::Message(Message::Answer(Fate::NotAccepted)) => stay(right, Cause::NotAccepted, Held::Fenced),
+        // A destination that gives up says so only when it can no longer accept.
+        Event::Message(Message::Abort(reasons)) => stay(right, Cause::GivenUp(reasons), Held::Fenced),
+        Event::Connected => {
+            let actions = vec![Action::Send(Tell::Query), Action::Arm(ANSWER_TIMEOUT)];
+            again(right, retry, Link::Up, actions)
+        }
+        Event::LinkLost | Event::Timeout if now >= deadline => {
+            (State::Done, Ok(vec![Action::LeaveHeld(right), Action::Finish(Outcome::Unknown)]))
+        }
+        Event::LinkLost => {
+            if link == Link::Pausing {
+                return again(right, retry, link, vec![]);
+            }
+            again(right, (retry * 2).min(LAST_RETRY), Link::Pausing, vec![Action::Arm(retry)])
+        }
+        // Silence, or the end of the pause. The old connection may only be slow; a new one finds out.
+        Event::Timeout => {
+            again(right, retry, Link::Opening, vec![Action::Connect, Action::Arm(ANSWER_TIMEOUT)])
+        }
+        // Too late to cancel; too early to fail: only the destination's answer counts now. The same goes
+        // for messages that make no sense, which a peer may not use to start the process twice.
+        Event::Cancel | Event::Failed { .. } | Event::Message(_) => again(right, retry, link, vec![]),
+        other => {
+            let state = State::Limbo { right, deadline, retry, link };
+            let wrong = WrongState { event: format!("{other:?}"), state: state.name() };
+            (state, Err(wrong))
+        }
+    }
+}
+
+fn concluding(event: Event) -> Step {
+    match event {
+        Event::Killed { recorded: true } => {
+            let actions = vec![Action::Send(Tell::Confirm), Action::Forget, Action::Finish(Outcome::Moved)];
+            (State::Done, Ok(actions))
+        }
+        Event::Killed { recorded: false } => {
+            (State::Done, Ok(vec![Action::Forget, Action::Finish(Outcome::Moved)]))
+        }
+        // The decision is made; nothing that happens to the link changes it.
+        _ => (State::Concluding, Ok(vec![])),
+    }
+}
