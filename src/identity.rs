@@ -198,6 +198,40 @@ impl Identity {
     }
 }
 
+/// A node: its identity and the peers it accepts.
+#[derive(Debug)]
+pub struct Node {
+    identity: Identity,
+    trust: trust::TrustStore,
+}
+
+impl Node {
+    /// The node of a state directory; its identity is made on first use.
+    ///
+    /// # Errors
+    /// [`IdentityError`].
+    pub fn open(state_dir: &Path) -> Result<Self, IdentityError> {
+        let identity = Identity::load_or_create(state_dir)?;
+        let trust = trust::TrustStore::new(state_dir, Some(identity.fingerprint()));
+        Ok(Self { identity, trust })
+    }
+
+    /// The node's key and certificate.
+    pub fn identity(&self) -> &Identity {
+        &self.identity
+    }
+
+    /// The peers it accepts.
+    pub fn trust(&self) -> &trust::TrustStore {
+        &self.trust
+    }
+
+    /// What peers know it by.
+    pub fn fingerprint(&self) -> Fingerprint {
+        self.identity.fingerprint()
+    }
+}
+
 /// Makes an identity and links it into place, unless another process was faster.
 fn create(state_dir: &Path, path: &Path) -> Result<(), IdentityError> {
     make_state_dir(state_dir)?;

@@ -71,7 +71,7 @@ pub enum Codec {
 }
 
 /// A frame that breaks the rules of this module, or does not hold what its header says.
-#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+#[derive(Debug, Clone, thiserror::Error, PartialEq, Eq)]
 pub enum FrameError {
     /// The first byte is no kind.
     #[error("frame of unknown kind {0}")]

@@ -10,4 +10,4 @@ pub mod pack;
 pub mod unpack;
 
 mod compress;
-mod pool;
+pub(crate) mod pool;

@@ -10,7 +10,7 @@ use bytes::{Bytes, BytesMut};
 
 /// A pool of buffers of one size.
 #[derive(Debug)]
-pub(super) struct Pool {
+pub(crate) struct Pool {
     buffer_bytes: usize,
     most: usize,
     out: VecDeque<Bytes>,
@@ -18,12 +18,12 @@ pub(super) struct Pool {
 
 impl Pool {
     /// A pool that remembers up to `most` buffers of `buffer_bytes`.
-    pub(super) fn new(buffer_bytes: usize, most: usize) -> Self {
+    pub(crate) fn new(buffer_bytes: usize, most: usize) -> Self {
         Self { buffer_bytes, most, out: VecDeque::with_capacity(most) }
     }
 
     /// An empty buffer: the one longest out if it is free again, else a new one.
-    pub(super) fn take(&mut self) -> BytesMut {
+    pub(crate) fn take(&mut self) -> BytesMut {
         match self.out.pop_front().map(Bytes::try_into_mut) {
             Some(Ok(mut free)) if free.capacity() >= self.buffer_bytes => {
                 free.clear();
@@ -36,7 +36,7 @@ impl Pool {
     }
 
     /// Gives the contents away and remembers the buffer.
-    pub(super) fn send(&mut self, buffer: BytesMut) -> Bytes {
+    pub(crate) fn send(&mut self, buffer: BytesMut) -> Bytes {
         let bytes = buffer.freeze();
         if self.out.len() < self.most {
             self.out.push_back(bytes.clone());
