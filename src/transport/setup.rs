@@ -1,0 +1,241 @@
+//! From an address to two streams: endpoints, the handshake, stream roles, the exchange of Hellos.
+//!
+//! Everything here runs under the handshake deadline, which the callers set.
+
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::{BufMut, Bytes, BytesMut};
+use quinn::{
+    Connection, Endpoint, EndpointConfig, IdleTimeout, MtuDiscoveryConfig, ReadExactError, RecvStream,
+    SendStream, TransportConfig, VarInt, WriteError,
+};
+use tokio::time::timeout;
+
+use super::socket::{self, CappedSocket};
+use super::{PeerInfo, Settings, TransportError, code, tls};
+use crate::identity::{Fingerprint, Node};
+use crate::wire::{
+    self, Body, Control, Hello, LENGTH_BYTES, MAX_HELLO_BYTES, PROTOCOL_VERSION, Role, WireError,
+};
+
+/// How often an idle connection says that it is alive.
+const KEEP_ALIVE: Duration = Duration::from_secs(1);
+/// Bytes that a sender may have in flight on one stream.
+const STREAM_WINDOW_BYTES: u32 = 4 << 20;
+/// Bytes that a sender keeps until they are acknowledged, over all streams. More than one stream's window, so
+/// that a full bulk stream never keeps a control message waiting.
+const SEND_WINDOW_BYTES: u64 = 6 << 20;
+/// Largest packet to look for on the path: jumbo frames. QUIC probes, starting with what every path carries.
+const MAX_UDP_PAYLOAD: u16 = 8952;
+
+/// A connection with its streams, both Hellos exchanged.
+pub(super) struct Streams {
+    pub(super) connection: Connection,
+    pub(super) peer: PeerInfo,
+    pub(super) control: (SendStream, RecvStream),
+    pub(super) bulk: Bulk,
+}
+
+/// The bulk stream: the source writes it, the destination reads it.
+pub(super) enum Bulk {
+    Send(SendStream),
+    Receive(RecvStream),
+}
+
+fn transport_config(settings: &Settings, accept_streams: u8) -> Arc<TransportConfig> {
+    let mut config = TransportConfig::default();
+    // A time that QUIC cannot express (beyond 146 years) means none.
+    config.max_idle_timeout(IdleTimeout::try_from(settings.idle_timeout).ok());
+    config.keep_alive_interval(Some(KEEP_ALIVE.min(settings.idle_timeout / 3)));
+    config.stream_receive_window(VarInt::from_u32(STREAM_WINDOW_BYTES));
+    config.send_window(SEND_WINDOW_BYTES);
+    config.max_concurrent_bidi_streams(accept_streams.into());
+    config.max_concurrent_uni_streams(accept_streams.into());
+    config.datagram_receive_buffer_size(None);
+    let mut discovery = MtuDiscoveryConfig::default();
+    discovery.upper_bound(MAX_UDP_PAYLOAD);
+    config.mtu_discovery_config(Some(discovery));
+    Arc::new(config)
+}
+
+/// An endpoint on `addr`; needs the context of a tokio runtime.
+pub(super) fn endpoint(
+    addr: SocketAddr,
+    server: Option<quinn::ServerConfig>,
+) -> Result<Endpoint, TransportError> {
+    let socket = socket::open(addr)?;
+    let socket = CappedSocket::new(socket).map_err(TransportError::local("watch a UDP socket"))?;
+    Endpoint::new_with_abstract_socket(
+        EndpointConfig::default(),
+        server,
+        socket,
+        Arc::new(quinn::TokioRuntime),
+    )
+    .map_err(TransportError::local("start a QUIC endpoint"))
+}
+
+/// The configuration of one incoming connection, and what verifies its peer.
+pub(super) fn server_config(
+    node: &Node,
+    settings: &Settings,
+) -> Result<(quinn::ServerConfig, Arc<tls::Verifier>), TransportError> {
+    let (crypto, verifier) = tls::server(node)?;
+    let mut config = quinn::ServerConfig::with_crypto(Arc::new(crypto));
+    config.transport_config(transport_config(settings, 1));
+    config.migration(false);
+    Ok((config, verifier))
+}
+
+/// Connects to `addr` and says hello. The endpoint is the connection's own.
+pub(super) async fn dial(
+    node: &Node,
+    addr: SocketAddr,
+    hello: Hello,
+    settings: &Settings,
+) -> Result<(Endpoint, Streams), TransportError> {
+    let any: SocketAddr =
+        if addr.is_ipv4() { (Ipv4Addr::UNSPECIFIED, 0).into() } else { (Ipv6Addr::UNSPECIFIED, 0).into() };
+    let endpoint = endpoint(any, None)?;
+    let (crypto, verifier) = tls::client(node)?;
+    let mut config = quinn::ClientConfig::new(Arc::new(crypto));
+    config.transport_config(transport_config(settings, 0));
+    let connecting = endpoint
+        .connect_with(config, addr, "migrate")
+        .map_err(|source| TransportError::Connect { addr, source })?;
+
+    let own = node.fingerprint();
+    let setup_error = |end| TransportError::from_setup_end(end, addr, own, verifier.refused());
+    let dialled = async {
+        let connection = connecting.await.map_err(setup_error)?;
+        let ended = |error| setup_end(error, &setup_error);
+        let (mut control_send, mut control_receive) = connection.open_bi().await.map_err(setup_error)?;
+        let mut bulk = connection.open_uni().await.map_err(setup_error)?;
+        control_send
+            .write_chunk(greeting(Some(Role::Control), hello)?)
+            .await
+            .map_err(writing)
+            .map_err(&ended)?;
+        let role = Bytes::copy_from_slice(&[Role::Bulk as u8]);
+        bulk.write_chunk(role).await.map_err(writing).map_err(&ended)?;
+        let peer = read_hello(&mut control_receive, &connection).await.map_err(&ended)?;
+        // Control goes first where both have something to send.
+        let _ = control_send.set_priority(1);
+        Ok(Streams { connection, peer, control: (control_send, control_receive), bulk: Bulk::Send(bulk) })
+    };
+    match timeout(settings.handshake_timeout, dialled).await {
+        Ok(Ok(streams)) => Ok((endpoint, streams)),
+        Ok(Err(error)) => {
+            // Our alert or close must still go out: the peer's operator wants to know, too.
+            let _ = timeout(Duration::from_millis(200), endpoint.wait_idle()).await;
+            Err(error)
+        }
+        Err(_) => Err(TransportError::Unreachable { addr }),
+    }
+}
+
+/// Accepts a peer and says hello; refuses another protocol version by naming ours.
+pub(super) async fn answer(
+    node: &Node,
+    incoming: quinn::Incoming,
+    hello: Hello,
+    settings: &Settings,
+) -> Result<Streams, TransportError> {
+    let addr = incoming.remote_address();
+    let (config, verifier) = server_config(node, settings)?;
+    let setup_error = |end| TransportError::from_setup_end(end, addr, node.fingerprint(), verifier.refused());
+    let ended = |error| setup_end(error, &setup_error);
+    let answered = async {
+        let connection =
+            incoming.accept_with(Arc::new(config)).map_err(setup_error)?.await.map_err(setup_error)?;
+        let (mut control_send, mut control_receive) = connection.accept_bi().await.map_err(setup_error)?;
+        expect_role(&mut control_receive, Role::Control, &connection).await.map_err(&ended)?;
+        let peer = read_hello(&mut control_receive, &connection).await.map_err(&ended)?;
+        control_send.write_chunk(greeting(None, hello)?).await.map_err(writing).map_err(&ended)?;
+        let mut bulk = connection.accept_uni().await.map_err(setup_error)?;
+        expect_role(&mut bulk, Role::Bulk, &connection).await.map_err(&ended)?;
+        Ok(Streams { connection, peer, control: (control_send, control_receive), bulk: Bulk::Receive(bulk) })
+    };
+    timeout(settings.handshake_timeout, answered).await.unwrap_or(Err(TransportError::Slow { addr }))
+}
+
+/// The Hello of this build, behind the role of its stream where it opens one.
+fn greeting(role: Option<Role>, hello: Hello) -> Result<Bytes, TransportError> {
+    let hello: Control = Body::Hello(Hello { version: PROTOCOL_VERSION, ..hello }).into();
+    let mut out = BytesMut::new();
+    if let Some(role) = role {
+        out.put_u8(role as u8);
+    }
+    out.put(wire::encode(&hello)?);
+    Ok(out.freeze())
+}
+
+/// Why reading a stream ended: with the connection, or by what was on it.
+enum Ended {
+    Connection(quinn::ConnectionError),
+    Peer(TransportError),
+}
+
+fn setup_end(
+    ended: Ended,
+    setup_error: &impl Fn(quinn::ConnectionError) -> TransportError,
+) -> TransportError {
+    match ended {
+        Ended::Connection(end) => setup_error(end),
+        Ended::Peer(error) => error,
+    }
+}
+
+fn writing(error: WriteError) -> Ended {
+    match error {
+        WriteError::ConnectionLost(end) => Ended::Connection(end),
+        _ => Ended::Peer(TransportError::GaveUp),
+    }
+}
+
+fn reading(error: ReadExactError) -> Ended {
+    match error {
+        ReadExactError::ReadError(quinn::ReadError::ConnectionLost(end)) => Ended::Connection(end),
+        _ => Ended::Peer(TransportError::Truncated("control")),
+    }
+}
+
+async fn expect_role(stream: &mut RecvStream, expected: Role, connection: &Connection) -> Result<(), Ended> {
+    let mut byte = [0; 1];
+    stream.read_exact(&mut byte).await.map_err(reading)?;
+    match Role::try_from(byte[0]) {
+        Ok(role) if role == expected => Ok(()),
+        _ => Err(reject(connection, WireError::Role(byte[0]))),
+    }
+}
+
+async fn read_hello(stream: &mut RecvStream, connection: &Connection) -> Result<PeerInfo, Ended> {
+    let mut prefix = [0; LENGTH_BYTES];
+    stream.read_exact(&mut prefix).await.map_err(reading)?;
+    let len = wire::check_length(prefix, MAX_HELLO_BYTES).map_err(|e| reject(connection, e))?;
+    let mut bytes = vec![0; len];
+    stream.read_exact(&mut bytes).await.map_err(reading)?;
+    let hello =
+        wire::decode(bytes.into()).and_then(wire::check_hello).map_err(|error| reject(connection, error))?;
+    Ok(PeerInfo { addr: connection.remote_address(), fingerprint: fingerprint(connection)?, hello })
+}
+
+/// Closes the connection for what the peer said, and tells it why.
+fn reject(connection: &Connection, error: WireError) -> Ended {
+    if let WireError::Version { ours, .. } = error {
+        connection.close(code::VERSION, ours.to_string().as_bytes());
+    } else {
+        connection.close(code::PROTOCOL, error.to_string().as_bytes());
+    }
+    Ended::Peer(error.into())
+}
+
+fn fingerprint(connection: &Connection) -> Result<Fingerprint, Ended> {
+    let chain = connection
+        .peer_identity()
+        .and_then(|any| any.downcast::<Vec<rustls::pki_types::CertificateDer<'_>>>().ok());
+    let certificate = chain.as_ref().and_then(|chain| chain.first());
+    // TLS has verified it, so it is there.
+    certificate.map(Fingerprint::of).ok_or(Ended::Peer(TransportError::GaveUp))
+}
