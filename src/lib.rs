@@ -15,5 +15,6 @@ pub mod identity;
 pub mod pageserver;
 pub mod proto;
 pub mod source;
+pub mod testbed;
 pub mod transport;
 pub mod wire;
