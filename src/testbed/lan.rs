@@ -60,6 +60,8 @@ impl Lan {
         lan.middle.net(&["ip", "link", "add", "br0", "type", "bridge", "forward_delay", "0"])?;
         lan.middle.net(&["ip", "address", "add", &format!("{}/24", Self::CLIENT), "dev", "br0"])?;
         lan.middle.net(&["ip", "link", "set", "br0", "up"])?;
+        lan.middle.net(&["ip", "link", "add", "void", "type", "bridge", "forward_delay", "0"])?;
+        lan.middle.net(&["ip", "link", "set", "void", "up"])?;
         for (host, address) in [(&lan.a, Self::A), (&lan.b, Self::B)] {
             lan.plug(host, address)?;
         }
@@ -110,8 +112,8 @@ impl Lan {
     /// # Errors
     /// `ip` failed.
     pub fn cut(&self, host: &Host) -> Result<()> {
-        let state = ["type", "bridge_slave", "state", "0"];
-        self.middle.net(&[&["ip", "link", "set", "dev", &port(host)], &state[..]].concat()).map(drop)
+        // A bridge without any other port: frames are taken and lead nowhere.
+        self.middle.net(&["ip", "link", "set", &port(host), "master", "void"]).map(drop)
     }
 
     /// Joins the link of a host again.
@@ -119,8 +121,7 @@ impl Lan {
     /// # Errors
     /// `ip` failed.
     pub fn heal(&self, host: &Host) -> Result<()> {
-        let state = ["type", "bridge_slave", "state", "3"];
-        self.middle.net(&[&["ip", "link", "set", "dev", &port(host)], &state[..]].concat())?;
+        self.middle.net(&["ip", "link", "set", &port(host), "master", "br0"])?;
         self.await_paths()
     }
 
