@@ -18,5 +18,6 @@ pub mod migration;
 pub mod pageserver;
 pub mod proto;
 pub mod source;
+pub mod testbed;
 pub mod transport;
 pub mod wire;
