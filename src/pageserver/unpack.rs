@@ -53,6 +53,11 @@ impl<'a> Pages<'a> {
         self.raw.is_empty()
     }
 
+    /// The contents of all pages, one after another.
+    pub fn bytes(&self) -> &'a [u8] {
+        self.raw
+    }
+
     /// Runs of adjacent pages: address and contents, ascending.
     pub fn runs(&self) -> Runs<'a> {
         Runs { pages: *self, next: 0 }

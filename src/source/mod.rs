@@ -3,3 +3,4 @@
 pub mod machine;
 pub mod policy;
 pub mod protocol;
+pub mod precopy;

@@ -1,0 +1,207 @@
+//! Frames to a skeleton: the map reconciled, pages written where they belong, in the order they came.
+
+use prost::Message as _;
+
+use crate::engine::memory::{MemoryError, PAGE_BYTES};
+use crate::engine::remote::{Batch, InjectError, RemoteCalls};
+use crate::engine::skeleton::{ReservedPid, Skeleton, SkeletonError};
+use crate::engine::sys::vm::RemoteRange;
+use crate::pageserver::frame::{Frame, FrameError};
+use crate::pageserver::unpack::{Content, Unpacker};
+use crate::proto::image::{Layout, Process, VmaKind};
+
+/// Why the skeleton could not be built up.
+#[derive(Debug, thiserror::Error)]
+pub enum AssembleError {
+    /// A frame is not valid.
+    #[error("unpacking a frame")]
+    Frame(#[from] FrameError),
+    /// A message in a frame is not valid.
+    #[error("decoding the {what}")]
+    Decode {
+        /// Which.
+        what: &'static str,
+        /// Why.
+        #[source]
+        source: prost::DecodeError,
+    },
+    /// The map breaks a rule: see the text.
+    #[error("the memory map is not valid: {0}")]
+    Layout(&'static str),
+    /// Pages came before a map.
+    #[error("pages came before the memory map")]
+    NoLayout,
+    /// The skeleton could not be driven.
+    #[error("building the skeleton")]
+    Skeleton(#[from] SkeletonError),
+    /// Pages could not be written.
+    #[error("placing pages")]
+    Memory(#[from] MemoryError),
+    /// Pages could not be dropped.
+    #[error("dropping pages")]
+    Drop(#[from] InjectError),
+}
+
+/// What a frame brought, for the caller to act upon.
+#[derive(Debug)]
+pub enum Applied {
+    /// Pages or a map: done.
+    Placed,
+    /// The end of this round.
+    RoundEnd(u32),
+    /// The final state: everything is here.
+    State(Box<Process>),
+}
+
+/// Mappings in a map, at most: twice the default of vm.max_map_count.
+const MAX_VMAS: usize = 131_072;
+/// Threads of a process, at most.
+const MAX_THREADS: usize = 65_536;
+const ZEROES: [u8; 64 * 1024] = [0; 64 * 1024];
+
+/// A skeleton and what is needed to go on with it.
+#[derive(Debug)]
+pub struct Assembly {
+    reserved: Option<ReservedPid>,
+    skeleton: Option<Skeleton>,
+    unpacker: Unpacker,
+    /// Ranges to drop before the next page is placed.
+    drops: Vec<(u64, u64)>,
+}
+
+impl Assembly {
+    /// Starts from a reserved PID; the skeleton follows with the first map.
+    pub fn new(reserved: ReservedPid) -> Self {
+        Self { reserved: Some(reserved), skeleton: None, unpacker: Unpacker::default(), drops: Vec::new() }
+    }
+
+    /// The finished skeleton.
+    ///
+    /// # Errors
+    /// If no map ever came.
+    pub fn into_skeleton(self) -> Result<Skeleton, AssembleError> {
+        self.skeleton.ok_or(AssembleError::NoLayout)
+    }
+
+    /// Does what a frame asks for.
+    ///
+    /// # Errors
+    /// See [`AssembleError`]; the assembly is then of no use.
+    pub fn apply(&mut self, frame: &Frame) -> Result<Applied, AssembleError> {
+        let round = frame.round();
+        match self.unpacker.unpack(frame)? {
+            Content::Layout(bytes) => {
+                let layout = Layout::decode(bytes)
+                    .map_err(|source| AssembleError::Decode { what: "memory map", source })?;
+                check(&layout)?;
+                self.drop_pending()?;
+                if let Some(reserved) = self.reserved.take() {
+                    self.skeleton = Some(reserved.execute(&layout)?);
+                }
+                self.skeleton.as_mut().ok_or(AssembleError::NoLayout)?.reconcile(layout)?;
+                Ok(Applied::Placed)
+            }
+            Content::Data(pages) => {
+                if !self.drops.is_empty() {
+                    let drops = std::mem::take(&mut self.drops);
+                    drop_ranges(self.skeleton.as_mut().ok_or(AssembleError::NoLayout)?, &drops)?;
+                }
+                let memory = self.skeleton.as_ref().ok_or(AssembleError::NoLayout)?.memory();
+                let runs: Vec<RemoteRange> =
+                    pages.runs().map(|(start, bytes)| RemoteRange { start, len: bytes.len() }).collect();
+                memory.write_runs(pages.bytes(), &runs)?;
+                Ok(Applied::Placed)
+            }
+            Content::Zero { addr, pages, present } => {
+                self.drop_pending()?;
+                let skeleton = self.skeleton.as_mut().ok_or(AssembleError::NoLayout)?;
+                let end = addr + u64::from(pages) * PAGE_BYTES;
+                if present {
+                    let mut at = addr;
+                    while at < end {
+                        let len = usize::try_from(end - at).unwrap_or(ZEROES.len()).min(ZEROES.len());
+                        skeleton.memory().write_runs(&ZEROES[..len], &[RemoteRange { start: at, len }])?;
+                        at += len as u64;
+                    }
+                } else {
+                    // Only read, never written: absent reads as zero just so.
+                    drop_ranges(skeleton, &[(addr, end)])?;
+                }
+                Ok(Applied::Placed)
+            }
+            Content::Drop { addr, pages } => {
+                self.drops.push((addr, addr + u64::from(pages) * PAGE_BYTES));
+                Ok(Applied::Placed)
+            }
+            Content::RoundEnd => {
+                self.drop_pending()?;
+                Ok(Applied::RoundEnd(round))
+            }
+            Content::State(bytes) => {
+                let process = Process::decode(bytes)
+                    .map_err(|source| AssembleError::Decode { what: "process state", source })?;
+                self.drop_pending()?;
+                Ok(Applied::State(Box::new(process)))
+            }
+        }
+    }
+
+    fn drop_pending(&mut self) -> Result<(), AssembleError> {
+        if self.drops.is_empty() {
+            return Ok(());
+        }
+        let drops = std::mem::take(&mut self.drops);
+        drop_ranges(self.skeleton.as_mut().ok_or(AssembleError::NoLayout)?, &drops)
+    }
+}
+
+/// Makes ranges read as if they had never been written: zero, or the file again.
+fn drop_ranges(skeleton: &mut Skeleton, ranges: &[(u64, u64)]) -> Result<(), AssembleError> {
+    let mut batch = Batch::new();
+    for &(start, end) in ranges {
+        for vma in skeleton.layout().vmas.iter().filter(|v| v.start < end && start < v.end) {
+            let (from, to) = (start.max(vma.start), end.min(vma.end));
+            // In a shared object the page must go for everybody.
+            let advice = match vma.kind() {
+                VmaKind::VmaAnonShared => libc::MADV_REMOVE,
+                _ => libc::MADV_DONTNEED,
+            };
+            batch.call(libc::SYS_madvise, &[from.into(), (to - from).into(), advice.into()]);
+        }
+    }
+    skeleton.run_all_ok("dropping pages", &batch)?;
+    Ok(())
+}
+
+/// The rules that everything later relies on: sorted, disjoint, page-aligned, below the end of user space.
+fn check(layout: &Layout) -> Result<(), AssembleError> {
+    const TASK_END: u64 = 0x7fff_ffff_f000;
+    if layout.vmas.len() > MAX_VMAS {
+        return Err(AssembleError::Layout("too many mappings"));
+    }
+    if layout.tids.is_empty() || layout.tids.len() > MAX_THREADS {
+        return Err(AssembleError::Layout("no threads, or too many"));
+    }
+    let mut at = 0;
+    for vma in &layout.vmas {
+        if vma.start < at || vma.end <= vma.start || vma.end > TASK_END {
+            return Err(AssembleError::Layout("mappings overlap or leave user space"));
+        }
+        if vma.start % PAGE_BYTES != 0 || vma.end % PAGE_BYTES != 0 || vma.offset % PAGE_BYTES != 0 {
+            return Err(AssembleError::Layout("a mapping is not page-aligned"));
+        }
+        if VmaKind::try_from(vma.kind).is_err() || vma.kind() == VmaKind::Invalid {
+            return Err(AssembleError::Layout("a mapping of unknown kind"));
+        }
+        let file = vma.file.map(|i| (i as usize) < layout.files.len());
+        let backed = matches!(vma.kind(), VmaKind::VmaFilePrivate | VmaKind::VmaFileShared);
+        if file == Some(false) || backed != file.is_some() {
+            return Err(AssembleError::Layout("a mapping without its file"));
+        }
+        if vma.offset.checked_add(vma.end - vma.start).is_none() {
+            return Err(AssembleError::Layout("an offset without end"));
+        }
+        at = vma.end;
+    }
+    Ok(())
+}
