@@ -4,6 +4,8 @@
 //! a stopped thread of the process ([`remote`]), and its memory read and written from outside. Blocking;
 //! each migration's calls come from the one OS thread that traces the process.
 
+pub mod address;
+pub mod alive;
 pub mod reason;
 pub mod remote;
 pub mod state;

@@ -2,3 +2,8 @@
 //! and borrowed descriptors in the signatures, no policy.
 
 #![allow(unsafe_code, reason = "this module is the fence")]
+
+pub(crate) mod netlink;
+pub(crate) mod packet;
+pub mod pidfd;
+pub(crate) mod seize;
