@@ -41,6 +41,8 @@ pub struct Outgoing {
     pub process: ProcessKey,
     /// Which boot of this host the process belongs to: [`boot_id`].
     pub boot: String,
+    /// The source command: while it lives, the migration is its business alone.
+    pub owner: ProcessKey,
     /// Where to ask: `HOST:PORT`.
     pub destination: String,
     /// The fingerprint of the destination that got the process.
@@ -292,6 +294,7 @@ mod tests {
             id: MigrationId::new([byte; 16]),
             process: ProcessKey { pid: 7, start_ticks: 42 },
             boot: boot_id().unwrap(),
+            owner: ProcessKey { pid: 8, start_ticks: 43 },
             destination: "[2001:db8::1]:7077".into(),
             peer: "sha256:00".into(),
             state,

@@ -3,3 +3,5 @@
 pub mod machine;
 pub mod policy;
 pub mod protocol;
+pub mod resolve;
+pub mod sentinel;

@@ -3,6 +3,7 @@
 
 #![allow(unsafe_code, reason = "this module is the fence")]
 
+pub(crate) mod inherit;
 pub(crate) mod netlink;
 pub(crate) mod packet;
 pub mod pidfd;
