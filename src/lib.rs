@@ -14,6 +14,7 @@
 pub mod dest;
 pub mod engine;
 pub mod identity;
+pub mod journal;
 pub mod migration;
 pub mod pageserver;
 pub mod proto;

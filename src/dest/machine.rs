@@ -97,7 +97,7 @@ impl DestMachine {
 
     /// The machine for a journal entry that a restarted service found. `accepted` is what the entry says;
     /// `alive` whether this very process (number and start time) exists and will go on existing: see
-    /// `engine::sys::pidfd::outlives_tracer`.
+    /// `engine::alive::open_untraced`.
     pub fn recovered(process: ProcessKey, accepted: bool, alive: bool) -> (Self, Vec<Action>) {
         if accepted || alive {
             let actions =

@@ -134,7 +134,7 @@ impl UffdTracker {
             .ret(0)
             .map_err(|errno| TrackError::Unsupported { what: "userfaultfd(2)", errno })?;
         let ours =
-            pidfd::open(pid).and_then(|p| pidfd::take_fd(p.as_fd(), i32::try_from(theirs).unwrap_or(-1)));
+            pidfd::PidFd::open(pid.unsigned_abs()).and_then(|p| pidfd::take_fd(p.as_fd(), i32::try_from(theirs).unwrap_or(-1)));
         let mut close = Batch::new();
         close.call(libc::SYS_close, &[theirs.into()]);
         process.run_all_ok("closing the userfaultfd", &close)?;

@@ -10,6 +10,8 @@ pub mod freeze;
 pub mod inject;
 pub mod memory;
 pub mod procfs;
+pub mod address;
+pub mod alive;
 pub mod reason;
 pub mod regs;
 pub mod remote;
