@@ -9,7 +9,7 @@
 )]
 
 use std::ffi::c_int;
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
 
 use nix::errno::Errno;
 
@@ -27,6 +27,7 @@ const F_GETOWN_EX: c_int = 16;
 pub const F_SETSIG: c_int = 10;
 const F_GETSIG: c_int = 11;
 const KCMP_FILE: c_int = 0;
+const KCMP_FILES: c_int = 2;
 const KCMP_EPOLL_TFD: c_int = 7;
 
 /// `struct f_owner_ex`
@@ -48,34 +49,26 @@ struct EpollSlot {
 }
 
 fn owned(rc: libc::c_long) -> Result<OwnedFd, Errno> {
-    let fd = Errno::result(rc)? as RawFd;
-    // SAFETY: the kernel has just made `fd` for us, and nobody else knows it.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
-}
-
-/// Opens a pidfd of a process.
-pub fn pidfd_open(pid: Tid) -> Result<OwnedFd, Errno> {
-    // SAFETY: plain integer arguments.
-    owned(unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) })
-}
-
-/// Duplicates descriptor `number` of the process into ours (close-on-exec).
-pub fn pidfd_getfd(pidfd: BorrowedFd<'_>, number: RawFd) -> Result<OwnedFd, Errno> {
-    // SAFETY: plain integer arguments.
-    owned(unsafe { libc::syscall(libc::SYS_pidfd_getfd, pidfd.as_raw_fd(), number, 0) })
+    Ok(super::owned_fd(Errno::result(rc)? as RawFd))
 }
 
 /// Compares the descriptions of two descriptors of a process by the kernel's own, stable order.
 pub fn kcmp_file(pid: Tid, a: RawFd, b: RawFd) -> Result<std::cmp::Ordering, Errno> {
     // SAFETY: plain integer arguments.
-    let rc = unsafe {
-        libc::syscall(libc::SYS_kcmp, pid, pid, KCMP_FILE, a as libc::c_ulong, b as libc::c_ulong)
-    };
+    let rc =
+        unsafe { libc::syscall(libc::SYS_kcmp, pid, pid, KCMP_FILE, a as libc::c_ulong, b as libc::c_ulong) };
     Ok(match Errno::result(rc)? {
         0 => std::cmp::Ordering::Equal,
         1 => std::cmp::Ordering::Less,
         _ => std::cmp::Ordering::Greater,
     })
+}
+
+/// Whether a thread has the same descriptor table as another.
+pub fn kcmp_tables(a: Tid, b: Tid) -> Result<bool, Errno> {
+    // SAFETY: plain integer arguments.
+    let rc = unsafe { libc::syscall(libc::SYS_kcmp, a, b, KCMP_FILES, 0, 0) };
+    Ok(Errno::result(rc)? == 0)
 }
 
 /// Whether descriptor `number` is the description behind the `nth` registration of `watched` in `epoll`.
@@ -150,6 +143,14 @@ pub fn tee(from: BorrowedFd<'_>, to: BorrowedFd<'_>, len: usize) -> Result<usize
     Errno::result(rc).map(|v| v as usize)
 }
 
+/// What poll(2) reports at once.
+pub fn poll_now(fd: BorrowedFd<'_>, events: i16) -> Result<i16, Errno> {
+    let mut polled = libc::pollfd { fd: fd.as_raw_fd(), events, revents: 0 };
+    // SAFETY: `polled` is one live pollfd, as the count says.
+    Errno::result(unsafe { libc::poll(&raw mut polled, 1, 0) })?;
+    Ok(polled.revents)
+}
+
 /// Makes an eventfd.
 pub fn eventfd(count: u32, semaphore: bool) -> Result<OwnedFd, Errno> {
     let flags = libc::EFD_CLOEXEC | if semaphore { libc::EFD_SEMAPHORE } else { 0 };
@@ -161,13 +162,7 @@ pub fn eventfd(count: u32, semaphore: bool) -> Result<OwnedFd, Errno> {
 pub fn signalfd(mask: u64) -> Result<OwnedFd, Errno> {
     // SAFETY: the kernel reads 8 bytes of `mask`, which lives for the whole call.
     owned(unsafe {
-        libc::syscall(
-            libc::SYS_signalfd4,
-            -1,
-            std::ptr::from_ref(&mask),
-            size_of::<u64>(),
-            libc::SFD_CLOEXEC,
-        )
+        libc::syscall(libc::SYS_signalfd4, -1, std::ptr::from_ref(&mask), size_of::<u64>(), libc::SFD_CLOEXEC)
     })
 }
 

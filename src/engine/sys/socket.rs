@@ -8,7 +8,7 @@
 
 use std::ffi::c_int;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 
 use nix::errno::Errno;
 
@@ -19,8 +19,7 @@ pub const MAX_FDS_PER_MESSAGE: usize = 253;
 pub fn socket(family: c_int, kind: c_int, protocol: c_int) -> Result<OwnedFd, Errno> {
     // SAFETY: no pointers.
     let fd = Errno::result(unsafe { libc::socket(family, kind | libc::SOCK_CLOEXEC, protocol) })?;
-    // SAFETY: the kernel has just made `fd` for us.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+    Ok(super::owned_fd(fd))
 }
 
 /// The value of a socket option, at most 256 bytes of it.
@@ -28,9 +27,8 @@ pub fn option(fd: BorrowedFd<'_>, level: c_int, name: c_int) -> Result<Vec<u8>, 
     let mut value = [0u8; 256];
     let mut len = value.len() as libc::socklen_t;
     // SAFETY: `value` is writable for `len` bytes; the kernel writes no more and stores how many in `len`.
-    let rc = unsafe {
-        libc::getsockopt(fd.as_raw_fd(), level, name, value.as_mut_ptr().cast(), &raw mut len)
-    };
+    let rc =
+        unsafe { libc::getsockopt(fd.as_raw_fd(), level, name, value.as_mut_ptr().cast(), &raw mut len) };
     Errno::result(rc)?;
     Ok(value.get(..len as usize).unwrap_or(&value).to_vec())
 }
@@ -46,13 +44,7 @@ pub fn int_option(fd: BorrowedFd<'_>, level: c_int, name: c_int) -> Result<c_int
 pub fn set_option(fd: BorrowedFd<'_>, level: c_int, name: c_int, value: &[u8]) -> Result<(), Errno> {
     // SAFETY: `value` is readable for the length passed.
     let rc = unsafe {
-        libc::setsockopt(
-            fd.as_raw_fd(),
-            level,
-            name,
-            value.as_ptr().cast(),
-            value.len() as libc::socklen_t,
-        )
+        libc::setsockopt(fd.as_raw_fd(), level, name, value.as_ptr().cast(), value.len() as libc::socklen_t)
     };
     Errno::result(rc).map(drop)
 }
@@ -105,6 +97,24 @@ pub fn bind(fd: BorrowedFd<'_>, address: IpAddr, port: u16) -> Result<(), Errno>
 pub fn listen(fd: BorrowedFd<'_>, backlog: c_int) -> Result<(), Errno> {
     // SAFETY: no pointers.
     Errno::result(unsafe { libc::listen(fd.as_raw_fd(), backlog) }).map(drop)
+}
+
+/// Takes the next connection of a listening socket.
+pub fn accept(fd: BorrowedFd<'_>) -> Result<OwnedFd, Errno> {
+    let none = std::ptr::null_mut();
+    // SAFETY: no address is asked for, so the kernel writes nothing.
+    let rc = unsafe { libc::accept4(fd.as_raw_fd(), none, std::ptr::null_mut(), libc::SOCK_CLOEXEC) };
+    Ok(super::owned_fd(Errno::result(rc)?))
+}
+
+/// Whether the other end of a unix socket has a name.
+pub fn peer_has_name(fd: BorrowedFd<'_>) -> Result<bool, Errno> {
+    let mut raw = [0u8; 128];
+    let mut len = raw.len() as libc::socklen_t;
+    // SAFETY: `raw` is writable for `len` bytes; the kernel writes no more than that.
+    Errno::result(unsafe { libc::getpeername(fd.as_raw_fd(), raw.as_mut_ptr().cast(), &raw mut len) })?;
+    // The family alone: two bytes.
+    Ok(len > 2)
 }
 
 /// What one look into a queue found.

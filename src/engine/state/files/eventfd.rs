@@ -12,7 +12,9 @@ pub(super) fn capture(open: &Open) -> Result<EventFd, Stop> {
     let semaphore = open.field("eventfd-semaphore").and_then(|s| s.parse::<u32>().ok());
     match (count, semaphore) {
         (Some(count), Some(semaphore)) => Ok(EventFd { count, semaphore: semaphore != 0 }),
-        _ => Err(Stop::refuse("is an eventfd, and this kernel does not tell its counter and kind (6.5 does)")),
+        _ => {
+            Err(Stop::refuse("is an eventfd, and this kernel does not tell its counter and kind (6.5 does)"))
+        }
     }
 }
 

@@ -39,8 +39,9 @@ impl Holders {
                     continue;
                 }
                 let Ok(link) = fs::read_link(entry.path()) else { continue };
-                if wanted.contains(link.as_os_str().to_os_string().as_ref() as &OsString) {
-                    let pids = found.entry(link.into_os_string()).or_default();
+                let link = link.into_os_string();
+                if wanted.contains(&link) {
+                    let pids = found.entry(link).or_default();
                     if !pids.contains(&pid) {
                         pids.push(pid);
                     }

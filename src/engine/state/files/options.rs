@@ -19,6 +19,7 @@ const SO_RESERVE_MEM: c_int = 73;
 const SO_TIMESTAMP_NEW: c_int = 63;
 const SO_TIMESTAMPNS_NEW: c_int = 64;
 const IP_LOCAL_PORT_RANGE: c_int = 51;
+const TCP_TX_DELAY: c_int = 37;
 
 type Name = (c_int, c_int);
 
@@ -96,7 +97,7 @@ pub(super) const TCP: &[Name] = &[
     (IPPROTO_TCP, libc::TCP_NOTSENT_LOWAT),
     (IPPROTO_TCP, libc::TCP_SAVE_SYN),
     (IPPROTO_TCP, libc::TCP_INQ),
-    (IPPROTO_TCP, libc::TCP_TX_DELAY),
+    (IPPROTO_TCP, TCP_TX_DELAY),
     (IPPROTO_TCP, libc::TCP_FASTOPEN_NO_COOKIE),
     (IPPROTO_TCP, libc::TCP_FASTOPEN_CONNECT),
     (IPPROTO_TCP, libc::TCP_FASTOPEN),
@@ -173,7 +174,8 @@ pub(super) fn apply_buffers(fd: BorrowedFd<'_>, options: &[SocketOption]) -> Res
     for (bit, name, force, what) in both {
         let Some(size) = wanted(name).filter(|_| locked & bit != 0) else { continue };
         // The kernel doubles what it is given.
-        socket::set_int_option(fd, SOL_SOCKET, force, size / 2).map_err(Trouble::step("sizing a socket's buffer"))?;
+        socket::set_int_option(fd, SOL_SOCKET, force, size / 2)
+            .map_err(Trouble::step("sizing a socket's buffer"))?;
         if socket::int_option(fd, SOL_SOCKET, name) != Ok(size) {
             return Err(Trouble::Differs(what.to_owned()));
         }

@@ -105,13 +105,18 @@ pub(super) fn capture(open: &Open) -> Result<PathFile, Stop> {
         return Err(Stop::refuse("is a memfd, which cannot be carried yet"));
     }
     if open.stat.nlink() == 0 {
-        return Err(Stop::refuse(format!("is a deleted file ({}), which cannot be carried yet", path.display())));
+        return Err(Stop::refuse(format!(
+            "is a deleted file ({}), which cannot be carried yet",
+            path.display()
+        )));
     }
     if let Ok(fs) = nix::sys::statfs::fstatfs(open.fd()) {
         let found = KERNEL_VIEWS.iter().find(|(magic, _)| fs.filesystem_type().0 == *magic);
         if let Some((_, name)) = found {
             let path = path.display();
-            return Err(Stop::refuse(format!("is {path}, a {name} file of this kernel, which cannot be carried")));
+            return Err(Stop::refuse(format!(
+                "is {path}, a {name} file of this kernel, which cannot be carried"
+            )));
         }
     }
     // The path must lead us to the same file: else it was replaced, or lies in another mount namespace.
@@ -198,7 +203,8 @@ pub(super) fn make(image: &PathFile, flags: i32, same_kernel: bool) -> Result<Ow
     // The contents were compared before the freeze: now only what a look at the attributes tells.
     let mut known = file.clone();
     if !known.writable && known.content.is_none() {
-        known.mtime_ns = fs::symlink_metadata(path_of(file)).map_or(0, |m| describe(Path::new(""), &m, false).mtime_ns);
+        known.mtime_ns =
+            fs::symlink_metadata(path_of(file)).map_or(0, |m| describe(Path::new(""), &m, false).mtime_ns);
     }
     if let Some(reason) = compare_here(&known, same_kernel) {
         return Err(Trouble::File(reason));
@@ -210,7 +216,8 @@ pub(super) fn make(image: &PathFile, flags: i32, same_kernel: bool) -> Result<Ow
     }
     let not_reopened = libc::O_CREAT | libc::O_EXCL | libc::O_TRUNC | libc::O_ASYNC;
     let flags = OFlag::from_bits_retain(flags & !not_reopened) | OFlag::O_CLOEXEC | OFlag::O_NOCTTY;
-    let fd = nix::fcntl::open(&path_of(file), flags, Mode::empty()).map_err(Trouble::step("opening a file"))?;
+    let fd =
+        nix::fcntl::open(&path_of(file), flags, Mode::empty()).map_err(Trouble::step("opening a file"))?;
     if image.position != 0 && fds::status_flags(fd.as_fd()).is_ok_and(|f| f & libc::O_PATH == 0) {
         let position = i64::try_from(image.position).map_err(|_| Trouble::Invalid("a file position"))?;
         lseek(fd.as_fd(), position, Whence::SeekSet).map_err(Trouble::step("setting a file's position"))?;

@@ -4,7 +4,6 @@ use std::io::Read;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use nix::errno::Errno;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::scan::Open;
 use super::{Stop, Trouble};
@@ -16,10 +15,7 @@ const PIPE_BYTES: u32 = 64 << 20;
 
 /// Whether the other side of this end is closed everywhere.
 pub(super) fn other_side_closed(open: &Open) -> bool {
-    let mut polled = [PollFd::new(open.fd(), PollFlags::empty())];
-    let asked = poll(&mut polled, PollTimeout::ZERO);
-    let seen = polled[0].revents().unwrap_or(PollFlags::empty());
-    asked.is_ok() && seen.intersects(PollFlags::POLLHUP | PollFlags::POLLERR)
+    fds::poll_now(open.fd(), 0).is_ok_and(|seen| seen & (libc::POLLHUP | libc::POLLERR) != 0)
 }
 
 /// Reads a pipe without consuming anything. `reader` is any end for reading; without one nobody can ever
@@ -33,8 +29,9 @@ pub(super) fn capture(reader: Option<&Open>, any: &Open, contents: bool) -> Resu
     if unread == 0 {
         return Ok(image);
     }
-    let (copy_out, copy_in) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC | nix::fcntl::OFlag::O_NONBLOCK)
-        .map_err(failed("making a pipe"))?;
+    let (copy_out, copy_in) =
+        nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC | nix::fcntl::OFlag::O_NONBLOCK)
+            .map_err(failed("making a pipe"))?;
     fds::set_pipe_size(copy_in.as_fd(), size).map_err(failed("sizing a pipe"))?;
     let copied = fds::tee(reader.fd(), copy_in.as_fd(), unread).map_err(failed("copying a pipe (tee)"))?;
     if copied != unread {
@@ -44,7 +41,8 @@ pub(super) fn capture(reader: Option<&Open>, any: &Open, contents: bool) -> Resu
     let mut buffer = vec![0u8; unread];
     let mut left = unread;
     while left > 0 {
-        let n = copy_out.read(&mut buffer).map_err(|e| failed("reading a pipe's copy")(super::errno_of(&e)))?;
+        let n =
+            copy_out.read(&mut buffer).map_err(|e| failed("reading a pipe's copy")(super::errno_of(&e)))?;
         // A read that ends early ends at a packet's end.
         image.packet_mode |= n < left;
         image.packets.push(buffer.get(..n).unwrap_or_default().to_vec());

@@ -12,7 +12,7 @@ use nix::errno::Errno;
 
 use super::{CaptureFilesError, errno_of};
 use crate::engine::remote::Tid;
-use crate::engine::sys::fds;
+use crate::engine::sys::{fds, pidfd};
 
 /// One descriptor of the process.
 #[derive(Debug)]
@@ -78,7 +78,7 @@ pub(super) struct Table {
 impl Table {
     /// Reads the table. With `running`, descriptors that vanish meanwhile are passed over.
     pub(super) fn read(pid: Tid, running: bool) -> Result<Self, CaptureFilesError> {
-        let pidfd = fds::pidfd_open(pid).map_err(|errno| match errno {
+        let pidfd = pidfd::open(pid).map_err(|errno| match errno {
             Errno::ESRCH => CaptureFilesError::Gone(pid),
             errno => CaptureFilesError::Process { step: "opening a pidfd", pid, errno },
         })?;
@@ -122,7 +122,7 @@ impl Table {
 
 fn read_one(pid: Tid, pidfd: &OwnedFd, number: i32) -> Result<Open, (&'static str, Errno)> {
     let failed = |step: &'static str| move |e: std::io::Error| (step, errno_of(&e));
-    let ours = fds::pidfd_getfd(pidfd.as_fd(), number).map_err(|e| ("duplicating", e))?;
+    let ours = pidfd::take_fd(pidfd.as_fd(), number).map_err(|e| ("duplicating", e))?;
     // The target's own fdinfo: locks are listed only for the table that took them.
     let bytes = fs::read(format!("/proc/{pid}/fdinfo/{number}")).map_err(failed("reading fdinfo"))?;
     let info = String::from_utf8_lossy(&bytes).into_owned();

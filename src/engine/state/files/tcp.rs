@@ -13,14 +13,13 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use libc::{AF_INET, AF_INET6, IPPROTO_IP, IPPROTO_IPV6, IPPROTO_TCP, SOL_SOCKET};
 use nix::errno::Errno;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::socket::{MsgFlags, Shutdown, SockFlag, accept4, recv, shutdown};
+use nix::sys::socket::{MsgFlags, Shutdown, recv, shutdown};
 
 use super::options::{self, COMMON, TCP, TCP_DEAD};
 use super::scan::Open;
 use super::{Stop, Trouble};
 use crate::engine::reason::Reason;
-use crate::engine::sys::socket;
+use crate::engine::sys::{fds, socket};
 use crate::proto::files::{TcpClosed, TcpSocket};
 
 const STATE_SYN_SENT: u8 = 2;
@@ -70,17 +69,23 @@ pub(super) fn capture(open: &Open, tcp_close: bool) -> Result<Tcp, Stop> {
     let word = |at: usize| info.get(at..).and_then(|b| b.first_chunk()).map_or(0, |b| u32::from_ne_bytes(*b));
     let (queued, backlog) = (word(24), word(28));
     let family = int(open, SOL_SOCKET, libc::SO_DOMAIN)?;
-    let (address, port, scope) = socket::local_address(fd).map_err(Stop::failed("asking for a local address"))?;
+    let (address, port, scope) =
+        socket::local_address(fd).map_err(Stop::failed("asking for a local address"))?;
     if scope != 0 {
         return Err(Stop::refuse("is a TCP socket with a link-local address, which cannot be carried"));
     }
     let shut = was_connected(fd)?;
     if state == STATE_LISTEN || state == STATE_CLOSE && !shut {
-        return idle(open, family, state == STATE_LISTEN, (address, port), (queued, backlog), tcp_close).map(Tcp::Idle);
+        return idle(open, family, state == STATE_LISTEN, (address, port), (queued, backlog), tcp_close)
+            .map(Tcp::Idle);
     }
     let remedy = "use --tcp-close to give connections up";
     if state != STATE_CLOSE && !tcp_close {
-        let what = if state == STATE_SYN_SENT { "a TCP connection being made" } else { "an established TCP connection" };
+        let what = if state == STATE_SYN_SENT {
+            "a TCP connection being made"
+        } else {
+            "an established TCP connection"
+        };
         return Err(Stop::advise(format!("is {what}, which cannot be carried yet"), remedy));
     }
     if state == STATE_CLOSE && !tcp_close && has_error(fd) {
@@ -91,19 +96,14 @@ pub(super) fn capture(open: &Open, tcp_close: bool) -> Result<Tcp, Stop> {
     Ok(Tcp::Dead { image, close_later: state != STATE_CLOSE })
 }
 
-fn revents(fd: BorrowedFd<'_>) -> Result<PollFlags, Errno> {
-    let mut polled = [PollFd::new(fd, PollFlags::POLLIN | PollFlags::POLLRDHUP)];
-    poll(&mut polled, PollTimeout::ZERO)?;
-    Ok(polled[0].revents().unwrap_or(PollFlags::empty()))
-}
-
 /// A socket that never was connected shows POLLHUP too, but not the end of input.
 fn was_connected(fd: BorrowedFd<'_>) -> Result<bool, Stop> {
-    Ok(revents(fd).map_err(Stop::failed("polling a TCP socket"))?.contains(PollFlags::POLLRDHUP))
+    let seen = fds::poll_now(fd, libc::POLLRDHUP).map_err(Stop::failed("polling a TCP socket"))?;
+    Ok(seen & libc::POLLRDHUP != 0)
 }
 
 fn has_error(fd: BorrowedFd<'_>) -> bool {
-    revents(fd).is_ok_and(|r| r.contains(PollFlags::POLLERR))
+    fds::poll_now(fd, 0).is_ok_and(|seen| seen & libc::POLLERR != 0)
 }
 
 fn idle(
@@ -132,7 +132,9 @@ fn idle(
     options.extend(options::capture_buffers(fd)?);
     let bound = port != 0;
     if !bound && !address.is_unspecified() {
-        return Err(Stop::refuse("is a TCP socket bound to an address without a port, which cannot be carried yet"));
+        return Err(Stop::refuse(
+            "is a TCP socket bound to an address without a port, which cannot be carried yet",
+        ));
     }
     let address = if bound { octets(address) } else { Vec::new() };
     Ok(TcpSocket { family, address, port: port.into(), listening, backlog, options })
@@ -199,13 +201,16 @@ pub(super) fn start_listening(fd: BorrowedFd<'_>, image: &TcpSocket) -> Result<(
 pub(super) fn make_closed(image: &TcpClosed) -> Result<OwnedFd, Trouble> {
     let step = Trouble::step;
     let fd = new_socket(image.family)?;
-    if let Some(v6only) = image.options.iter().find(|o| (o.level, o.name) == (IPPROTO_IPV6, libc::IPV6_V6ONLY)) {
+    if let Some(v6only) =
+        image.options.iter().find(|o| (o.level, o.name) == (IPPROTO_IPV6, libc::IPV6_V6ONLY))
+    {
         options::apply(fd.as_fd(), std::slice::from_ref(v6only), &[TCP_DEAD])?;
     }
     if image.port != 0 {
         let (address, port) = address_of(&image.address, image.port)?;
         // In repair, a socket binds beside the one that listens on the same port.
-        socket::set_int_option(fd.as_fd(), IPPROTO_TCP, libc::TCP_REPAIR, 1).map_err(step("entering TCP_REPAIR"))?;
+        socket::set_int_option(fd.as_fd(), IPPROTO_TCP, libc::TCP_REPAIR, 1)
+            .map_err(step("entering TCP_REPAIR"))?;
         set_freebind(fd.as_fd()).map_err(step("preparing to bind"))?;
         socket::bind(fd.as_fd(), address, port).map_err(step("binding a closed TCP socket"))?;
         socket::set_int_option(fd.as_fd(), IPPROTO_IP, libc::IP_FREEBIND, 0).map_err(step("binding"))?;
@@ -238,9 +243,11 @@ pub fn port_free(port: &ListenPort) -> Option<Reason> {
     };
     match probe() {
         Ok(()) => None,
-        Err(Errno::EADDRINUSE) => {
-            Some(Reason::new(object, "is already bound at the destination", "stop the service that uses it there"))
-        }
+        Err(Errno::EADDRINUSE) => Some(Reason::new(
+            object,
+            "is already bound at the destination",
+            "stop the service that uses it there",
+        )),
         Err(errno) => Some(Reason::new(object, format!("cannot be bound at the destination: {errno}"), "")),
     }
 }
@@ -250,16 +257,13 @@ pub fn port_free(port: &ListenPort) -> Option<Reason> {
 pub fn close_peers(closing: Vec<OwnedFd>) {
     for fd in closing {
         loop {
-            // On a listening socket: those that were not accepted yet. On others: EINVAL.
-            let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-            let is_listener = socket::int_option(fd.as_fd(), SOL_SOCKET, libc::SO_ACCEPTCONN) == Ok(1);
-            if !is_listener || nix::fcntl::fcntl(&fd, nix::fcntl::F_SETFL(nix::fcntl::OFlag::O_NONBLOCK)).is_err() {
+            // On a listening socket: those that were not accepted yet.
+            let listening = socket::int_option(fd.as_fd(), SOL_SOCKET, libc::SO_ACCEPTCONN) == Ok(1);
+            if !listening || fds::set_status_flags(fd.as_fd(), libc::O_NONBLOCK).is_err() {
                 break;
             }
-            let Ok(raw) = accept4(fd.as_raw_fd(), flags) else { break };
-            if let Ok(connection) = crate::engine::sys::fds::adopt(raw) {
-                end(&connection);
-            }
+            let Ok(connection) = socket::accept(fd.as_fd()) else { break };
+            end(&connection);
         }
         end(&fd);
     }

@@ -9,7 +9,6 @@ use std::os::unix::fs::MetadataExt;
 
 use libc::SOL_SOCKET;
 use nix::errno::Errno;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{MsgFlags, Shutdown, send, shutdown};
 
 use super::options::{self, COMMON};
@@ -26,23 +25,32 @@ const QUEUE_BYTES: usize = 256 << 20;
 const PEEK_BYTES: usize = 256 << 10;
 
 /// The type of a socket and the process that made it.
-pub(super) fn capture_pair(pid: Tid, a: &Open, own_pids: &[Tid]) -> Result<UnixPair, Stop> {
+pub(super) fn capture_pair(pid: Tid, a: &Open) -> Result<UnixPair, Stop> {
     let failed = Stop::failed;
-    let kind = socket::int_option(a.fd(), SOL_SOCKET, libc::SO_TYPE).map_err(failed("asking for a socket's type"))?;
-    let creator = socket::option(a.fd(), SOL_SOCKET, libc::SO_PEERCRED).map_err(failed("asking for SO_PEERCRED"))?;
+    let kind = socket::int_option(a.fd(), SOL_SOCKET, libc::SO_TYPE)
+        .map_err(failed("asking for a socket's type"))?;
+    let creator =
+        socket::option(a.fd(), SOL_SOCKET, libc::SO_PEERCRED).map_err(failed("asking for SO_PEERCRED"))?;
     let word = |i: usize| Some(u32::from_ne_bytes(*creator.get(4 * i..)?.first_chunk()?));
     let (Some(by), Some(uid), Some(gid)) = (word(0), word(1), word(2)) else {
         return Err(Stop::Failed { step: "understanding SO_PEERCRED", errno: Errno::EPROTO });
     };
-    if by != u32::try_from(pid).unwrap_or(0) && !own_pids.iter().any(|p| u32::try_from(*p) == Ok(by)) {
-        return Err(Stop::refuse(format!("is a unix socket pair that pid {by} made, and SO_PEERCRED shows that")));
+    if by != u32::try_from(pid).unwrap_or(0) {
+        return Err(Stop::refuse(format!(
+            "is a unix socket pair that pid {by} made, and SO_PEERCRED shows that"
+        )));
     }
     Ok(UnixPair { r#type: kind, ends: Vec::new(), uid, gid })
 }
 
 /// One end. `contents` also reads its queue, which only a stopped process allows: the peek offset is
 /// moved for it and put back.
-pub(super) fn capture_end(open: &Open, state: UnixState, kind: c_int, contents: bool) -> Result<UnixSocket, Stop> {
+pub(super) fn capture_end(
+    open: &Open,
+    state: UnixState,
+    kind: c_int,
+    contents: bool,
+) -> Result<UnixSocket, Stop> {
     let fd = open.fd();
     let mut options = options::capture(fd, &[COMMON])?;
     options.extend(options::capture_buffers(fd)?);
@@ -53,20 +61,20 @@ pub(super) fn capture_end(open: &Open, state: UnixState, kind: c_int, contents: 
         let credentials = [libc::SO_PASSCRED, libc::SO_PASSSEC];
         let passed = credentials.iter().any(|o| socket::int_option(fd, SOL_SOCKET, *o).is_ok_and(|v| v != 0));
         if passed && !end.queue.is_empty() {
-            return Err(Stop::refuse("is a unix socket with unread data that carries its sender's credentials"));
+            return Err(Stop::refuse(
+                "is a unix socket with unread data that carries its sender's credentials",
+            ));
         }
     }
     Ok(end)
 }
 
 fn has_error(fd: BorrowedFd<'_>) -> Result<bool, Stop> {
-    Ok(polled(fd).map_err(Stop::failed("polling a unix socket"))?.contains(PollFlags::POLLERR))
+    polls(fd, libc::POLLERR)
 }
 
-fn polled(fd: BorrowedFd<'_>) -> Result<PollFlags, Errno> {
-    let mut polled = [PollFd::new(fd, PollFlags::POLLIN)];
-    poll(&mut polled, PollTimeout::ZERO)?;
-    Ok(polled[0].revents().unwrap_or(PollFlags::empty()))
+fn polls(fd: BorrowedFd<'_>, events: i16) -> Result<bool, Stop> {
+    Ok(fds::poll_now(fd, events).map_err(Stop::failed("polling a unix socket"))? & events != 0)
 }
 
 fn peek_queue(fd: BorrowedFd<'_>, kind: c_int) -> Result<Vec<Vec<u8>>, Stop> {
@@ -78,11 +86,14 @@ fn peek_queue(fd: BorrowedFd<'_>, kind: c_int) -> Result<Vec<Vec<u8>>, Stop> {
     }
     let urgent = socket::peek(fd, &mut [0], libc::MSG_OOB);
     if urgent.is_ok() {
-        return Err(Stop::refuse("is a unix socket with unread out-of-band data, which cannot be carried yet"));
+        return Err(Stop::refuse(
+            "is a unix socket with unread out-of-band data, which cannot be carried yet",
+        ));
     }
     socket::set_int_option(fd, SOL_SOCKET, fds::SO_PEEK_OFF, 0).map_err(failed("setting the peek offset"))?;
     let queue = walk(fd, kind);
-    socket::set_int_option(fd, SOL_SOCKET, fds::SO_PEEK_OFF, offset).map_err(failed("restoring the peek offset"))?;
+    socket::set_int_option(fd, SOL_SOCKET, fds::SO_PEEK_OFF, offset)
+        .map_err(failed("restoring the peek offset"))?;
     queue
 }
 
@@ -118,27 +129,28 @@ fn walk(fd: BorrowedFd<'_>, kind: c_int) -> Result<Vec<Vec<u8>>, Stop> {
         }
         queue.push(message.to_vec());
     }
-    if queue.is_empty() && !is_shut(fd)? && polled(fd).is_ok_and(|p| p.contains(PollFlags::POLLIN)) {
+    if queue.is_empty() && !is_shut(fd)? && polls(fd, libc::POLLIN)? {
         return Err(Stop::refuse("is a unix socket with a message that cannot be looked at"));
     }
     Ok(queue)
 }
 
 fn is_shut(fd: BorrowedFd<'_>) -> Result<bool, Stop> {
-    let mut polled = [PollFd::new(fd, PollFlags::POLLRDHUP)];
-    poll(&mut polled, PollTimeout::ZERO).map_err(Stop::failed("polling a unix socket"))?;
-    Ok(polled[0].revents().is_some_and(|r| r.intersects(PollFlags::POLLRDHUP | PollFlags::POLLHUP)))
+    polls(fd, libc::POLLRDHUP | libc::POLLHUP)
 }
 
 /// No datagram is longer than the send buffer of its sender; ours has the same limits.
 fn longest_message(fd: BorrowedFd<'_>) -> Result<usize, Stop> {
-    let own = socket::int_option(fd, SOL_SOCKET, libc::SO_SNDBUF).map_err(Stop::failed("asking for SO_SNDBUF"))?;
+    let own =
+        socket::int_option(fd, SOL_SOCKET, libc::SO_SNDBUF).map_err(Stop::failed("asking for SO_SNDBUF"))?;
     Ok(usize::try_from(own).unwrap_or(0).max(4 << 20))
 }
 
 /// Checks what a peer sent about a pair, before anything is made of it.
 pub(super) fn validate(pair: &UnixPair) -> Result<(), Trouble> {
-    if pair.ends.len() != 2 || ![libc::SOCK_STREAM, libc::SOCK_DGRAM, libc::SOCK_SEQPACKET].contains(&pair.r#type) {
+    if pair.ends.len() != 2
+        || ![libc::SOCK_STREAM, libc::SOCK_DGRAM, libc::SOCK_SEQPACKET].contains(&pair.r#type)
+    {
         return Err(Trouble::Invalid("a unix socket pair"));
     }
     let bytes = |e: &UnixSocket| e.queue.iter().map(Vec::len).sum::<usize>();
@@ -192,7 +204,8 @@ fn send_all(fd: BorrowedFd<'_>, messages: &[Vec<u8>]) -> Result<(), Trouble> {
     // Each message is charged with its bookkeeping too.
     let charged = messages.iter().map(|m| 2 * m.len() + 4096).sum::<usize>();
     let room = c_int::try_from(charged).unwrap_or(c_int::MAX / 4).max(usual);
-    socket::set_int_option(fd, SOL_SOCKET, libc::SO_SNDBUFFORCE, room).map_err(step("sizing a unix socket"))?;
+    socket::set_int_option(fd, SOL_SOCKET, libc::SO_SNDBUFFORCE, room)
+        .map_err(step("sizing a unix socket"))?;
     for message in messages {
         let mut rest = message.as_slice();
         loop {
@@ -204,7 +217,8 @@ fn send_all(fd: BorrowedFd<'_>, messages: &[Vec<u8>]) -> Result<(), Trouble> {
             }
         }
     }
-    socket::set_int_option(fd, SOL_SOCKET, libc::SO_SNDBUFFORCE, usual / 2).map_err(step("sizing a unix socket"))
+    socket::set_int_option(fd, SOL_SOCKET, libc::SO_SNDBUFFORCE, usual / 2)
+        .map_err(step("sizing a unix socket"))
 }
 
 /// The inode by which the kernel knows a socket.
