@@ -1,4 +1,5 @@
 //! One kind of kernel state, one file: its preflight check, its capture at the source and its restore at
 //! the destination, side by side.
 
+pub mod files;
 pub mod mm;

@@ -5,9 +5,11 @@
 
 pub mod blob;
 pub mod clone;
+pub mod fds;
 pub mod pagemap;
 pub mod pidfd;
 pub mod ptrace;
+pub mod socket;
 pub mod uffd;
 pub mod vm;
 

@@ -1,0 +1,144 @@
+//! The open file descriptions at the destination, as descriptors of ours.
+
+use std::fs::OpenOptions;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+
+use super::capture::boot_id;
+use super::{RestoreFilesError, Trouble, errno_of, eventfd, path, pipe, signalfd, tcp, timerfd, unix};
+use crate::engine::sys::fds;
+use crate::proto::files::description::Kind;
+use crate::proto::files::{Description, Files};
+
+/// Most descriptors of a process: the kernel's default for `fs.nr_open`.
+const MAX_FDS: u32 = 1 << 20;
+
+/// Descriptions that exist here, ready to be installed.
+#[derive(Debug)]
+pub struct Built {
+    pub(super) files: Files,
+    /// One per description; those that only the process can make are still missing.
+    pub(super) made: Vec<Option<OwnedFd>>,
+}
+
+impl Built {
+    /// The first descriptor that leads to a description: for error messages.
+    pub(super) fn number_of(&self, description: usize) -> u32 {
+        number_of(&self.files, description)
+    }
+}
+
+fn number_of(files: &Files, description: usize) -> u32 {
+    files.fds.iter().find(|f| f.description as usize == description).map_or(u32::MAX, |f| f.number)
+}
+
+/// Makes the descriptions. Listening sockets are bound but do not listen before [`super::install`].
+/// Standard streams that were left behind lead to `stdio_log`, or to /dev/null.
+///
+/// # Errors
+/// If something cannot be made as it was, or the description is not valid.
+pub fn build(files: &Files, stdio_log: Option<&Path>) -> Result<Built, RestoreFilesError> {
+    validate(files)?;
+    let same_kernel = !files.boot_id.is_empty() && files.boot_id == boot_id();
+    let mut pipes = Vec::with_capacity(files.pipes.len());
+    for (index, image) in files.pipes.iter().enumerate() {
+        let is_end = |d: &Description| matches!(&d.kind, Some(Kind::PipeEnd(e)) if e.pipe as usize == index);
+        let number = files.descriptions.iter().position(is_end).map_or(u32::MAX, |d| number_of(files, d));
+        let (read, write) = pipe::make(image).map_err(|t| t.for_fd(number))?;
+        pipes.push([Some(read), Some(write)]);
+    }
+    let mut made = Vec::with_capacity(files.descriptions.len());
+    for (index, description) in files.descriptions.iter().enumerate() {
+        let number = number_of(files, index);
+        let fd = make(description, same_kernel, stdio_log, &mut pipes).map_err(|t| t.for_fd(number))?;
+        made.push(fd);
+    }
+    Ok(Built { files: files.clone(), made })
+}
+
+fn validate(files: &Files) -> Result<(), RestoreFilesError> {
+    let invalid = RestoreFilesError::Invalid;
+    let ascending = files.fds.windows(2).all(|w| matches!(w, [a, b] if a.number < b.number));
+    if !ascending || files.fds.last().is_some_and(|f| f.number >= MAX_FDS) {
+        return Err(invalid("descriptor numbers"));
+    }
+    if files.fds.iter().any(|f| f.description as usize >= files.descriptions.len()) {
+        return Err(invalid("a descriptor without a description"));
+    }
+    for description in &files.descriptions {
+        if description.signal > 64 || i32::try_from(description.flags).is_err() {
+            return Err(invalid("a description's flags or signal"));
+        }
+        let known = match &description.kind {
+            None => return Err(invalid("a description of an unknown kind")),
+            Some(Kind::UnixEnd(end)) => (end.pair as usize) < files.pairs.len() && end.end < 2,
+            Some(Kind::Epoll(epoll)) => epoll
+                .watches
+                .iter()
+                .all(|w| (w.description as usize) < files.descriptions.len() && w.number < MAX_FDS),
+            Some(_) => true,
+        };
+        if !known {
+            return Err(invalid("a reference to what is not there"));
+        }
+    }
+    for pair in &files.pairs {
+        unix::validate(pair).map_err(|t| t.for_fd(u32::MAX))?;
+    }
+    Ok(())
+}
+
+fn make(
+    description: &Description,
+    same_kernel: bool,
+    stdio_log: Option<&Path>,
+    pipes: &mut [[Option<OwnedFd>; 2]],
+) -> Result<Option<OwnedFd>, Trouble> {
+    let flags = description.flags.cast_signed();
+    let fd = match description.kind.as_ref().ok_or(Trouble::Invalid("a description of an unknown kind"))? {
+        Kind::Path(image) => path::make(image, flags, same_kernel)?,
+        Kind::PipeEnd(end) => {
+            let end = pipes.get_mut(end.pipe as usize).and_then(|p| p.get_mut(usize::from(end.write)));
+            // Reopened ends share a pipe; they were refused at the source.
+            end.and_then(Option::take).ok_or(Trouble::Invalid("a pipe's end"))?
+        }
+        Kind::Eventfd(image) => eventfd::make(image)?,
+        Kind::Timerfd(image) => timerfd::make(image, same_kernel)?,
+        Kind::Signalfd(image) => signalfd::make(image)?,
+        Kind::Epoll(_) => fds::epoll().map_err(Trouble::step("making an epoll"))?,
+        Kind::Tcp(image) => tcp::make(image)?,
+        Kind::TcpClosed(image) => tcp::make_closed(image)?,
+        Kind::UnixEnd(_) => return Ok(None),
+        Kind::LeftBehind(left) => return leave(left.input, stdio_log).map(Some),
+    };
+    finish(&fd, description)?;
+    Ok(Some(fd))
+}
+
+/// Sets flags and signal, and sees that they took. O_ASYNC needs its owner first, which the process sets.
+pub(super) fn finish(fd: &OwnedFd, description: &Description) -> Result<(), Trouble> {
+    let wanted = description.flags.cast_signed() & !libc::O_ASYNC;
+    let flags = || fds::status_flags(fd.as_fd()).map_err(Trouble::step("reading flags"));
+    if flags()? != wanted {
+        fds::set_status_flags(fd.as_fd(), wanted).map_err(Trouble::step("setting flags"))?;
+        let now = flags()?;
+        if now != wanted {
+            return Err(Trouble::Differs(format!("flags (now {now:#o}, were {wanted:#o})")));
+        }
+    }
+    if description.signal != 0 {
+        fds::set_signal(fd.as_fd(), description.signal.cast_signed())
+            .map_err(Trouble::step("setting F_SETSIG"))?;
+    }
+    Ok(())
+}
+
+fn leave(input: bool, stdio_log: Option<&Path>) -> Result<OwnedFd, Trouble> {
+    let opened = match stdio_log {
+        Some(log) if !input => OpenOptions::new().append(true).create(true).mode(0o600).open(log),
+        _ => OpenOptions::new().read(true).write(true).open("/dev/null"),
+    };
+    let step = "opening what a left-behind stream leads to";
+    opened.map(OwnedFd::from).map_err(|e| Trouble::Step(step, errno_of(&e)))
+}

@@ -1,0 +1,422 @@
+//! The whole table at the source: every description to its kind, pipes and socket pairs put together
+//! from their ends, reasons collected.
+
+use std::collections::HashMap;
+use std::ffi::OsString;
+use std::fs;
+use std::os::fd::OwnedFd;
+
+use libc::SOL_SOCKET;
+use nix::errno::Errno;
+
+use super::holders::Holders;
+use super::scan::{Open, Table};
+use super::tcp::{self, Tcp};
+use super::{
+    CaptureFilesError, FilesCheck, FilesOptions, Stop, epoll, eventfd, path, pipe, signalfd, timerfd, unix,
+    unix_diag,
+};
+use crate::engine::reason::Reason;
+use crate::engine::remote::Tid;
+use crate::engine::sys::{fds, socket};
+use crate::proto::files::description::Kind;
+use crate::proto::files::{Description, Fd, Files, LeftBehind, Pipe, PipeEnd, UnixEnd, UnixPair, UnixSocket};
+
+/// The descriptors of a stopped process.
+#[derive(Debug)]
+pub struct CapturedFiles {
+    /// What the destination needs.
+    pub image: Files,
+    /// Connections to end after the commit, by [`super::close_peers`]. Until then, they keep the
+    /// connections alive even if the process is gone.
+    pub closing: Vec<OwnedFd>,
+}
+
+/// Looks at a running process: every reason against a move at once.
+///
+/// # Errors
+/// If the process is gone or cannot be looked at; what cannot be carried is in the answer.
+pub fn check(pid: Tid, options: &FilesOptions) -> Result<FilesCheck, CaptureFilesError> {
+    let table = Table::read(pid, true)?;
+    let collected = Collector::new(&table, options, false).collect();
+    let mut found = FilesCheck { reasons: collected.reasons(&table, true)?, ..FilesCheck::default() };
+    for kind in collected.kinds.into_iter().flatten() {
+        match kind {
+            Kind::Path(image) => found.files.extend(image.file.map(|mut file| {
+                // Without contents (unreadable, gone meanwhile) the file is compared by size and time.
+                if path::add_content(&mut file).is_err() {
+                    file.content = None;
+                }
+                file
+            })),
+            Kind::Tcp(image) => found.ports.extend(tcp::listen_port(&image)),
+            _ => {}
+        }
+    }
+    Ok(found)
+}
+
+/// Reads the descriptors of a stopped process, from outside and without consuming anything.
+///
+/// # Errors
+/// [`CaptureFilesError::Refused`] if something cannot be carried, with every such thing.
+pub fn capture(pid: Tid, options: &FilesOptions) -> Result<CapturedFiles, CaptureFilesError> {
+    let table = Table::read(pid, false)?;
+    let collected = Collector::new(&table, options, true).collect();
+    let reasons = collected.reasons(&table, false)?;
+    if !reasons.is_empty() {
+        return Err(CaptureFilesError::Refused { pid, reasons });
+    }
+    let closing_descriptions = collected.closing.clone();
+    let image = collected.into_files(&table);
+    let mut closing = Vec::new();
+    for (index, open) in table.opens.into_iter().enumerate() {
+        let is_first = table.description_of.get(index).is_some_and(|d| table.first.get(*d) == Some(&index));
+        if is_first && table.description_of.get(index).is_some_and(|d| closing_descriptions.contains(d)) {
+            closing.push(OwnedFd::from(open.ours));
+        }
+    }
+    Ok(CapturedFiles { image, closing })
+}
+
+/// What became of each description, and the objects that several of them share.
+struct Collected {
+    kinds: Vec<Result<Kind, Stop>>,
+    signals: Vec<(bool, u32)>,
+    pipes: Vec<Pipe>,
+    pairs: Vec<UnixPair>,
+    closing: Vec<usize>,
+    foreign_tables: Vec<Tid>,
+}
+
+struct Collector<'a> {
+    table: &'a Table,
+    options: &'a FilesOptions,
+    contents: bool,
+    holders: Holders,
+    other_network: bool,
+    pipes: Vec<Pipe>,
+    /// By link text: the pipe's index and whether it is all inside.
+    pipe_index: HashMap<OsString, Result<u32, Stop>>,
+    pairs: Vec<UnixPair>,
+    /// By inode: pair and end.
+    unix_index: HashMap<u64, Result<(u32, u32), Stop>>,
+    closing: Vec<usize>,
+}
+
+fn index(len: usize) -> u32 {
+    u32::try_from(len).unwrap_or(u32::MAX)
+}
+
+impl<'a> Collector<'a> {
+    fn new(table: &'a Table, options: &'a FilesOptions, contents: bool) -> Self {
+        let network = |pid: &str| fs::read_link(format!("/proc/{pid}/ns/net")).ok();
+        Self {
+            table,
+            options,
+            contents,
+            holders: Holders::find(table),
+            other_network: network(&table.pid.to_string()) != network("self"),
+            pipes: Vec::new(),
+            pipe_index: HashMap::new(),
+            pairs: Vec::new(),
+            unix_index: HashMap::new(),
+            closing: Vec::new(),
+        }
+    }
+
+    fn collect(mut self) -> Collected {
+        let table = self.table;
+        let mut kinds = Vec::new();
+        let mut signals = Vec::new();
+        for description in 0..table.first.len() {
+            let Some(open) = table.open(description) else { continue };
+            let signal = self.signal(open);
+            signals.push(signal.clone().unwrap_or_default());
+            kinds.push(signal.and_then(|_| self.kind(description, open)));
+        }
+        // A left-behind stream leads to another kind of file there, which an epoll may not be able to watch.
+        for description in 0..kinds.len() {
+            let Some(Ok(Kind::Epoll(image))) = kinds.get(description) else { continue };
+            let left = |w: &&crate::proto::files::Watch| {
+                matches!(kinds.get(w.description as usize), Some(Ok(Kind::LeftBehind(_))))
+            };
+            if let Some(number) = image.watches.iter().find(left).map(|w| w.number) {
+                let why =
+                    format!("is an epoll that watches fd {number}, a standard stream that is left behind");
+                if let Some(kind) = kinds.get_mut(description) {
+                    *kind = Err(Stop::refuse(why));
+                }
+            }
+        }
+        let tasks = fs::read_dir(format!("/proc/{}/task", table.pid)).into_iter().flatten().flatten();
+        let foreign_tables = tasks
+            .filter_map(|e| e.file_name().to_str()?.parse::<Tid>().ok())
+            .filter(|tid| matches!(fds::kcmp_tables(table.pid, *tid), Ok(false)))
+            .collect();
+        let Self { pipes, pairs, closing, .. } = self;
+        Collected { kinds, signals, pipes, pairs, closing, foreign_tables }
+    }
+
+    /// Whether the process asked for SIGIO, and by which signal.
+    fn signal(&self, open: &Open) -> Result<(bool, u32), Stop> {
+        if open.is_path_only() {
+            return Ok((false, 0));
+        }
+        let (owner, signal) =
+            fds::signal_owner(open.fd()).map_err(Stop::failed("asking for the SIGIO owner"))?;
+        match (owner.kind, owner.pid) {
+            (_, 0) => Ok((false, signal.unsigned_abs())),
+            (1, pid) if pid == self.table.pid => Ok((true, signal.unsigned_abs())),
+            (_, pid) => {
+                Err(Stop::refuse(format!("sends its SIGIO to another process, group or thread ({pid})")))
+            }
+        }
+    }
+
+    fn kind(&mut self, description: usize, open: &Open) -> Result<Kind, Stop> {
+        if let Some(name) = open.link.to_str().and_then(|l| l.strip_prefix("anon_inode:")) {
+            return match name.trim_matches(['[', ']']) {
+                "eventfd" => eventfd::capture(open).map(Kind::Eventfd),
+                "timerfd" => timerfd::capture(open).map(Kind::Timerfd),
+                "signalfd" => signalfd::capture(open).map(Kind::Signalfd),
+                "eventpoll" => epoll::capture(self.table, open).map(Kind::Epoll),
+                other => {
+                    Err(Stop::refuse(format!("is {}, which cannot be carried yet", anonymous_words(other))))
+                }
+            };
+        }
+        if open.link_starts_with("pipe:[") {
+            return self.pipe_end(open);
+        }
+        if open.link_starts_with("socket:[") {
+            return self.socket(description, open);
+        }
+        if path::is_terminal(open) && self.is_left(open) {
+            return Ok(left_behind());
+        }
+        if !open.link_starts_with("/") {
+            let link = open.link.to_string_lossy();
+            return Err(Stop::refuse(format!("is {link}, a kind that cannot be carried yet")));
+        }
+        let image = path::capture(open);
+        match image {
+            Err(Stop::Refused { why, .. }) if path::is_terminal(open) => {
+                Err(Stop::advise(why, "use --shell-job to leave standard streams behind"))
+            }
+            image => image.map(Kind::Path),
+        }
+    }
+
+    fn is_left(&self, open: &Open) -> bool {
+        self.options.shell_job && self.table.is_standard(&open.link)
+    }
+
+    /// An object whose other side is not in the process.
+    fn outside(&self, open: &Open, what: &str) -> Result<Kind, Stop> {
+        if self.is_left(open) {
+            return Ok(left_behind());
+        }
+        let by = self.holders.others(&open.link).map(|p| format!(" ({p})")).unwrap_or_default();
+        let remedy = match self.table.is_standard(&open.link) {
+            true => "use --shell-job to leave standard streams behind",
+            false => "",
+        };
+        Err(Stop::advise(format!("is {what} that leads out of the process{by}"), remedy))
+    }
+
+    fn pipe_end(&mut self, open: &Open) -> Result<Kind, Stop> {
+        let ends =
+            |access: i32| self.table.opens.iter().find(|o| o.link == open.link && o.access() == access);
+        let (reader, writer) = (ends(libc::O_RDONLY), ends(libc::O_WRONLY));
+        if ends(libc::O_RDWR).is_some() || open.is_path_only() {
+            return Err(Stop::refuse("is a pipe opened by its path, which cannot be carried yet"));
+        }
+        if (reader.is_none() || writer.is_none()) && !pipe::other_side_closed(open) {
+            return self.outside(open, "a pipe");
+        }
+        if let Some(pids) = self.holders.others(&open.link) {
+            if self.is_left(open) {
+                return Ok(left_behind());
+            }
+            return Err(Stop::refuse(format!("is a pipe that another process holds too ({pids})")));
+        }
+        let contents = self.contents;
+        let pipes = &mut self.pipes;
+        let made = self.pipe_index.entry(open.link.clone()).or_insert_with(|| {
+            pipes.push(pipe::capture(reader, writer.unwrap_or(open), contents)?);
+            Ok(index(pipes.len() - 1))
+        });
+        let pipe = made.clone()?;
+        Ok(Kind::PipeEnd(PipeEnd { pipe, write: open.access() == libc::O_WRONLY }))
+    }
+
+    fn socket(&mut self, description: usize, open: &Open) -> Result<Kind, Stop> {
+        if self.other_network {
+            return Err(Stop::refuse("is a socket of another network namespace than ours"));
+        }
+        let option = |name| {
+            socket::int_option(open.fd(), SOL_SOCKET, name).map_err(Stop::failed("asking what a socket is"))
+        };
+        let (domain, kind) = (option(libc::SO_DOMAIN)?, option(libc::SO_TYPE)?);
+        let protocol = option(libc::SO_PROTOCOL)?;
+        match (domain, kind, protocol) {
+            (libc::AF_UNIX, ..) => self.unix_end(open, kind),
+            (libc::AF_INET | libc::AF_INET6, libc::SOCK_STREAM, libc::IPPROTO_TCP) => {
+                match tcp::capture(open, self.options.tcp_close)? {
+                    Tcp::Idle(image) => {
+                        // Held so that connections which arrive after the freeze are ended cleanly.
+                        if image.listening {
+                            self.closing.push(description);
+                        }
+                        Ok(Kind::Tcp(image))
+                    }
+                    Tcp::Dead { image, close_later } => {
+                        if close_later {
+                            self.closing.push(description);
+                        }
+                        Ok(Kind::TcpClosed(image))
+                    }
+                }
+            }
+            _ => Err(Stop::refuse(format!(
+                "is {}, which cannot be carried yet",
+                socket_words(domain, kind, protocol)
+            ))),
+        }
+    }
+
+    fn unix_end(&mut self, open: &Open, kind: i32) -> Result<Kind, Stop> {
+        let inode = unix::inode(open);
+        if let Some(known) = self.unix_index.get(&inode) {
+            return known.clone().map(|(pair, end)| Kind::UnixEnd(UnixEnd { pair, end }));
+        }
+        let ask = |i| unix_diag::ask(i).map_err(Stop::failed("asking the kernel about a unix socket"));
+        let state = ask(inode)?;
+        if state.named || open.link.is_empty() {
+            return Err(Stop::refuse("is a unix socket with a name, which cannot be carried yet"));
+        }
+        if !state.connected {
+            return Err(Stop::refuse("is a unix socket without a connection, which cannot be carried yet"));
+        }
+        let other = self
+            .table
+            .opens
+            .iter()
+            .find(|o| o.link_starts_with("socket:[") && unix::inode(o) == state.peer && state.peer != 0);
+        let named_peer = socket::peer_has_name(open.fd()).unwrap_or(true);
+        if other.is_none() && state.peer != 0 || named_peer {
+            return self.outside(open, "a unix socket");
+        }
+        for end in [Some(open), other].into_iter().flatten() {
+            if let Some(pids) = self.holders.others(&end.link) {
+                if self.is_left(open) {
+                    return Ok(left_behind());
+                }
+                return Err(Stop::refuse(format!(
+                    "is a unix socket that another process holds too ({pids})"
+                )));
+            }
+        }
+        let made = (|| {
+            let mut pair = unix::capture_pair(self.table.pid, open)?;
+            pair.ends.push(unix::capture_end(open, state, kind, self.contents)?);
+            pair.ends.push(match other {
+                Some(other) => unix::capture_end(other, ask(state.peer)?, kind, self.contents)?,
+                None => UnixSocket { gone: true, ..UnixSocket::default() },
+            });
+            self.pairs.push(pair);
+            Ok(index(self.pairs.len() - 1))
+        })();
+        if let Some(other) = other {
+            self.unix_index.insert(unix::inode(other), made.clone().map(|pair| (pair, 1)));
+        }
+        self.unix_index.insert(inode, made.clone().map(|pair| (pair, 0)));
+        made.map(|pair| Kind::UnixEnd(UnixEnd { pair, end: 0 }))
+    }
+}
+
+impl Collected {
+    /// Refusals in words; the first failed look as an error. With `running`, objects that vanished while
+    /// they were looked at are passed over.
+    fn reasons(&self, table: &Table, running: bool) -> Result<Vec<Reason>, CaptureFilesError> {
+        let mut reasons = Vec::new();
+        let pid = table.pid;
+        for tid in &self.foreign_tables {
+            let why = "has a descriptor table of its own, which cannot be carried yet";
+            reasons.push(Reason::new(format!("thread {tid}"), why, ""));
+        }
+        for (description, kind) in self.kinds.iter().enumerate() {
+            let number = table.open(description).map_or(-1, |o| o.number);
+            match kind {
+                Ok(_) => {}
+                Err(Stop::Refused { why, remedy }) => {
+                    reasons.push(Reason::new(format!("fd {number}"), why.clone(), *remedy));
+                }
+                Err(Stop::Failed { errno: Errno::EBADF | Errno::ENOENT | Errno::ESRCH, .. }) if running => {}
+                Err(Stop::Failed { step, errno }) => {
+                    return Err(CaptureFilesError::Descriptor { step, pid, number, errno: *errno });
+                }
+            }
+        }
+        Ok(reasons)
+    }
+
+    fn into_files(self, table: &Table) -> Files {
+        let mut files =
+            Files { pipes: self.pipes, pairs: self.pairs, boot_id: boot_id(), ..Files::default() };
+        for ((kind, (owned, signal)), first) in self.kinds.into_iter().zip(self.signals).zip(&table.first) {
+            let flags = table.opens.get(*first).map_or(0, |o| o.flags).cast_unsigned();
+            files.descriptions.push(Description { flags, owned, signal, kind: kind.ok() });
+        }
+        // Input and output of a left-behind stream part ways, even where one description was both.
+        let mut inputs = HashMap::new();
+        for (open, description) in table.opens.iter().zip(&table.description_of) {
+            let mut description = index(*description);
+            let is_left = |d: &Description| matches!(d.kind, Some(Kind::LeftBehind(_)));
+            let input = open.number == 0 || open.access() == libc::O_RDONLY;
+            if let Some(left) = files.descriptions.get(description as usize).filter(|d| is_left(d) && input) {
+                let copy = Description { kind: Some(Kind::LeftBehind(LeftBehind { input })), ..left.clone() };
+                description = *inputs.entry(description).or_insert_with(|| {
+                    files.descriptions.push(copy);
+                    index(files.descriptions.len() - 1)
+                });
+            }
+            let number = open.number.unsigned_abs();
+            files.fds.push(Fd { number, description, cloexec: open.cloexec });
+        }
+        files
+    }
+}
+
+fn left_behind() -> Kind {
+    Kind::LeftBehind(LeftBehind { input: false })
+}
+
+/// Identifies the running kernel.
+pub(super) fn boot_id() -> Vec<u8> {
+    fs::read("/proc/sys/kernel/random/boot_id").unwrap_or_default()
+}
+
+fn anonymous_words(name: &str) -> String {
+    match name {
+        "inotify" | "fanotify" | "userfaultfd" | "io_uring" | "pidfd" => format!("an {name} descriptor"),
+        "perf_event" => "a performance counter".to_owned(),
+        bpf if bpf.starts_with("bpf") => format!("a BPF object ({bpf})"),
+        other => format!("an object of kind {other}"),
+    }
+}
+
+fn socket_words(domain: i32, kind: i32, protocol: i32) -> String {
+    match (domain, kind) {
+        (libc::AF_INET | libc::AF_INET6, libc::SOCK_DGRAM) => "a UDP socket".to_owned(),
+        (libc::AF_INET | libc::AF_INET6, libc::SOCK_RAW) => "a raw IP socket".to_owned(),
+        (libc::AF_INET | libc::AF_INET6, libc::SOCK_STREAM) => {
+            format!("a stream socket of IP protocol {protocol}")
+        }
+        (libc::AF_NETLINK, _) => "a netlink socket".to_owned(),
+        (libc::AF_PACKET, _) => "a packet socket".to_owned(),
+        (libc::AF_VSOCK, _) => "a vsock socket".to_owned(),
+        _ => format!("a socket of family {domain}"),
+    }
+}

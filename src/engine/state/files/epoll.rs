@@ -1,0 +1,79 @@
+//! epoll: its registrations, by the number each was made with and the description behind it.
+
+use super::Stop;
+use super::scan::{Open, Table};
+use crate::engine::sys::fds;
+use crate::proto::files::{Epoll, Watch};
+
+/// Bits that say how to report and not what: a one-shot registration that has fired keeps only these.
+const HOW: u32 = 0xf000_0000;
+
+struct Line {
+    number: u32,
+    events: u32,
+    data: u64,
+    inode: u64,
+}
+
+/// `tfd: 5 events: 19 data: 5 pos:0 ino:1f sdev:a`, numbers after `events` in hexadecimal.
+fn parse(line: &str) -> Option<Line> {
+    let after = |name: &str| line.split_once(name)?.1.split_whitespace().next();
+    Some(Line {
+        number: after("tfd:")?.parse().ok()?,
+        events: u32::from_str_radix(after("events:")?, 16).ok()?,
+        data: u64::from_str_radix(after("data:")?, 16).ok()?,
+        inode: u64::from_str_radix(after("ino:")?, 16).ok()?,
+    })
+}
+
+pub(super) fn capture(table: &Table, open: &Open) -> Result<Epoll, Stop> {
+    let mut watches = Vec::new();
+    let mut seen = std::collections::HashMap::<u32, u32>::new();
+    for line in open.info.lines().filter(|l| l.starts_with("tfd:")) {
+        let Some(line) = parse(line) else {
+            return Err(Stop::refuse("is an epoll whose registrations this kernel does not tell"));
+        };
+        // A number can be registered more than once, where it was closed and used again.
+        let nth = seen.entry(line.number).or_default();
+        let description = find(table, open, &line, *nth)?;
+        *nth += 1;
+        if line.events & !HOW == 0 {
+            return Err(Stop::advise(
+                format!("is an epoll with a one-shot registration of fd {} that has fired", line.number),
+                "try again",
+            ));
+        }
+        let Some(description) = description else {
+            return Err(Stop::refuse(format!(
+                "is an epoll that watches what fd {} once was, which lives on outside the process",
+                line.number
+            )));
+        };
+        let description = u32::try_from(description).unwrap_or(u32::MAX);
+        watches.push(Watch { number: line.number, description, events: line.events, data: line.data });
+    }
+    Ok(Epoll { watches })
+}
+
+/// The description that a registration watches: most often the one its number still leads to.
+fn find(table: &Table, epoll: &Open, line: &Line, nth: u32) -> Result<Option<usize>, Stop> {
+    use std::os::unix::fs::MetadataExt;
+    let is_it = |number: i32| {
+        fds::kcmp_epoll(table.pid, number, epoll.number, line.number, nth)
+            .map_err(Stop::failed("comparing an epoll registration (kcmp)"))
+    };
+    let number = i32::try_from(line.number).unwrap_or(-1);
+    if let Ok(at) = table.opens.binary_search_by_key(&number, |o| o.number)
+        && is_it(number)?
+    {
+        return Ok(table.description_of.get(at).copied());
+    }
+    for (description, first) in table.first.iter().enumerate() {
+        if let Some(open) = table.opens.get(*first).filter(|o| o.stat.ino() == line.inode)
+            && is_it(open.number)?
+        {
+            return Ok(Some(description));
+        }
+    }
+    Ok(None)
+}

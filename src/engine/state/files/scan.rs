@@ -1,0 +1,193 @@
+//! The descriptor table of a process: each descriptor duplicated into ours, with what fdinfo says of it,
+//! and which of them share an open file description.
+
+use std::collections::HashMap;
+use std::ffi::{OsStr, OsString};
+use std::fs::{self, File, Metadata};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::MetadataExt;
+
+use nix::errno::Errno;
+
+use super::{CaptureFilesError, errno_of};
+use crate::engine::remote::Tid;
+use crate::engine::sys::{fds, pidfd};
+
+/// One descriptor of the process.
+#[derive(Debug)]
+pub(super) struct Open {
+    pub(super) number: i32,
+    pub(super) cloexec: bool,
+    /// Our duplicate: the same description.
+    pub(super) ours: File,
+    /// What /proc shows it as: a path, or `pipe:[12]`.
+    pub(super) link: OsString,
+    pub(super) stat: Metadata,
+    /// `F_GETFL`.
+    pub(super) flags: i32,
+    pub(super) position: u64,
+    /// The lines of fdinfo.
+    pub(super) info: String,
+}
+
+impl Open {
+    pub(super) fn fd(&self) -> BorrowedFd<'_> {
+        self.ours.as_fd()
+    }
+
+    /// The rest of the first fdinfo line that starts with `name:`.
+    pub(super) fn field(&self, name: &str) -> Option<&str> {
+        self.info.lines().find_map(|line| field_of(line, name))
+    }
+
+    pub(super) fn has_locks(&self) -> bool {
+        self.field("lock").is_some()
+    }
+
+    pub(super) fn access(&self) -> i32 {
+        self.flags & libc::O_ACCMODE
+    }
+
+    pub(super) fn is_path_only(&self) -> bool {
+        self.flags & libc::O_PATH != 0
+    }
+
+    /// The link up to its first colon or bracket, for objects without a path: `pipe`, `anon_inode:[eventfd`.
+    pub(super) fn link_starts_with(&self, prefix: &str) -> bool {
+        self.link.as_bytes().starts_with(prefix.as_bytes())
+    }
+}
+
+fn field_of<'a>(line: &'a str, name: &str) -> Option<&'a str> {
+    Some(line.strip_prefix(name)?.strip_prefix(':')?.trim())
+}
+
+/// All descriptors of a process, and its descriptions.
+#[derive(Debug)]
+pub(super) struct Table {
+    pub(super) pid: Tid,
+    /// Ascending by number.
+    pub(super) opens: Vec<Open>,
+    /// For each of `opens` the index of its description.
+    pub(super) description_of: Vec<usize>,
+    /// For each description the index of the first of `opens` that leads to it.
+    pub(super) first: Vec<usize>,
+}
+
+impl Table {
+    /// Reads the table. With `running`, descriptors that vanish meanwhile are passed over.
+    pub(super) fn read(pid: Tid, running: bool) -> Result<Self, CaptureFilesError> {
+        let pidfd = pidfd::open(pid).map_err(|errno| match errno {
+            Errno::ESRCH => CaptureFilesError::Gone(pid),
+            errno => CaptureFilesError::Process { step: "opening a pidfd", pid, errno },
+        })?;
+        let listing = format!("/proc/{pid}/fd");
+        let list_error = |e: std::io::Error| CaptureFilesError::Process {
+            step: "listing the descriptors",
+            pid,
+            errno: errno_of(&e),
+        };
+        let mut numbers = Vec::new();
+        for entry in fs::read_dir(listing).map_err(list_error)? {
+            let name = entry.map_err(list_error)?.file_name();
+            numbers.extend(name.to_str().and_then(|s| s.parse::<i32>().ok()));
+        }
+        numbers.sort_unstable();
+        let mut opens = Vec::with_capacity(numbers.len());
+        for number in numbers {
+            match read_one(pid, &pidfd, number) {
+                Ok(open) => opens.push(open),
+                Err((_, Errno::EBADF | Errno::ENOENT)) if running => {}
+                Err((_, Errno::ESRCH)) => return Err(CaptureFilesError::Gone(pid)),
+                Err((step, errno)) => {
+                    return Err(CaptureFilesError::Descriptor { step, pid, number, errno });
+                }
+            }
+        }
+        let (description_of, first) = group(pid, &opens, running)?;
+        Ok(Self { pid, opens, description_of, first })
+    }
+
+    /// The first descriptor that leads to a description.
+    pub(super) fn open(&self, description: usize) -> Option<&Open> {
+        self.first.get(description).and_then(|i| self.opens.get(*i))
+    }
+
+    /// Whether an object is also behind one of the standard streams.
+    pub(super) fn is_standard(&self, link: &OsStr) -> bool {
+        self.opens.iter().take_while(|o| o.number <= 2).any(|o| o.link == link)
+    }
+}
+
+fn read_one(pid: Tid, pidfd: &OwnedFd, number: i32) -> Result<Open, (&'static str, Errno)> {
+    let failed = |step: &'static str| move |e: std::io::Error| (step, errno_of(&e));
+    let ours = pidfd::take_fd(pidfd.as_fd(), number).map_err(|e| ("duplicating", e))?;
+    // The target's own fdinfo: locks are listed only for the table that took them.
+    let bytes = fs::read(format!("/proc/{pid}/fdinfo/{number}")).map_err(failed("reading fdinfo"))?;
+    let info = String::from_utf8_lossy(&bytes).into_owned();
+    let ours = File::from(ours);
+    let link = fs::read_link(format!("/proc/self/fd/{}", ours.as_raw_fd()))
+        .map_err(failed("reading the link"))?
+        .into_os_string();
+    let stat = ours.metadata().map_err(failed("reading attributes"))?;
+    let flags = fds::status_flags(ours.as_fd()).map_err(|e| ("reading flags", e))?;
+    let field = |name| info.lines().find_map(|l| field_of(l, name));
+    let all_flags = field("flags").and_then(|s| i32::from_str_radix(s, 8).ok());
+    let position = field("pos").and_then(|s| s.parse().ok());
+    let (Some(all_flags), Some(position)) = (all_flags, position) else {
+        return Err(("understanding fdinfo", Errno::EPROTO));
+    };
+    let cloexec = all_flags & libc::O_CLOEXEC != 0;
+    Ok(Open { number, cloexec, ours, link, stat, flags, position, info })
+}
+
+/// Finds which descriptors share a description: only those that look alike are compared, by sorting
+/// them in the kernel's order, so that a table of many does not need a comparison of each with each.
+fn group(pid: Tid, opens: &[Open], running: bool) -> Result<(Vec<usize>, Vec<usize>), CaptureFilesError> {
+    let mut buckets: HashMap<(u64, u64, i32, u64, &OsStr), Vec<usize>> = HashMap::new();
+    for (i, o) in opens.iter().enumerate() {
+        // A running process moves the position between two looks.
+        let position = if running { 0 } else { o.position };
+        buckets.entry((o.stat.dev(), o.stat.ino(), o.flags, position, &o.link)).or_default().push(i);
+    }
+    let mut representative: Vec<usize> = (0..opens.len()).collect();
+    for mut bucket in buckets.into_values() {
+        if bucket.len() < 2 {
+            continue;
+        }
+        let mut failure = None;
+        let mut compare = |a: usize, b: usize| {
+            let (a, b) = (opens.get(a).map_or(-1, |o| o.number), opens.get(b).map_or(-1, |o| o.number));
+            fds::kcmp_file(pid, a, b).unwrap_or_else(|errno| {
+                failure = Some((a, errno));
+                a.cmp(&b)
+            })
+        };
+        bucket.sort_by(|a, b| compare(*a, *b));
+        let mut at = 0;
+        for i in 1..bucket.len() {
+            let (Some(&a), Some(&b)) = (bucket.get(at), bucket.get(i)) else { continue };
+            if compare(a, b).is_eq() {
+                if let Some(slot) = representative.get_mut(b) {
+                    *slot = a;
+                }
+            } else {
+                at = i;
+            }
+        }
+        if let Some((number, errno)) = failure.filter(|_| !running) {
+            return Err(CaptureFilesError::Descriptor { step: "comparing (kcmp)", pid, number, errno });
+        }
+    }
+    let (mut description_of, mut first) = (Vec::new(), Vec::new());
+    let mut index_of: HashMap<usize, usize> = HashMap::new();
+    for (i, r) in representative.into_iter().enumerate() {
+        let description = *index_of.entry(r).or_insert_with(|| {
+            first.push(i);
+            first.len() - 1
+        });
+        description_of.push(description);
+    }
+    Ok((description_of, first))
+}

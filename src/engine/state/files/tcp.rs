@@ -1,0 +1,286 @@
+//! TCP sockets: those that listen or have no connection yet, and those whose connection is given up.
+//!
+//! A connection given up with `--tcp-close` is only described at the source. The destination makes a
+//! socket as a connection leaves it that the network has ended: it reads EOF, writes give EPIPE, poll
+//! says POLLHUP, the local address is the old one, the peer's is gone. It never was connected, so it
+//! cannot send a packet. (A socket left in TCP_REPAIR would keep the peer's address, but its reads fail
+//! with EPERM; with repair off it sends its FIN again and again.) The peer learns of the end from the
+//! source, by [`close_peers`] after the commit.
+
+use std::ffi::c_int;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+
+use libc::{AF_INET, AF_INET6, IPPROTO_IP, IPPROTO_IPV6, IPPROTO_TCP, SOL_SOCKET};
+use nix::errno::Errno;
+use nix::sys::socket::{MsgFlags, Shutdown, recv, shutdown};
+
+use super::options::{self, COMMON, TCP, TCP_DEAD};
+use super::scan::Open;
+use super::{Stop, Trouble};
+use crate::engine::reason::Reason;
+use crate::engine::sys::{fds, socket};
+use crate::proto::files::{TcpClosed, TcpSocket};
+
+const STATE_SYN_SENT: u8 = 2;
+const STATE_CLOSE: u8 = 7;
+const STATE_LISTEN: u8 = 10;
+/// `TCP_REPAIR` off without sending a window probe.
+const REPAIR_OFF_SILENTLY: c_int = -1;
+/// Most bytes of unread input that [`close_peers`] discards per connection.
+const DRAIN_BYTES: usize = 256 << 20;
+
+/// A port that must be free at the destination.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ListenPort {
+    /// Where it listens.
+    pub address: IpAddr,
+    /// The port.
+    pub port: u16,
+    /// Others with the same option may share it.
+    pub reuseport: bool,
+    /// An IPv6 socket that leaves IPv4 alone.
+    pub v6only: bool,
+}
+
+/// What a TCP socket turned out to be.
+#[derive(Debug)]
+pub(super) enum Tcp {
+    Idle(TcpSocket),
+    Dead { image: TcpClosed, close_later: bool },
+}
+
+fn int(open: &Open, level: c_int, name: c_int) -> Result<c_int, Stop> {
+    socket::int_option(open.fd(), level, name).map_err(Stop::failed("reading a TCP socket's option"))
+}
+
+fn octets(address: IpAddr) -> Vec<u8> {
+    match address {
+        IpAddr::V4(a) => a.octets().to_vec(),
+        IpAddr::V6(a) => a.octets().to_vec(),
+    }
+}
+
+pub(super) fn capture(open: &Open, tcp_close: bool) -> Result<Tcp, Stop> {
+    let fd = open.fd();
+    let info = socket::option(fd, IPPROTO_TCP, libc::TCP_INFO).map_err(Stop::failed("reading TCP_INFO"))?;
+    let state = *info.first().ok_or(Stop::Failed { step: "understanding TCP_INFO", errno: Errno::EPROTO })?;
+    // For a listening socket these two are the length of the accept queue and its limit.
+    let word = |at: usize| info.get(at..).and_then(|b| b.first_chunk()).map_or(0, |b| u32::from_ne_bytes(*b));
+    let (queued, backlog) = (word(24), word(28));
+    let family = int(open, SOL_SOCKET, libc::SO_DOMAIN)?;
+    let (address, port, scope) =
+        socket::local_address(fd).map_err(Stop::failed("asking for a local address"))?;
+    if scope != 0 {
+        return Err(Stop::refuse("is a TCP socket with a link-local address, which cannot be carried"));
+    }
+    let shut = was_connected(fd)?;
+    if state == STATE_LISTEN || state == STATE_CLOSE && !shut {
+        return idle(open, family, state == STATE_LISTEN, (address, port), (queued, backlog), tcp_close)
+            .map(Tcp::Idle);
+    }
+    let remedy = "use --tcp-close to give connections up";
+    if state != STATE_CLOSE && !tcp_close {
+        let what = if state == STATE_SYN_SENT {
+            "a TCP connection being made"
+        } else {
+            "an established TCP connection"
+        };
+        return Err(Stop::advise(format!("is {what}, which cannot be carried yet"), remedy));
+    }
+    if state == STATE_CLOSE && !tcp_close && has_error(fd) {
+        return Err(Stop::advise("is a TCP connection that ended with an error not yet reported", remedy));
+    }
+    let options = options::capture(fd, &[TCP_DEAD])?;
+    let image = TcpClosed { family, address: octets(address), port: port.into(), options };
+    Ok(Tcp::Dead { image, close_later: state != STATE_CLOSE })
+}
+
+/// A socket that never was connected shows POLLHUP too, but not the end of input.
+fn was_connected(fd: BorrowedFd<'_>) -> Result<bool, Stop> {
+    let seen = fds::poll_now(fd, libc::POLLRDHUP).map_err(Stop::failed("polling a TCP socket"))?;
+    Ok(seen & libc::POLLRDHUP != 0)
+}
+
+fn has_error(fd: BorrowedFd<'_>) -> bool {
+    fds::poll_now(fd, 0).is_ok_and(|seen| seen & libc::POLLERR != 0)
+}
+
+fn idle(
+    open: &Open,
+    family: c_int,
+    listening: bool,
+    (address, port): (IpAddr, u16),
+    (queued, backlog): (u32, u32),
+    tcp_close: bool,
+) -> Result<TcpSocket, Stop> {
+    let fd = open.fd();
+    if listening && queued > 0 && !tcp_close {
+        let why = format!("is a listening socket with {queued} connections not accepted yet");
+        return Err(Stop::advise(why, "use --tcp-close to give connections up, or try again"));
+    }
+    if !socket::option(fd, IPPROTO_TCP, libc::TCP_ULP).unwrap_or_default().is_empty() {
+        return Err(Stop::refuse("is a TCP socket with an upper layer protocol (kernel TLS or the like)"));
+    }
+    if !matches!(socket::option(fd, SOL_SOCKET, libc::SO_ATTACH_FILTER), Ok(filter) if filter.is_empty()) {
+        return Err(Stop::refuse("is a TCP socket with a packet filter (BPF), which cannot be carried yet"));
+    }
+    if !socket::option(fd, IPPROTO_IP, libc::IP_OPTIONS).unwrap_or_default().is_empty() {
+        return Err(Stop::refuse("is a TCP socket with IP options, which cannot be carried yet"));
+    }
+    let mut options = options::capture(fd, &[COMMON, TCP, &FREEBIND])?;
+    options.extend(options::capture_buffers(fd)?);
+    let bound = port != 0;
+    if !bound && !address.is_unspecified() {
+        return Err(Stop::refuse(
+            "is a TCP socket bound to an address without a port, which cannot be carried yet",
+        ));
+    }
+    let address = if bound { octets(address) } else { Vec::new() };
+    Ok(TcpSocket { family, address, port: port.into(), listening, backlog, options })
+}
+
+/// The port of a listening socket.
+pub(super) fn listen_port(image: &TcpSocket) -> Option<ListenPort> {
+    let flag = |level, name| {
+        image.options.iter().any(|o| (o.level, o.name) == (level, name) && o.value.iter().any(|b| *b != 0))
+    };
+    let (address, port) = address_of(&image.address, image.port).ok().filter(|_| image.listening)?;
+    let reuseport = flag(SOL_SOCKET, libc::SO_REUSEPORT);
+    Some(ListenPort { address, port, reuseport, v6only: flag(IPPROTO_IPV6, libc::IPV6_V6ONLY) })
+}
+
+/// IPv4 and IPv6 share the flag, whichever name sets it.
+const FREEBIND: [(c_int, c_int); 1] = [(IPPROTO_IP, libc::IP_FREEBIND)];
+
+fn address_of(bytes: &[u8], port: u32) -> Result<(IpAddr, u16), Trouble> {
+    let port = u16::try_from(port).map_err(|_| Trouble::Invalid("a port"))?;
+    if let Ok(v4) = <[u8; 4]>::try_from(bytes) {
+        return Ok((Ipv4Addr::from(v4).into(), port));
+    }
+    let v6 = <[u8; 16]>::try_from(bytes).map_err(|_| Trouble::Invalid("an address"))?;
+    Ok((Ipv6Addr::from(v6).into(), port))
+}
+
+fn new_socket(family: c_int) -> Result<OwnedFd, Trouble> {
+    if family != AF_INET && family != AF_INET6 {
+        return Err(Trouble::Invalid("the family of a TCP socket"));
+    }
+    socket::socket(family, libc::SOCK_STREAM, IPPROTO_TCP).map_err(Trouble::step("making a TCP socket"))
+}
+
+/// Lets a socket bind to an address that this machine does not have yet.
+fn set_freebind(fd: BorrowedFd<'_>) -> Result<(), Errno> {
+    socket::set_int_option(fd, IPPROTO_IP, libc::IP_FREEBIND, 1)
+}
+
+/// Makes a socket and binds it. It does not listen yet: see [`start_listening`].
+pub(super) fn make(image: &TcpSocket) -> Result<OwnedFd, Trouble> {
+    let fd = new_socket(image.family)?;
+    options::apply(fd.as_fd(), &image.options, &[COMMON, TCP])?;
+    options::apply_buffers(fd.as_fd(), &image.options)?;
+    if !image.address.is_empty() {
+        let (address, port) = address_of(&image.address, image.port)?;
+        set_freebind(fd.as_fd()).map_err(Trouble::step("preparing to bind"))?;
+        socket::bind(fd.as_fd(), address, port).map_err(Trouble::step("binding a TCP socket"))?;
+    }
+    options::apply(fd.as_fd(), &image.options, &[&FREEBIND])?;
+    Ok(fd)
+}
+
+/// Opens the port, as late as possible.
+pub(super) fn start_listening(fd: BorrowedFd<'_>, image: &TcpSocket) -> Result<(), Trouble> {
+    if !image.listening {
+        return Ok(());
+    }
+    let backlog = c_int::try_from(image.backlog).unwrap_or(c_int::MAX);
+    socket::listen(fd, backlog).map_err(Trouble::step("listening"))
+}
+
+/// Makes a socket whose connection is gone.
+pub(super) fn make_closed(image: &TcpClosed) -> Result<OwnedFd, Trouble> {
+    let step = Trouble::step;
+    let fd = new_socket(image.family)?;
+    if let Some(v6only) =
+        image.options.iter().find(|o| (o.level, o.name) == (IPPROTO_IPV6, libc::IPV6_V6ONLY))
+    {
+        options::apply(fd.as_fd(), std::slice::from_ref(v6only), &[TCP_DEAD])?;
+    }
+    if image.port != 0 {
+        let (address, port) = address_of(&image.address, image.port)?;
+        // In repair, a socket binds beside the one that listens on the same port.
+        socket::set_int_option(fd.as_fd(), IPPROTO_TCP, libc::TCP_REPAIR, 1)
+            .map_err(step("entering TCP_REPAIR"))?;
+        set_freebind(fd.as_fd()).map_err(step("preparing to bind"))?;
+        socket::bind(fd.as_fd(), address, port).map_err(step("binding a closed TCP socket"))?;
+        socket::set_int_option(fd.as_fd(), IPPROTO_IP, libc::IP_FREEBIND, 0).map_err(step("binding"))?;
+        socket::set_int_option(fd.as_fd(), IPPROTO_TCP, libc::TCP_REPAIR, REPAIR_OFF_SILENTLY)
+            .map_err(step("leaving TCP_REPAIR"))?;
+    }
+    options::apply(fd.as_fd(), &image.options, &[TCP_DEAD])?;
+    match shutdown(fd.as_raw_fd(), Shutdown::Both) {
+        // Without a connection it says so, but does mark both directions as ended.
+        Ok(()) | Err(Errno::ENOTCONN) => Ok(fd),
+        Err(errno) => Err(Trouble::Step("ending a TCP socket", errno)),
+    }
+}
+
+/// Why a port is not free here; `None` if it is.
+pub fn port_free(port: &ListenPort) -> Option<Reason> {
+    let object = format!("port {}", std::net::SocketAddr::new(port.address, port.port));
+    let family = if port.address.is_ipv4() { AF_INET } else { AF_INET6 };
+    let probe = || -> Result<(), Errno> {
+        let fd = socket::socket(family, libc::SOCK_STREAM, IPPROTO_TCP)?;
+        let set = |level, name, on| socket::set_int_option(fd.as_fd(), level, name, c_int::from(on));
+        // Remnants of old connections are no obstacle, listening sockets are.
+        set(SOL_SOCKET, libc::SO_REUSEADDR, true)?;
+        set(SOL_SOCKET, libc::SO_REUSEPORT, port.reuseport)?;
+        if family == AF_INET6 {
+            set(IPPROTO_IPV6, libc::IPV6_V6ONLY, port.v6only)?;
+        }
+        set_freebind(fd.as_fd())?;
+        socket::bind(fd.as_fd(), port.address, port.port)
+    };
+    match probe() {
+        Ok(()) => None,
+        Err(Errno::EADDRINUSE) => Some(Reason::new(
+            object,
+            "is already bound at the destination",
+            "stop the service that uses it there",
+        )),
+        Err(errno) => Some(Reason::new(object, format!("cannot be bound at the destination: {errno}"), "")),
+    }
+}
+
+/// Ends the connections that were given up, after the commit: each peer gets a clean end at once, although
+/// the local address may be gone already. Takes what [`super::capture`] returned as `closing`.
+pub fn close_peers(closing: Vec<OwnedFd>) {
+    for fd in closing {
+        loop {
+            // On a listening socket: those that were not accepted yet.
+            let listening = socket::int_option(fd.as_fd(), SOL_SOCKET, libc::SO_ACCEPTCONN) == Ok(1);
+            if !listening || fds::set_status_flags(fd.as_fd(), libc::O_NONBLOCK).is_err() {
+                break;
+            }
+            let Ok(connection) = socket::accept(fd.as_fd()) else { break };
+            end(&connection);
+        }
+        end(&fd);
+    }
+}
+
+/// Errors are not reported: a connection that the network has ended meanwhile is what we want.
+fn end(fd: &OwnedFd) {
+    let _ = socket::set_int_option(fd.as_fd(), IPPROTO_IP, libc::IP_TRANSPARENT, 1);
+    let _ = socket::set_int_option(fd.as_fd(), IPPROTO_IPV6, libc::IPV6_TRANSPARENT, 1);
+    let _ = shutdown(fd.as_raw_fd(), Shutdown::Both);
+    // Input that stays unread would turn the end into a reset.
+    let mut buffer = vec![0u8; 64 << 10];
+    let mut drained = 0;
+    while drained < DRAIN_BYTES {
+        match recv(fd.as_raw_fd(), &mut buffer, MsgFlags::MSG_DONTWAIT) {
+            Ok(0) | Err(_) => break,
+            Ok(n) => drained += n,
+        }
+    }
+}

@@ -1,0 +1,171 @@
+//! Raw socket calls: options as bytes, addresses, peeking into queues, descriptors as messages.
+
+#![allow(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "lengths of small buffers made here, as the kernel's argument types want them"
+)]
+
+use std::ffi::c_int;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+
+use nix::errno::Errno;
+
+/// Most descriptors that one message carries (the kernel's `SCM_MAX_FD`).
+pub const MAX_FDS_PER_MESSAGE: usize = 253;
+
+/// Makes a socket (close-on-exec).
+pub fn socket(family: c_int, kind: c_int, protocol: c_int) -> Result<OwnedFd, Errno> {
+    // SAFETY: no pointers.
+    let fd = Errno::result(unsafe { libc::socket(family, kind | libc::SOCK_CLOEXEC, protocol) })?;
+    Ok(super::owned_fd(fd))
+}
+
+/// The value of a socket option, at most 256 bytes of it.
+pub fn option(fd: BorrowedFd<'_>, level: c_int, name: c_int) -> Result<Vec<u8>, Errno> {
+    let mut value = [0u8; 256];
+    let mut len = value.len() as libc::socklen_t;
+    // SAFETY: `value` is writable for `len` bytes; the kernel writes no more and stores how many in `len`.
+    let rc =
+        unsafe { libc::getsockopt(fd.as_raw_fd(), level, name, value.as_mut_ptr().cast(), &raw mut len) };
+    Errno::result(rc)?;
+    Ok(value.get(..len as usize).unwrap_or(&value).to_vec())
+}
+
+/// The value of an option that is an `int`.
+pub fn int_option(fd: BorrowedFd<'_>, level: c_int, name: c_int) -> Result<c_int, Errno> {
+    let value = option(fd, level, name)?;
+    let bytes = value.first_chunk::<4>().ok_or(Errno::EINVAL)?;
+    Ok(c_int::from_ne_bytes(*bytes))
+}
+
+/// Sets a socket option.
+pub fn set_option(fd: BorrowedFd<'_>, level: c_int, name: c_int, value: &[u8]) -> Result<(), Errno> {
+    // SAFETY: `value` is readable for the length passed.
+    let rc = unsafe {
+        libc::setsockopt(fd.as_raw_fd(), level, name, value.as_ptr().cast(), value.len() as libc::socklen_t)
+    };
+    Errno::result(rc).map(drop)
+}
+
+/// Sets an option that is an `int`.
+pub fn set_int_option(fd: BorrowedFd<'_>, level: c_int, name: c_int, value: c_int) -> Result<(), Errno> {
+    set_option(fd, level, name, &value.to_ne_bytes())
+}
+
+/// The local address of an IP socket: address, port and IPv6 scope.
+pub fn local_address(fd: BorrowedFd<'_>) -> Result<(IpAddr, u16, u32), Errno> {
+    let mut raw = [0u8; size_of::<libc::sockaddr_in6>()];
+    let mut len = raw.len() as libc::socklen_t;
+    // SAFETY: `raw` is writable for `len` bytes; the kernel writes no more than that.
+    let rc = unsafe { libc::getsockname(fd.as_raw_fd(), raw.as_mut_ptr().cast(), &raw mut len) };
+    Errno::result(rc)?;
+    // sockaddr_in: family 2, port 2, address 4; sockaddr_in6: family 2, port 2, flow 4, address 16, scope 4.
+    let family = c_int::from(u16::from_ne_bytes([raw[0], raw[1]]));
+    let port = u16::from_be_bytes([raw[2], raw[3]]);
+    if family == libc::AF_INET {
+        return Ok((IpAddr::V4(Ipv4Addr::new(raw[4], raw[5], raw[6], raw[7])), port, 0));
+    }
+    let address = raw[8..].first_chunk::<16>().ok_or(Errno::EAFNOSUPPORT)?;
+    let scope = u32::from_ne_bytes([raw[24], raw[25], raw[26], raw[27]]);
+    Ok((IpAddr::V6(Ipv6Addr::from(*address)), port, scope))
+}
+
+/// Binds an IP socket.
+pub fn bind(fd: BorrowedFd<'_>, address: IpAddr, port: u16) -> Result<(), Errno> {
+    let mut raw = [0u8; size_of::<libc::sockaddr_in6>()];
+    raw[2..4].copy_from_slice(&port.to_be_bytes());
+    let len = match address {
+        IpAddr::V4(v4) => {
+            raw[..2].copy_from_slice(&(libc::AF_INET as u16).to_ne_bytes());
+            raw[4..8].copy_from_slice(&v4.octets());
+            size_of::<libc::sockaddr_in>()
+        }
+        IpAddr::V6(v6) => {
+            raw[..2].copy_from_slice(&(libc::AF_INET6 as u16).to_ne_bytes());
+            raw[8..24].copy_from_slice(&v6.octets());
+            raw.len()
+        }
+    };
+    // SAFETY: `raw` is a socket address of `len` bytes, readable for the whole call.
+    Errno::result(unsafe { libc::bind(fd.as_raw_fd(), raw.as_ptr().cast(), len as libc::socklen_t) })
+        .map(drop)
+}
+
+/// Starts to listen.
+pub fn listen(fd: BorrowedFd<'_>, backlog: c_int) -> Result<(), Errno> {
+    // SAFETY: no pointers.
+    Errno::result(unsafe { libc::listen(fd.as_raw_fd(), backlog) }).map(drop)
+}
+
+/// Takes the next connection of a listening socket.
+pub fn accept(fd: BorrowedFd<'_>) -> Result<OwnedFd, Errno> {
+    let none = std::ptr::null_mut();
+    // SAFETY: no address is asked for, so the kernel writes nothing.
+    let rc = unsafe { libc::accept4(fd.as_raw_fd(), none, std::ptr::null_mut(), libc::SOCK_CLOEXEC) };
+    Ok(super::owned_fd(Errno::result(rc)?))
+}
+
+/// Whether the other end of a unix socket has a name.
+pub fn peer_has_name(fd: BorrowedFd<'_>) -> Result<bool, Errno> {
+    let mut raw = [0u8; 128];
+    let mut len = raw.len() as libc::socklen_t;
+    // SAFETY: `raw` is writable for `len` bytes; the kernel writes no more than that.
+    Errno::result(unsafe { libc::getpeername(fd.as_raw_fd(), raw.as_mut_ptr().cast(), &raw mut len) })?;
+    // The family alone: two bytes.
+    Ok(len > 2)
+}
+
+/// What one look into a queue found.
+#[derive(Debug)]
+pub struct Peeked {
+    /// Bytes taken; less than `message_len` if the buffer was short.
+    pub len: usize,
+    /// Whether descriptors (or other ancillary data) travel with it.
+    pub ancillary: bool,
+}
+
+/// Looks at the next data of a unix socket without consuming it. Never blocks. Descriptors that travel
+/// with it are not taken over: there is no room for them, and the kernel says so.
+pub fn peek(fd: BorrowedFd<'_>, buffer: &mut [u8], flags: c_int) -> Result<Peeked, Errno> {
+    let mut iov = libc::iovec { iov_base: buffer.as_mut_ptr().cast(), iov_len: buffer.len() };
+    // SAFETY: all-zero is a valid msghdr.
+    let mut header: libc::msghdr = unsafe { std::mem::zeroed() };
+    header.msg_iov = &raw mut iov;
+    header.msg_iovlen = 1;
+    let flags = flags | libc::MSG_PEEK | libc::MSG_DONTWAIT;
+    // SAFETY: `header` and `iov` live for the whole call, `buffer` is writable for its length, and there
+    // is neither a name nor a control buffer to write to.
+    let rc = unsafe { libc::recvmsg(fd.as_raw_fd(), &raw mut header, flags) };
+    let len = Errno::result(rc)? as usize;
+    Ok(Peeked { len, ancillary: header.msg_flags & libc::MSG_CTRUNC != 0 })
+}
+
+/// Sends one byte with these descriptors. Never blocks.
+pub fn send_fds(channel: BorrowedFd<'_>, fds: &[BorrowedFd<'_>]) -> Result<(), Errno> {
+    if fds.len() > MAX_FDS_PER_MESSAGE {
+        return Err(Errno::EINVAL);
+    }
+    let mut byte = 0u8;
+    let mut iov = libc::iovec { iov_base: (&raw mut byte).cast(), iov_len: 1 };
+    // A cmsghdr (length 8, level 4, type 4), then the descriptors; u64 keeps it aligned.
+    let len = 16 + 4 * fds.len();
+    let mut control = vec![0u64; len.div_ceil(8)];
+    control[0] = len as u64;
+    control[1] = libc::SOL_SOCKET as u64 | (libc::SCM_RIGHTS as u64) << 32;
+    for (i, fd) in fds.iter().enumerate() {
+        control[2 + i / 2] |= (fd.as_raw_fd() as u64) << (32 * (i % 2));
+    }
+    // SAFETY: all-zero is a valid msghdr.
+    let mut header: libc::msghdr = unsafe { std::mem::zeroed() };
+    header.msg_iov = &raw mut iov;
+    header.msg_iovlen = 1;
+    header.msg_control = control.as_mut_ptr().cast();
+    header.msg_controllen = len;
+    // SAFETY: `header`, `iov`, `byte` and `control` live for the whole call, and `control` has `len` bytes.
+    let rc = unsafe {
+        libc::sendmsg(channel.as_raw_fd(), &raw const header, libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL)
+    };
+    Errno::result(rc).map(drop)
+}
