@@ -78,7 +78,7 @@ pub(super) struct Table {
 impl Table {
     /// Reads the table. With `running`, descriptors that vanish meanwhile are passed over.
     pub(super) fn read(pid: Tid, running: bool) -> Result<Self, CaptureFilesError> {
-        let pidfd = pidfd::open(pid).map_err(|errno| match errno {
+        let pidfd = pidfd::PidFd::open(pid.unsigned_abs()).map_err(|errno| match errno {
             Errno::ESRCH => CaptureFilesError::Gone(pid),
             errno => CaptureFilesError::Process { step: "opening a pidfd", pid, errno },
         })?;
@@ -120,7 +120,7 @@ impl Table {
     }
 }
 
-fn read_one(pid: Tid, pidfd: &OwnedFd, number: i32) -> Result<Open, (&'static str, Errno)> {
+fn read_one(pid: Tid, pidfd: &pidfd::PidFd, number: i32) -> Result<Open, (&'static str, Errno)> {
     let failed = |step: &'static str| move |e: std::io::Error| (step, errno_of(&e));
     let ours = pidfd::take_fd(pidfd.as_fd(), number).map_err(|e| ("duplicating", e))?;
     // The target's own fdinfo: locks are listed only for the table that took them.
