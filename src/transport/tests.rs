@@ -56,8 +56,9 @@ impl Listening {
     }
 
     fn accept(&mut self) -> Result<Link, Failed> {
-        let accept = tokio::time::timeout(SHORT, self.server.accept());
-        self.runtime.block_on(async { accept.await }).expect("a connection in time").expect("a live endpoint")
+        let server = &mut self.server;
+        let accepted = self.runtime.block_on(async { tokio::time::timeout(SHORT, server.accept()).await });
+        accepted.expect("a connection in time").expect("a live endpoint")
     }
 }
 
