@@ -7,10 +7,13 @@
 //! - [`pageserver`]: the page frames of a migration, packed and unpacked in memory.
 //! - [`transport`], [`identity`], [`wire`]: QUIC with mutual TLS, who is trusted, what the messages mean.
 //! - [`engine`]: one host's mechanics (tracees, memory, kernel state); knows no network.
+//! - [`cli`], [`config`], [`report`], [`telemetry`]: what the operator types and reads.
 //! - [`proto`]: the plain description of a process and the messages, generated from `proto/`.
 
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used, reason = "tests may panic"))]
 
+pub mod cli;
+pub mod config;
 pub mod dest;
 pub mod engine;
 pub mod identity;
@@ -18,7 +21,9 @@ pub mod journal;
 pub mod migration;
 pub mod pageserver;
 pub mod proto;
+pub mod report;
 pub mod source;
+pub mod telemetry;
 pub mod testbed;
 pub mod transport;
 pub mod wire;

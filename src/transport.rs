@@ -73,3 +73,7 @@ mod code {
     /// A message or frame that breaks the rules; the reason says which.
     pub(super) const PROTOCOL: VarInt = VarInt::from_u32(3);
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::cast_precision_loss)]
+mod tests;

@@ -11,3 +11,7 @@ pub mod unpack;
 
 mod compress;
 pub(crate) mod pool;
+
+#[cfg(test)]
+#[allow(clippy::panic)]
+mod tests;

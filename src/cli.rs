@@ -1,0 +1,325 @@
+//! The command line: what operators type, turned into the types of `config`.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::error::ErrorKind;
+use clap::{ArgAction, Args, CommandFactory, Parser, Subcommand, ValueEnum};
+
+use crate::config::{
+    Bandwidth, CheckConfig, DEFAULT_MAX_DOWNTIME, DEFAULT_MAX_ROUNDS, DEFAULT_PORT, DEFAULT_STATE_DIR,
+    Destination, Mode, MoveIp, ServeConfig, SourceConfig, parse_duration,
+};
+use crate::identity::Fingerprint;
+use crate::pageserver::pack::Compression;
+
+/// Move a running process to another machine.
+///
+/// `migrate --to HOST:PORT PID` moves the process; `migrate serve` accepts it there.
+#[derive(Debug, Parser)]
+#[command(name = "migrate", version, disable_help_subcommand = true)]
+#[command(override_usage = "migrate --to HOST:PORT [OPTIONS] PID\n       migrate [OPTIONS] COMMAND")]
+struct Cli {
+    #[command(flatten)]
+    global: Global,
+    #[command(flatten)]
+    moving: MoveArgs,
+    #[command(subcommand)]
+    command: Option<SubCommand>,
+}
+
+/// Options of every command.
+#[derive(Debug, Clone, Args)]
+pub struct Global {
+    /// Where this node's identity, its trusted peers and its records are kept
+    #[arg(long, global = true, value_name = "DIR", default_value = DEFAULT_STATE_DIR)]
+    pub state_dir: PathBuf,
+    /// Say more on standard error; repeat for still more
+    #[arg(short, long, global = true, action = ArgAction::Count)]
+    pub verbose: u8,
+    /// Print the result as one JSON object, the last line of standard output
+    #[arg(long, global = true)]
+    pub json: bool,
+}
+
+/// Options of a move. All optional here, because commands have none of them.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Options of a move")]
+struct MoveArgs {
+    /// The process to move
+    #[arg(value_name = "PID", value_parser = clap::value_parser!(i32).range(1..))]
+    pid: Option<i32>,
+    /// The node to move it to, where `migrate serve` runs
+    #[arg(long, value_name = "HOST:PORT")]
+    to: Option<Destination>,
+    /// When the memory travels: precopy (default), before the process runs there
+    #[arg(long, value_enum, value_name = "MODE")]
+    mode: Option<Mode>,
+    /// Copy changed memory in at most so many rounds before the freeze (default 30)
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    max_rounds: Option<u32>,
+    /// Freeze once the rest is expected to take no longer than this (default 10ms)
+    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
+    max_downtime: Option<Duration>,
+    /// Send no faster than this: 100M is MiB/s, 1Gbit is bits (default: no limit)
+    #[arg(long, value_name = "RATE")]
+    bandwidth: Option<Bandwidth>,
+    /// Compress memory: auto (default, where it pays), none, or lz4
+    #[arg(long, value_enum, value_name = "HOW")]
+    compress: Option<CompressArg>,
+    /// Close established TCP connections; their peers see a clean end
+    #[arg(long)]
+    tcp_close: bool,
+    /// Leave standard streams behind that lead to a terminal, or to a pipe of somebody who stays
+    #[arg(long)]
+    shell_job: bool,
+    /// Move this address along with the process (repeatable)
+    #[arg(long, value_name = "ADDR/PREFIX@DEV")]
+    move_ip: Vec<MoveIp>,
+}
+
+impl MoveArgs {
+    /// The first option of a move that was given, for the error message.
+    fn given(&self) -> Option<&'static str> {
+        [
+            (self.pid.is_some(), "PID"),
+            (self.to.is_some(), "--to"),
+            (self.mode.is_some(), "--mode"),
+            (self.max_rounds.is_some(), "--max-rounds"),
+            (self.max_downtime.is_some(), "--max-downtime"),
+            (self.bandwidth.is_some(), "--bandwidth"),
+            (self.compress.is_some(), "--compress"),
+            (self.tcp_close, "--tcp-close"),
+            (self.shell_job, "--shell-job"),
+            (!self.move_ip.is_empty(), "--move-ip"),
+        ]
+        .into_iter()
+        .find_map(|(given, name)| given.then_some(name))
+    }
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum CompressArg {
+    Auto,
+    None,
+    Lz4,
+}
+
+#[derive(Debug, Subcommand)]
+enum SubCommand {
+    /// Accept processes from trusted nodes, and run them here
+    Serve {
+        /// Address and port to listen on (UDP)
+        #[arg(long, value_name = "ADDR:PORT", default_value_t = SocketAddr::from(([0, 0, 0, 0], DEFAULT_PORT)))]
+        listen: SocketAddr,
+    },
+    /// Examine this host's kernel, or whether a process can be moved; nothing is touched
+    Check {
+        /// The process to examine
+        #[arg(value_name = "PID", value_parser = clap::value_parser!(i32).range(1..))]
+        pid: Option<i32>,
+        /// Ask this node, too, whether it could take the process
+        #[arg(long, value_name = "HOST:PORT", requires = "pid")]
+        to: Option<Destination>,
+    },
+    /// Show the fingerprint that other nodes know this one by
+    Id,
+    /// Manage the nodes that this one trusts
+    Trust {
+        #[command(subcommand)]
+        action: TrustAction,
+    },
+    /// Move a real workload between two nodes on this machine, and show the report
+    Demo,
+    /// Part of the program's own machinery.
+    #[command(name = "__sentinel", hide = true)]
+    Sentinel {
+        /// What it is to do, for the code that started it.
+        #[arg(allow_hyphen_values = true, trailing_var_arg = true)]
+        args: Vec<String>,
+    },
+}
+
+/// What to do with the list of trusted nodes.
+#[derive(Debug, Clone, Subcommand)]
+pub enum TrustAction {
+    /// Trust the node with this fingerprint (`migrate id` shows it there)
+    Add {
+        /// What to call it
+        name: String,
+        /// Its fingerprint: sha256: and 64 hexadecimal digits
+        fingerprint: String,
+    },
+    /// Show the trusted nodes
+    List,
+    /// Trust a node no longer
+    Remove {
+        /// What it is called
+        name: String,
+    },
+}
+
+/// What the operator wants.
+#[derive(Debug, Clone)]
+pub enum Request {
+    /// Move a process.
+    Move(SourceConfig),
+    /// Accept processes.
+    Serve(ServeConfig),
+    /// Examine.
+    Check(CheckConfig),
+    /// Show the fingerprint.
+    Id,
+    /// Manage trust.
+    Trust(TrustAction),
+    /// Show it all on one machine.
+    Demo,
+    /// Hidden: watches over something for another process of this program.
+    Sentinel(Vec<String>),
+}
+
+/// Reads the process's arguments; shows help or a usage error (exit status 2) by itself.
+pub fn parse() -> (Global, Request) {
+    parse_from(std::env::args_os()).unwrap_or_else(|error| error.exit())
+}
+
+/// Reads arguments, the program's name first.
+///
+/// # Errors
+/// clap's: a usage error, or help and version asked for.
+pub fn parse_from<I, T>(args: I) -> Result<(Global, Request), clap::Error>
+where
+    I: IntoIterator<Item = T>,
+    T: Into<std::ffi::OsString> + Clone,
+{
+    let Cli { global, moving, command } = Cli::try_parse_from(args)?;
+    let state_dir = global.state_dir.clone();
+    if let (Some(_), Some(option)) = (&command, moving.given()) {
+        let text = format!("{option} belongs to a move, not to this command");
+        return Err(Cli::command().error(ErrorKind::ArgumentConflict, text));
+    }
+    let request = match command {
+        None => Request::Move(source_config(moving, state_dir)?),
+        Some(SubCommand::Serve { listen }) => Request::Serve(ServeConfig { state_dir, listen }),
+        Some(SubCommand::Check { pid, to }) => Request::Check(CheckConfig { state_dir, pid, to }),
+        Some(SubCommand::Id) => Request::Id,
+        Some(SubCommand::Trust { action }) => {
+            if let TrustAction::Add { fingerprint, .. } = &action {
+                fingerprint
+                    .parse::<Fingerprint>()
+                    .map_err(|error| Cli::command().error(ErrorKind::ValueValidation, error))?;
+            }
+            Request::Trust(action)
+        }
+        Some(SubCommand::Demo) => Request::Demo,
+        Some(SubCommand::Sentinel { args }) => Request::Sentinel(args),
+    };
+    Ok((global, request))
+}
+
+fn source_config(args: MoveArgs, state_dir: PathBuf) -> Result<SourceConfig, clap::Error> {
+    let missing = |what| Cli::command().error(ErrorKind::MissingRequiredArgument, what);
+    let (to, pid) = match (args.to, args.pid) {
+        (Some(to), Some(pid)) => (to, pid),
+        (None, _) => return Err(missing("a command, or --to HOST:PORT and a PID, must be given")),
+        (Some(_), None) => return Err(missing("the PID of the process to move must be given")),
+    };
+    Ok(SourceConfig {
+        state_dir,
+        to,
+        pid,
+        mode: args.mode.unwrap_or_default(),
+        max_rounds: args.max_rounds.unwrap_or(DEFAULT_MAX_ROUNDS),
+        max_downtime: args.max_downtime.unwrap_or(DEFAULT_MAX_DOWNTIME),
+        bandwidth: args.bandwidth,
+        compression: match args.compress {
+            None | Some(CompressArg::Auto) => Compression::Auto,
+            Some(CompressArg::None) => Compression::Off,
+            Some(CompressArg::Lz4) => Compression::Lz4,
+        },
+        tcp_close: args.tcp_close,
+        shell_job: args.shell_job,
+        move_ips: args.move_ip,
+        progress: std::io::IsTerminal::is_terminal(&std::io::stderr()),
+    })
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::panic)]
+mod tests {
+    use super::*;
+
+    fn parsed(line: &str) -> Result<(Global, Request), clap::Error> {
+        parse_from(std::iter::once("migrate").chain(line.split_whitespace()))
+    }
+
+    #[test]
+    fn clap_finds_nothing_wrong() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn a_move_with_everything() {
+        let (global, request) = parsed(
+            "--to node2:7077 --mode precopy --max-rounds 5 --max-downtime 20ms --bandwidth 1Gbit \
+             --compress none --tcp-close --shell-job --move-ip 10.0.0.5/24@eth0 --move-ip fd00::5/64@eth0 \
+             --state-dir /x -vv --json 123",
+        )
+        .unwrap();
+        assert_eq!((global.verbose, global.json), (2, true));
+        let Request::Move(config) = request else { panic!("{request:?}") };
+        assert_eq!((config.pid, config.max_rounds, config.move_ips.len()), (123, 5, 2));
+        assert_eq!(config.compression, Compression::Off);
+        assert_eq!(config.max_downtime, Duration::from_millis(20));
+        assert_eq!(config.bandwidth.map(Bandwidth::bytes_per_second), Some(125_000_000));
+        assert!(config.tcp_close && config.shell_job);
+        assert_eq!(config.state_dir, PathBuf::from("/x"));
+    }
+
+    #[test]
+    fn global_options_go_on_either_side_of_a_command() {
+        for line in ["--state-dir /x -v --json serve", "serve --state-dir /x -v --json"] {
+            let (global, request) = parsed(line).unwrap();
+            assert!(global.json && global.verbose == 1, "{line}");
+            let Request::Serve(config) = request else { panic!("{request:?}") };
+            assert_eq!(config.state_dir, PathBuf::from("/x"));
+            assert_eq!(config.listen.to_string(), "0.0.0.0:7077");
+        }
+    }
+
+    #[test]
+    fn usage_errors_are_status_2() {
+        for line in [
+            "",
+            "123",
+            "--to node2:7077",
+            "--to node2 123",
+            "--to node2:7077 0",
+            "--to node2:7077 -5",
+            "--to node2:7077 --mode sideways 1",
+            "--to node2:7077 --bandwidth fast 1",
+            "--to node2:7077 id",
+            "--tcp-close serve",
+            "check --to node2:7077",
+            "trust",
+            "trust add name",
+            "trust add name sha256:12",
+            "nonsense",
+        ] {
+            let error = parsed(line).unwrap_err();
+            assert_eq!(error.exit_code(), 2, "{line}");
+        }
+    }
+
+    #[test]
+    fn commands() {
+        assert!(matches!(parsed("id").unwrap().1, Request::Id));
+        assert!(matches!(parsed("demo").unwrap().1, Request::Demo));
+        assert!(matches!(parsed("trust list").unwrap().1, Request::Trust(TrustAction::List)));
+        let Request::Check(check) = parsed("check 5 --to a:1").unwrap().1 else { panic!() };
+        assert_eq!((check.pid, check.to.unwrap().to_string()), (Some(5), "a:1".to_owned()));
+        let Request::Sentinel(args) = parsed("__sentinel --fd 3 x").unwrap().1 else { panic!() };
+        assert_eq!(args, ["--fd", "3", "x"]);
+    }
+}
