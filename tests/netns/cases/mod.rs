@@ -1,10 +1,11 @@
 //! The cases, by what they show.
 
 mod grounds;
+mod kinds;
 
 use crate::case::Case;
 
 /// All of them, in the order they run.
 pub(crate) fn all() -> Vec<Case> {
-    [grounds::cases()].into_iter().flatten().collect()
+    [grounds::cases(), kinds::unmoved(), kinds::moved()].into_iter().flatten().collect()
 }

@@ -1,0 +1,96 @@
+//! Every self-verifying program, unmoved and moved: one table for both, so that a red moved case blames
+//! the move.
+
+use std::process::Command;
+use std::time::Duration;
+
+use migrate::testbed::{Host, Lan};
+
+use crate::case::{Case, Need, Result, ensure};
+use crate::visible::Snapshot;
+use crate::workload::{Workload, build};
+
+/// How long one move of a small program may take.
+const MOVE: Duration = Duration::from_secs(60);
+
+/// The zoo: programs with a table of kinds each.
+const ZOO: &[&str] =
+    &["zoo_signals", "zoo_timers", "zoo_blocked", "zoo_fds", "zoo_process", "zoo_memory", "zoo_threads"];
+
+type Start = Box<dyn Fn(&Host) -> Result<Workload>>;
+
+struct Kind {
+    name: String,
+    start: Start,
+    need: Option<Need>,
+}
+
+fn kinds() -> Vec<Kind> {
+    let own = |name: &str, start: Start, need| Kind { name: name.to_owned(), start, need };
+    let writer = |shared: &'static str| -> Start {
+        let words = ["4", "64", "/run/shared/writer", "4", shared];
+        let words: Vec<&str> = words.into_iter().filter(|word| !word.is_empty()).collect();
+        Box::new(move |host| Workload::start(host, "writer", &words))
+    };
+    let python = Some(Need::Program("python3"));
+    let mut all = vec![
+        own("counter", Box::new(|host| Workload::start(host, "counter", &[])), None),
+        own("writer", writer(""), None),
+        own("writer_shared", writer("shared"), None),
+        own("python", Box::new(|host| Workload::python(host, "busy", &["/run/shared/busy"])), python),
+    ];
+    for program in ZOO {
+        for name in list(program).unwrap_or_default() {
+            let kind = name.clone();
+            let start: Start = Box::new(move |host| Workload::start(host, program, &[&kind]));
+            all.push(own(&format!("{}_{name}", &program[4..]), start, None));
+        }
+    }
+    all
+}
+
+/// The kinds a program of the zoo has; none if it does not build, which a case of its own reports.
+fn list(program: &str) -> Result<Vec<String>> {
+    let output = Command::new(build(program)?).arg("--list").output()?;
+    Ok(String::from_utf8(output.stdout)?.lines().map(str::to_owned).collect())
+}
+
+pub(crate) fn unmoved() -> Vec<Case> {
+    let builds = Case::new("unmoved/builds", |_| ZOO.iter().try_for_each(|program| build(program).map(drop)));
+    let case = |kind: Kind| {
+        let need = kind.need;
+        let run = move |lan: &Lan| (kind.start)(&lan.a)?.check_going_on(&lan.a);
+        with_need(Case::new(format!("unmoved/{}", kind.name), run), need)
+    };
+    std::iter::once(builds).chain(kinds().into_iter().map(case)).collect()
+}
+
+pub(crate) fn moved() -> Vec<Case> {
+    let case = |kind: Kind| {
+        let need = kind.need;
+        with_need(Case::new(format!("moved/{}", kind.name), move |lan| there_and_back(lan, &kind)), need)
+    };
+    kinds().into_iter().map(case).collect()
+}
+
+fn with_need(case: Case, need: Option<Need>) -> Case {
+    match need {
+        Some(need) => case.needs(need),
+        None => case,
+    }
+}
+
+fn there_and_back(lan: &Lan, kind: &Kind) -> Result {
+    lan.share_identity()?;
+    let services = [lan.serve(&lan.a)?, lan.serve(&lan.b)?];
+    let mut workload = (kind.start)(&lan.a)?;
+    workload.check(&lan.a)?;
+    for (from, to, service) in [(&lan.a, &lan.b, &services[1]), (&lan.b, &lan.a, &services[0])] {
+        let before = Snapshot::take(from, workload.pid())?;
+        lan.move_to(from, service, workload.pid(), &[], MOVE)?.expect_moved()?;
+        ensure(!from.proc(workload.pid()).exists(), || "the process is still at the source".to_owned())?;
+        Snapshot::take(to, workload.pid())?.compare(&before)?;
+        workload.check_going_on(to)?;
+    }
+    Ok(())
+}

@@ -1,0 +1,273 @@
+/* The rolling-pattern writer: `writer THREADS MIB FILE PACE [shared]`.
+ *
+ * Each thread owns regions of memory (private anonymous, private file, with `shared` also shared
+ * anonymous), stamps their pages with a sequence over the whole page, and knows for each page what it must
+ * contain. Under way it maps, unmaps, moves, grows, shrinks and drops parts of them. One byte that is
+ * stale, lost or invented ends the program. PACE is how many stamps a thread makes per millisecond. */
+#include "workload.h"
+
+#define PAGE 4096
+#define WORDS (PAGE / 8)
+#define REGIONS 8
+#define MOST_THREADS 64
+
+enum kind { ANON, FROM_FILE, SHARED, KINDS };
+
+struct region {
+    enum kind kind;
+    uint64_t id;
+    char *base;
+    uint32_t pages;
+    uint32_t first;     /* page of the file where it begins */
+    uint32_t *sequence; /* 0: never stamped since it was mapped or dropped */
+};
+
+struct worker {
+    pthread_t thread;
+    int number;
+    uint64_t random;
+    uint32_t sequence;
+    uint64_t next_id;
+    atomic_uint checked; /* the last full check that was asked for and done */
+    struct region regions[REGIONS];
+};
+
+static struct worker workers[MOST_THREADS];
+static int thread_count, file = -1, pace;
+static uint32_t region_pages, file_pages;
+static enum kind kinds = SHARED;
+static atomic_uint check_asked;
+
+static uint64_t mix(uint64_t x)
+{
+    x ^= x >> 33;
+    x *= 0xff51afd7ed558ccdULL;
+    x ^= x >> 33;
+    x *= 0xc4ceb9fe1a85ec53ULL;
+    return x ^ (x >> 33);
+}
+
+static uint64_t pick(struct worker *w, uint64_t below)
+{
+    w->random = mix(w->random + 0x9e3779b97f4a7c15ULL);
+    return w->random % below;
+}
+
+static uint64_t stamp_base(const struct region *r, uint32_t page)
+{
+    return mix(r->id ^ ((uint64_t)page << 40) ^ r->sequence[page]);
+}
+
+static void stamp(struct worker *w, struct region *r, uint32_t page)
+{
+    uint64_t *words = (uint64_t *)(r->base + (size_t)page * PAGE);
+    r->sequence[page] = ++w->sequence;
+    uint64_t base = stamp_base(r, page);
+    for (int i = 0; i < WORDS; i++)
+        words[i] = base + (uint64_t)i * 0x0101010101010101ULL;
+}
+
+static uint64_t file_word(uint32_t page, int i)
+{
+    return mix(((uint64_t)page << 16) | (uint64_t)i);
+}
+
+static void verify(const struct worker *w, const struct region *r, uint32_t page)
+{
+    const uint64_t *words = (const uint64_t *)(r->base + (size_t)page * PAGE);
+    uint64_t base = stamp_base(r, page);
+    for (int i = 0; i < WORDS; i++) {
+        uint64_t want = r->sequence[page] ? base + (uint64_t)i * 0x0101010101010101ULL
+                        : r->kind == FROM_FILE ? file_word(r->first + page, i) : 0;
+        if (words[i] != want)
+            fail("thread %d kind %d region %p page %u (%p) word %d: is %llx, must be %llx, sequence %u of %u",
+                 w->number, r->kind, (void *)r->base, page, (const void *)words, i,
+                 (unsigned long long)words[i], (unsigned long long)want, r->sequence[page], w->sequence);
+    }
+}
+
+static void verify_all(const struct worker *w)
+{
+    for (int i = 0; i < REGIONS; i++)
+        for (uint32_t page = 0; page < w->regions[i].pages; page++)
+            verify(w, &w->regions[i], page);
+}
+
+static char *map(const struct region *r, void *at, uint32_t page, uint32_t pages)
+{
+    int flags = at ? MAP_FIXED : 0;
+    int fd = -1;
+    off_t offset = 0;
+    if (r->kind == FROM_FILE) {
+        flags |= MAP_PRIVATE;
+        fd = file;
+        offset = (off_t)(r->first + page) * PAGE;
+    } else {
+        flags |= MAP_ANONYMOUS | (r->kind == SHARED ? MAP_SHARED : MAP_PRIVATE);
+    }
+    char *got = mmap(at, (size_t)pages * PAGE, PROT_READ | PROT_WRITE, flags, fd, offset);
+    CHECK(got != MAP_FAILED, "mmap");
+    return got;
+}
+
+static void make(struct worker *w, struct region *r)
+{
+    r->kind = (enum kind)pick(w, (uint64_t)kinds);
+    r->id = mix(((uint64_t)w->number << 48) | ++w->next_id);
+    r->pages = region_pages / 2 + (uint32_t)pick(w, region_pages / 2);
+    r->first = r->kind == FROM_FILE ? (uint32_t)pick(w, file_pages - r->pages) : 0;
+    r->base = map(r, NULL, 0, r->pages);
+    r->sequence = calloc(region_pages * 2, sizeof *r->sequence);
+    CHECK(r->sequence, "calloc");
+}
+
+static void unmake(struct worker *w, struct region *r)
+{
+    for (int i = 0; i < 16; i++)
+        verify(w, r, (uint32_t)pick(w, r->pages));
+    CHECK(munmap(r->base, (size_t)r->pages * PAGE) == 0, "munmap");
+    free(r->sequence);
+}
+
+/* A range inside the region, for the operations below. */
+static uint32_t range(struct worker *w, const struct region *r, uint32_t *pages)
+{
+    uint32_t start = (uint32_t)pick(w, r->pages);
+    uint32_t most = r->pages - start < 32 ? r->pages - start : 32;
+    *pages = 1 + (uint32_t)pick(w, most);
+    return start;
+}
+
+static void drop(struct worker *w, struct region *r)
+{
+    uint32_t pages, start = range(w, r, &pages);
+    CHECK(madvise(r->base + (size_t)start * PAGE, (size_t)pages * PAGE, MADV_DONTNEED) == 0, "madvise");
+    if (r->kind != SHARED)
+        memset(r->sequence + start, 0, pages * sizeof *r->sequence);
+}
+
+static void punch(struct worker *w, struct region *r)
+{
+    uint32_t pages, start = range(w, r, &pages);
+    char *at = r->base + (size_t)start * PAGE;
+    if (r->kind == SHARED) {
+        /* A second anonymous object in the middle would not move and grow with the first. */
+        CHECK(madvise(at, (size_t)pages * PAGE, MADV_REMOVE) == 0, "madvise");
+    } else {
+        CHECK(munmap(at, (size_t)pages * PAGE) == 0, "munmap");
+        map(r, at, start, pages);
+    }
+    memset(r->sequence + start, 0, pages * sizeof *r->sequence);
+}
+
+static void move(struct worker *w, struct region *r)
+{
+    size_t length = (size_t)r->pages * PAGE;
+    char *to = mmap(NULL, length, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    CHECK(to != MAP_FAILED, "mmap");
+    char *got = mremap(r->base, length, length, MREMAP_MAYMOVE | MREMAP_FIXED, to);
+    if (got == MAP_FAILED && errno == EFAULT) {
+        /* Pieces that did not merge do not move in one call on older kernels. */
+        CHECK(munmap(to, length) == 0, "munmap");
+        return;
+    }
+    CHECK(got == to, "mremap");
+    r->base = got;
+    verify(w, r, (uint32_t)pick(w, r->pages));
+}
+
+static void resize(struct worker *w, struct region *r)
+{
+    uint32_t pages = region_pages / 2 + (uint32_t)pick(w, region_pages);
+    if (r->kind != ANON)
+        return;
+    char *got = mremap(r->base, (size_t)r->pages * PAGE, (size_t)pages * PAGE, MREMAP_MAYMOVE);
+    if (got == MAP_FAILED && errno == EFAULT)
+        return;
+    CHECK(got != MAP_FAILED, "mremap");
+    r->base = got;
+    if (pages > r->pages)
+        memset(r->sequence + r->pages, 0, (pages - r->pages) * sizeof *r->sequence);
+    r->pages = pages;
+}
+
+static void *work(void *argument)
+{
+    struct worker *w = argument;
+    for (int i = 0; i < REGIONS; i++) {
+        make(w, &w->regions[i]);
+        for (uint32_t page = 0; page < w->regions[i].pages; page++)
+            stamp(w, &w->regions[i], page);
+    }
+    for (uint64_t step = 1;; step++) {
+        struct region *r = &w->regions[pick(w, REGIONS)];
+        uint64_t what = pick(w, 10000);
+        if (what < 8900)
+            stamp(w, r, (uint32_t)pick(w, r->pages));
+        else if (what < 9900)
+            verify(w, r, (uint32_t)pick(w, r->pages));
+        else if (what < 9960)
+            drop(w, r);
+        else if (what < 9980)
+            punch(w, r);
+        else if (what < 9989)
+            move(w, r);
+        else if (what < 9997)
+            resize(w, r);
+        else {
+            unmake(w, r);
+            make(w, r);
+        }
+        atomic_fetch_add(&steps, 1);
+        unsigned asked_for = atomic_load(&check_asked);
+        if (atomic_load(&w->checked) != asked_for) {
+            verify_all(w);
+            atomic_store(&w->checked, asked_for);
+        }
+        if (step % (uint64_t)pace == 0) {
+            struct timespec pause = {0, 1000000};
+            nanosleep(&pause, NULL);
+        }
+    }
+    return NULL;
+}
+
+static void check_all(void)
+{
+    unsigned number = atomic_fetch_add(&check_asked, 1) + 1;
+    for (int i = 0; i < thread_count; i++)
+        while (atomic_load(&workers[i].checked) != number) {
+            struct timespec pause = {0, 1000000};
+            nanosleep(&pause, NULL);
+        }
+}
+
+int main(int argc, char **argv)
+{
+    CHECK(argc >= 5, "usage: writer THREADS MIB FILE PACE [shared]");
+    thread_count = atoi(argv[1]);
+    pace = atoi(argv[4]);
+    kinds = argc > 5 ? KINDS : SHARED;
+    CHECK(thread_count > 0 && thread_count <= MOST_THREADS && pace > 0, "arguments");
+    /* A region is three quarters of this on average. */
+    region_pages = (uint32_t)((uint64_t)atoi(argv[2]) * 256 * 4 / 3 / (unsigned)thread_count / REGIONS);
+    CHECK(region_pages >= 16, "too little memory");
+    file_pages = region_pages * 2;
+    file = open(argv[3], O_RDWR | O_CREAT | O_CLOEXEC, 0600);
+    CHECK(file >= 0, "%s", argv[3]);
+    for (uint32_t page = 0; page < file_pages; page++) {
+        uint64_t words[WORDS];
+        for (int i = 0; i < WORDS; i++)
+            words[i] = file_word(page, i);
+        CHECK(write(file, words, PAGE) == PAGE, "write");
+    }
+    /* What is written to by nobody is easier to find the same on the other host. */
+    CHECK(close(file) == 0 && (file = open(argv[3], O_RDONLY | O_CLOEXEC)) >= 0, "%s", argv[3]);
+    for (int i = 0; i < thread_count; i++) {
+        workers[i].number = i;
+        workers[i].random = mix((uint64_t)i + 1) ^ (uint64_t)getpid();
+        CHECK(pthread_create(&workers[i].thread, NULL, work, &workers[i]) == 0, "thread");
+    }
+    check_all();
+    verify_forever(NULL, check_all);
+}

@@ -1,0 +1,167 @@
+/* Timers and clocks. Times are checked against CLOCK_MONOTONIC, which a move carries on. */
+#include "zoo.h"
+#include <sys/signalfd.h>
+#include <sys/time.h>
+#include <sys/timerfd.h>
+
+static atomic_ullong fired;
+static int64_t began, period_ns;
+
+static void on_fire(int s) { (void)s; atomic_fetch_add(&fired, 1); }
+
+/* A periodic timer: must go on firing, and never more often than its period allows. */
+static void must_fire(void)
+{
+    unsigned long long was = atomic_load(&fired);
+    int64_t end = now_ns(CLOCK_MONOTONIC) + LATE_NS;
+    while (atomic_load(&fired) == was) {
+        CHECK(now_ns(CLOCK_MONOTONIC) < end, "fired %llu times, no more", was);
+        usleep(1000);
+    }
+    int64_t most = (now_ns(CLOCK_MONOTONIC) - began) / period_ns + 2;
+    CHECK((int64_t)atomic_load(&fired) <= most, "fired %llu times", (unsigned long long)atomic_load(&fired));
+}
+
+static void catch_with(int signal, int64_t period)
+{
+    struct sigaction a = {.sa_handler = on_fire, .sa_flags = SA_RESTART};
+    CHECK(sigaction(signal, &a, NULL) == 0, "sigaction");
+    began = now_ns(CLOCK_MONOTONIC);
+    period_ns = period;
+}
+
+static void itimer_prepare(void)
+{
+    catch_with(SIGALRM, 30000000);
+    struct itimerval value = {{0, 30000}, {0, 30000}};
+    CHECK(setitimer(ITIMER_REAL, &value, NULL) == 0, "setitimer");
+}
+
+static void itimer_fully(void)
+{
+    struct itimerval now;
+    must_fire();
+    CHECK(getitimer(ITIMER_REAL, &now) == 0, "getitimer");
+    CHECK(now.it_interval.tv_sec == 0 && now.it_interval.tv_usec == 30000, "interval");
+}
+
+static void itimer_virtual_prepare(void)
+{
+    struct itimerval value = {{5, 250000}, {1000, 0}};
+    CHECK(setitimer(ITIMER_VIRTUAL, &value, NULL) == 0 && setitimer(ITIMER_PROF, &value, NULL) == 0, "set");
+}
+
+static void itimer_virtual_fully(void)
+{
+    struct itimerval now;
+    for (int which = ITIMER_VIRTUAL; which <= ITIMER_PROF; which++) {
+        CHECK(getitimer(which, &now) == 0, "getitimer");
+        CHECK(now.it_interval.tv_sec == 5 && now.it_interval.tv_usec == 250000, "interval of %d", which);
+        CHECK(now.it_value.tv_sec > 900 && now.it_value.tv_sec <= 1000, "value of %d", which);
+    }
+}
+
+static timer_t timers[3];
+
+static void on_timer(int s, siginfo_t *info, void *context)
+{
+    (void)s;
+    (void)context;
+    CHECK(info->si_code == SI_TIMER && info->si_value.sival_int == 4711, "value %d", info->si_value.sival_int);
+    atomic_fetch_add(&fired, 1);
+}
+
+static void posix_prepare(void)
+{
+    catch_with(SIGRTMIN + 4, 40000000);
+    struct sigaction a = {.sa_sigaction = on_timer, .sa_flags = SA_SIGINFO | SA_RESTART};
+    CHECK(sigaction(SIGRTMIN + 4, &a, NULL) == 0, "sigaction");
+    struct sigevent event = {.sigev_notify = SIGEV_SIGNAL, .sigev_signo = SIGRTMIN + 4};
+    event.sigev_value.sival_int = 4711;
+    struct itimerspec often = {{0, 40000000}, {0, 40000000}}, late = {{0, 0}, {5000, 0}};
+    /* The one in the middle is deleted: the identifiers that are left have a gap. */
+    for (int i = 0; i < 3; i++)
+        CHECK(timer_create(CLOCK_MONOTONIC, &event, &timers[i]) == 0, "timer_create");
+    CHECK(timer_delete(timers[1]) == 0, "timer_delete");
+    CHECK(timer_settime(timers[0], 0, &often, NULL) == 0, "timer_settime");
+    CHECK(timer_settime(timers[2], 0, &late, NULL) == 0, "timer_settime");
+}
+
+static void posix_fully(void)
+{
+    struct itimerspec now;
+    must_fire();
+    CHECK(timer_gettime(timers[2], &now) == 0, "timer_gettime");
+    CHECK(now.it_value.tv_sec > 4000 && now.it_value.tv_sec <= 5000, "left %ld", (long)now.it_value.tv_sec);
+}
+
+static int fd, late_fd;
+
+static void timerfd_prepare(void)
+{
+    began = now_ns(CLOCK_MONOTONIC);
+    period_ns = 20000000;
+    fd = timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC);
+    late_fd = timerfd_create(CLOCK_BOOTTIME, TFD_NONBLOCK);
+    struct itimerspec often = {{0, 20000000}, {0, 20000000}}, late = {{7, 5}, {5000, 0}};
+    CHECK(timerfd_settime(fd, 0, &often, NULL) == 0 && timerfd_settime(late_fd, 0, &late, NULL) == 0, "set");
+}
+
+static void timerfd_fully(void)
+{
+    uint64_t count;
+    CHECK(read(fd, &count, 8) == 8 && count > 0, "timerfd");
+    atomic_fetch_add(&fired, count);
+    int64_t most = (now_ns(CLOCK_MONOTONIC) - began) / period_ns + 2;
+    CHECK((int64_t)atomic_load(&fired) <= most, "fired %llu", (unsigned long long)atomic_load(&fired));
+    CHECK((int64_t)atomic_load(&fired) >= most - 2 - LATE_NS / period_ns, "fired too seldom");
+    struct itimerspec now;
+    CHECK(timerfd_gettime(late_fd, &now) == 0, "timerfd_gettime");
+    CHECK(now.it_interval.tv_sec == 7 && now.it_interval.tv_nsec == 5, "interval");
+    CHECK(now.it_value.tv_sec > 4000 && now.it_value.tv_sec <= 5000, "left %ld", (long)now.it_value.tv_sec);
+    CHECK(read(late_fd, &count, 8) < 0 && errno == EAGAIN, "the late one fired");
+}
+
+static void signalfd_prepare(void)
+{
+    sigset_t set;
+    sigemptyset(&set);
+    sigaddset(&set, SIGUSR2);
+    sigaddset(&set, SIGRTMIN + 6);
+    CHECK(sigprocmask(SIG_BLOCK, &set, NULL) == 0, "mask");
+    CHECK((fd = signalfd(-1, &set, SFD_NONBLOCK | SFD_CLOEXEC)) >= 0, "signalfd");
+    CHECK(sigqueue(getpid(), SIGRTMIN + 6, (union sigval){.sival_int = 99}) == 0, "sigqueue");
+}
+
+static void signalfd_fully(void)
+{
+    struct signalfd_siginfo info;
+    CHECK(read(fd, &info, sizeof info) == sizeof info, "signalfd");
+    CHECK(info.ssi_signo == (unsigned)SIGRTMIN + 6 && info.ssi_int == 99, "signal %u", info.ssi_signo);
+    CHECK(read(fd, &info, sizeof info) < 0 && errno == EAGAIN, "one too many");
+    CHECK(kill(getpid(), SIGUSR2) == 0 && read(fd, &info, sizeof info) == sizeof info, "the other signal");
+    CHECK(sigqueue(getpid(), SIGRTMIN + 6, (union sigval){.sival_int = 99}) == 0, "sigqueue");
+}
+
+/* The vdso's clocks and the kernel's agree, and none goes back. */
+static void clocks_often(void)
+{
+    static const clockid_t all[] = {CLOCK_MONOTONIC, CLOCK_BOOTTIME, CLOCK_REALTIME};
+    static int64_t last[3];
+    for (int i = 0; i < 3; i++) {
+        struct timespec t;
+        int64_t vdso = now_ns(all[i]);
+        CHECK(syscall(SYS_clock_gettime, all[i], &t) == 0, "clock_gettime");
+        int64_t kernel = (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
+        CHECK(vdso >= last[i], "clock %d went back by %lld ns", all[i], (long long)(last[i] - vdso));
+        CHECK(kernel >= vdso && kernel < vdso + LATE_NS, "vdso and kernel differ on %d", all[i]);
+        last[i] = kernel;
+    }
+}
+
+ZOO({"itimer_real", itimer_prepare, NULL, itimer_fully},
+    {"itimer_virtual_and_prof", itimer_virtual_prepare, NULL, itimer_virtual_fully},
+    {"posix_timers", posix_prepare, NULL, posix_fully},
+    {"timerfd", timerfd_prepare, NULL, timerfd_fully},
+    {"signalfd", signalfd_prepare, NULL, signalfd_fully},
+    {"clocks", NULL, clocks_often, clocks_often})
