@@ -2,11 +2,12 @@
 
 use std::fmt;
 use std::io;
-use std::net::{IpAddr, SocketAddr, ToSocketAddrs};
+use std::net::{SocketAddr, ToSocketAddrs};
 use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
+pub use crate::engine::address::MoveIp;
 use crate::pageserver::pack::Compression;
 
 /// Port of `migrate serve` unless another is chosen.
@@ -17,8 +18,6 @@ pub const DEFAULT_STATE_DIR: &str = "/var/lib/migrate";
 pub const DEFAULT_MAX_ROUNDS: u32 = 30;
 /// Downtime that is fine with most clients, and the goal of this program.
 pub const DEFAULT_MAX_DOWNTIME: Duration = Duration::from_millis(10);
-/// Longest name of a network device.
-const MAX_DEVICE_BYTES: usize = 15;
 
 /// Settings of a move, at the source.
 #[derive(Debug, Clone)]
@@ -87,9 +86,6 @@ pub enum ConfigError {
     /// Not a duration.
     #[error("a duration is a number with us, ms, s or m, such as 10ms or 1.5s")]
     Duration,
-    /// Not an address on a device.
-    #[error("an address to move is ADDR/PREFIX@DEV, such as 10.0.0.5/24@eth0")]
-    MoveIp,
     /// Not a destination.
     #[error("a destination is HOST:PORT, such as node2:7077, 10.0.0.2:7077 or [fd00::2]:7077")]
     Destination,
@@ -162,41 +158,6 @@ fn split_unit(text: &str) -> Option<(f64, &str)> {
     let end = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
     let (number, unit) = text.split_at_checked(end)?;
     Some((number.parse().ok()?, unit))
-}
-
-/// An address that moves with the process.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct MoveIp {
-    /// The address.
-    pub addr: IpAddr,
-    /// Length of its network's prefix.
-    pub prefix: u8,
-    /// The device that it is on, at both ends.
-    pub device: String,
-}
-
-impl FromStr for MoveIp {
-    type Err = ConfigError;
-
-    fn from_str(text: &str) -> Result<Self, ConfigError> {
-        let (network, device) = text.split_once('@').ok_or(ConfigError::MoveIp)?;
-        let (addr, prefix) = network.split_once('/').ok_or(ConfigError::MoveIp)?;
-        let addr: IpAddr = addr.parse().map_err(|_| ConfigError::MoveIp)?;
-        let prefix: u8 = prefix.parse().map_err(|_| ConfigError::MoveIp)?;
-        let longest = if addr.is_ipv4() { 32 } else { 128 };
-        let named = !device.is_empty() && device.len() <= MAX_DEVICE_BYTES && device != "." && device != "..";
-        let plain = device.bytes().all(|b| b.is_ascii_graphic() && b != b'/' && b != b':');
-        if prefix > longest || addr.is_unspecified() || addr.is_multicast() || !named || !plain {
-            return Err(ConfigError::MoveIp);
-        }
-        Ok(Self { addr, prefix, device: device.to_owned() })
-    }
-}
-
-impl fmt::Display for MoveIp {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}/{}@{}", self.addr, self.prefix, self.device)
-    }
 }
 
 /// A destination service: a name or address, and a port.

@@ -16,6 +16,7 @@ pub mod cli;
 pub mod config;
 pub mod dest;
 pub mod engine;
+pub mod hello;
 pub mod identity;
 pub mod journal;
 pub mod migration;

@@ -6,8 +6,11 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail};
 use migrate::cli::{self, Global, Request, TrustAction};
+use migrate::config::SourceConfig;
 use migrate::identity::Node;
 use migrate::identity::trust::TrustStore;
+use migrate::source::OverQuic;
+use migrate::source::sentinel::run_sentinel;
 use migrate::telemetry;
 use serde_json::json;
 
@@ -27,11 +30,31 @@ fn run(global: &Global, request: Request) -> Result<ExitCode> {
     match request {
         Request::Id => id(global)?,
         Request::Trust(action) => trust(global, action)?,
-        Request::Move(_) | Request::Serve(_) | Request::Check(_) | Request::Demo | Request::Sentinel(_) => {
+        Request::Move(config) => return migrate_process(global, &config),
+        Request::Serve(config) => migrate::dest::serve(config).context("serving")?,
+        Request::Sentinel(args) => sentinel(global, &args)?,
+        Request::Check(_) | Request::Demo => {
             bail!("not built yet");
         }
     }
     Ok(ExitCode::SUCCESS)
+}
+
+fn migrate_process(global: &Global, config: &SourceConfig) -> Result<ExitCode> {
+    let report = migrate::source::run(config)?;
+    if global.json {
+        println!("{}", serde_json::to_string(&report)?);
+    } else {
+        print!("{report}");
+    }
+    Ok(ExitCode::from(report.exit_status()))
+}
+
+fn sentinel(global: &Global, args: &[String]) -> Result<()> {
+    let id = args.first().context("which migration?")?.parse().context("the migration's id")?;
+    let mut destination = OverQuic::new(global.state_dir.clone());
+    run_sentinel(&global.state_dir, id, &mut destination)?;
+    Ok(())
 }
 
 fn id(global: &Global) -> Result<()> {

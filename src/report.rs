@@ -124,6 +124,11 @@ impl Phases {
         }
     }
 
+    /// Takes over all phases of another set.
+    pub fn merge(&mut self, other: Phases) {
+        other.0.into_iter().for_each(|(name, took)| self.add(&name, took));
+    }
+
     /// The time of a phase, zero if it did not happen.
     pub fn of(&self, name: &str) -> Duration {
         self.0.get(name).copied().unwrap_or_default()
@@ -171,6 +176,11 @@ impl PhaseClock {
     /// Time since the clock was started.
     pub fn elapsed(&self) -> Duration {
         self.start.elapsed()
+    }
+
+    /// The phases that have ended.
+    pub fn so_far(&self) -> &Phases {
+        &self.phases
     }
 
     /// Ends the phase that runs and gives the phases out.

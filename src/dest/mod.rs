@@ -1,5 +1,16 @@
-//! The incoming side.
+//! The incoming side, behind `migrate serve`.
+//!
+//! [`serve`] accepts connections; each migration has a thread, on which `driver` performs what [`machine`]
+//! decides: frames become a skeleton ([`assemble`]), the skeleton a process.
 
-pub mod machine;
-pub mod protocol;
 pub mod assemble;
+mod driver;
+pub mod machine;
+mod preflight;
+pub mod protocol;
+mod reaper;
+mod recover;
+mod serve;
+mod wire;
+
+pub use serve::{ServeError, serve};

@@ -173,21 +173,7 @@ impl Frozen {
             return Ok(());
         }
         let leader = self.threads.first_mut().ok_or(InjectError::Gone(self.pid))?;
-        let tid = leader.tid;
-        ptrace::set_sigmask(tid, u64::MAX).map_err(|e| sys("blocking signals", tid, e))?;
-        // In the stop of a signal delivery the kernel has not yet decided about a restart: the registers
-        // are still the ones of the freeze.
-        loop {
-            ptrace::cont(tid, 0).map_err(|e| sys("lifting the fence", tid, e))?;
-            match ptrace::wait(tid).map_err(|e| sys("lifting the fence", tid, e))? {
-                (Stop::Signal(libc::SIGSTOP), _) => break,
-                (Stop::Gone, _) => return Err(InjectError::Gone(tid)),
-                (Stop::Signal(_) | Stop::Event(_), _) => {}
-                (Stop::Other(_), status) => return Err(InjectError::UnexpectedStop { tid, status }),
-            }
-        }
-        ptrace::set_sigmask(tid, leader.mask).map_err(|e| sys("restoring the mask", tid, e))?;
-        ptrace::set_regs(tid, &leader.regs).map_err(|e| sys("restoring registers", tid, e))?;
+        drop_pending_stop(leader.tid)?;
         self.fenced = false;
         Ok(())
     }
@@ -198,6 +184,14 @@ impl Frozen {
     /// If it is gone. Whatever can be let go has been let go all the same.
     pub fn thaw(mut self) -> Result<(), InjectError> {
         self.let_go()
+    }
+
+    /// Leaves the process stopped by its fence, in everything else as it was.
+    pub fn leave_held(mut self) {
+        self.fenced = false;
+        if let Err(error) = self.let_go() {
+            tracing::error!(pid = self.pid, %error, "letting go of a held process");
+        }
     }
 
     /// Kills the process; the threads are reaped so that its parent can be told.
@@ -294,6 +288,27 @@ impl RemoteCalls for Frozen {
         let Some((injector, _)) = self.injection.as_mut() else { return Err(InjectError::Gone(pid)) };
         run_in(injector, &mut self.threads, batches, pid)
     }
+}
+
+/// Takes a pending SIGSTOP out of a stopped process: the thread runs into its delivery, with everything
+/// else blocked, and drops it there. Registers, mask and the restart of an interrupted call stay as they
+/// are: in the stop of a delivery the kernel has not yet decided about a restart.
+pub(super) fn drop_pending_stop(tid: Tid) -> Result<(), InjectError> {
+    let step = |step| move |errno| sys(step, tid, errno);
+    let regs = ptrace::regs(tid).map_err(step("reading registers"))?;
+    let mask = ptrace::sigmask(tid).map_err(step("reading the mask"))?;
+    ptrace::set_sigmask(tid, u64::MAX).map_err(step("blocking signals"))?;
+    loop {
+        ptrace::cont(tid, 0).map_err(step("lifting the fence"))?;
+        match ptrace::wait(tid).map_err(step("lifting the fence"))? {
+            (Stop::Signal(libc::SIGSTOP), _) => break,
+            (Stop::Gone, _) => return Err(InjectError::Gone(tid)),
+            (Stop::Signal(_) | Stop::Event(_), _) => {}
+            (Stop::Other(_), status) => return Err(InjectError::UnexpectedStop { tid, status }),
+        }
+    }
+    ptrace::set_regs(tid, &regs).map_err(step("restoring registers"))?;
+    ptrace::set_sigmask(tid, mask).map_err(step("restoring the mask"))
 }
 
 /// Runs each batch in its thread; the leader, parked in injected code, takes its own turn.

@@ -29,3 +29,17 @@ impl fmt::Display for Reason {
         Ok(())
     }
 }
+
+impl From<Reason> for crate::proto::control::Reason {
+    fn from(r: Reason) -> Self {
+        Self { object: r.object, why: r.why, remedy: r.remedy }
+    }
+}
+
+impl From<crate::proto::control::Reason> for Reason {
+    fn from(r: crate::proto::control::Reason) -> Self {
+        // Shown to a person: cut to a length that a person reads.
+        let cut = |text: String| text.chars().take(500).collect::<String>();
+        Self { object: cut(r.object), why: cut(r.why), remedy: cut(r.remedy) }
+    }
+}

@@ -15,7 +15,7 @@ use nix::errno::Errno;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use super::freeze::run_in;
+use super::freeze::{drop_pending_stop, run_in};
 use super::inject::{AREA_BYTES, CodeRoom, Injector, StoppedThread, io, sys};
 use super::memory::{Memory, MemoryError, PAGE_BYTES};
 use super::regs;
@@ -449,11 +449,13 @@ impl Skeleton {
     }
 
     /// From here on the process outlives us: the right to run it has been accepted. The leader is last,
-    /// its one call is the moment of acceptance.
+    /// its one call is the moment of acceptance. If we die now, it stays stopped: a SIGSTOP is pending
+    /// until [`Skeleton::resume`].
     ///
     /// # Errors
     /// If the process is gone.
     pub fn accept(&mut self) -> Result<(), SkeletonError> {
+        kill(Pid::from_raw(self.pid), Signal::SIGSTOP).map_err(|e| sys("fencing", self.pid, e))?;
         for thread in self.threads.iter().rev() {
             ptrace::set_options(thread.tid, 0).map_err(|e| sys("accepting", thread.tid, e))?;
         }
@@ -461,12 +463,16 @@ impl Skeleton {
         Ok(())
     }
 
-    /// Lets all threads run. Call [`Skeleton::accept`] first.
+    /// Lets all threads run, or leaves them stopped if they came so. Call [`Skeleton::accept`] first.
     ///
     /// # Errors
     /// If the process is gone.
-    pub fn resume(self) -> Result<(), SkeletonError> {
+    pub fn resume(mut self, stopped: bool) -> Result<(), SkeletonError> {
         let mut result = Ok(());
+        if !stopped {
+            let leader = self.threads.first_mut().ok_or(InjectError::Gone(self.pid))?;
+            result = drop_pending_stop(leader.tid).map_err(Into::into);
+        }
         for thread in self.threads.iter().rev() {
             let gone = ptrace::detach(thread.tid, 0).map_err(|e| sys("resuming", thread.tid, e).into());
             result = result.and(gone);

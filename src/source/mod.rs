@@ -1,8 +1,177 @@
-//! The outgoing side.
+//! The outgoing side, behind `migrate --to HOST:PORT PID`.
+//!
+//! [`run`] examines the process and asks the destination to examine the plan ([`plan`]); only if nobody has
+//! anything against it is the process touched. Then [`machine`] decides and `driver` performs.
 
+mod ask;
+mod driver;
 pub mod machine;
+mod outcome;
+pub mod plan;
 pub mod policy;
-pub mod protocol;
 pub mod precopy;
+pub mod protocol;
 pub mod resolve;
 pub mod sentinel;
+mod wire;
+
+pub use ask::OverQuic;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::{SigSet, Signal};
+use ring::rand::{SecureRandom, SystemRandom};
+
+use crate::config::SourceConfig;
+use crate::engine::alive;
+use crate::engine::kernel::{Host, HostError};
+use crate::engine::reason::Reason;
+use crate::identity::{IdentityError, Node};
+use crate::migration::{MigrationId, ProcessKey};
+use crate::report::{Outcome, Report};
+use crate::transport::{self, Incoming, Link, Settings};
+use crate::wire::{Body, Control};
+
+/// How long the destination may take to examine a plan that is refused here already.
+const CHECK_PATIENCE: Duration = Duration::from_secs(30);
+
+/// Why not even an examination was possible.
+#[derive(Debug, thiserror::Error)]
+pub enum SourceError {
+    /// Our key or the trusted peers.
+    #[error("this node's identity")]
+    Identity(#[from] IdentityError),
+    /// What this host has.
+    #[error("examining this host")]
+    Host(#[from] HostError),
+    /// The kernel gave no random bytes.
+    #[error("making a migration id")]
+    Random,
+}
+
+/// Moves a process, or says why not. The report tells which.
+///
+/// # Errors
+/// [`SourceError`] before anything was even looked at.
+pub fn run(config: &SourceConfig) -> Result<Report, SourceError> {
+    let cancelled = watch_signals();
+    let started = Instant::now();
+    let node = Arc::new(Node::open(&config.state_dir)?);
+    let host = Host::probe()?;
+    let id = new_id()?;
+    let mut report = Report::new(id.to_string(), config.pid, config.to.to_string(), config.mode);
+    let settings = Settings { bandwidth: config.bandwidth.map(|b| b.bytes_per_second()), ..Settings::default() };
+    let hello = crate::hello::hello();
+
+    // The process and the destination are looked at at the same time.
+    let dial = {
+        let (node, to, hello, settings) = (node.clone(), config.to.clone(), hello.clone(), settings.clone());
+        std::thread::spawn(move || connect(node, &to, hello, settings))
+    };
+    let mut plan = plan::survey(id, config, &host);
+    let link = dial.join().unwrap_or_else(|_| Err(Reason::new("destination", "cannot be reached", "")));
+    report.memory_bytes = plan.begin.memory_bytes;
+    let key = alive::start_ticks(config.pid.unsigned_abs()).ok().flatten();
+    let mut link = match link {
+        Ok(link) => Some(link),
+        Err(reason) => {
+            plan.reasons.push(reason);
+            None
+        }
+    };
+    if !plan.reasons.is_empty() || key.is_none() || link.is_none() {
+        // Whatever the destination has against it is to be known in the same go.
+        plan.begin.check_only = true;
+        if let Some(link) = link.as_mut() {
+            plan.reasons.extend(ask(link, plan.begin));
+        }
+        if plan.reasons.is_empty() {
+            plan.reasons.push(Reason::new(format!("pid {}", config.pid), "has ended", ""));
+        }
+        report.reasons = plan.reasons;
+        report.total = started.elapsed();
+        return Ok(report);
+    }
+    let process = ProcessKey { pid: config.pid.unsigned_abs(), start_ticks: key.unwrap_or(0) };
+    let driver = driver::Driver {
+        config,
+        id,
+        process,
+        node,
+        hello,
+        settings,
+        begin: plan.begin,
+        link,
+        cancelled,
+        report,
+        state: driver::Held::default(),
+    };
+    let mut report = driver.run();
+    report.total = started.elapsed();
+    if report.outcome == Outcome::Moved {
+        tracing::info!(pid = config.pid, "moved");
+    }
+    Ok(report)
+}
+
+fn connect(
+    node: Arc<Node>,
+    to: &crate::config::Destination,
+    hello: crate::wire::Hello,
+    settings: Settings,
+) -> Result<Link, Reason> {
+    let object = format!("destination {to}");
+    let addrs = to
+        .resolve()
+        .map_err(|e| Reason::new(object.clone(), format!("has no address: {e}"), "check the name"))?;
+    transport::connect(node, addrs, hello, settings)
+        .map_err(|e| Reason::new(object, driver::chain(&e), ""))
+}
+
+/// Asks the destination what it has against a plan that will not be carried out.
+fn ask(link: &mut Link, begin: crate::proto::control::Begin) -> Vec<Reason> {
+    let request = Control { message: Some(Body::Begin(begin)) };
+    if let Err(error) = link.send_control(&request) {
+        return vec![Reason::new("destination", driver::chain(&error), "")];
+    }
+    match link.recv_timeout(CHECK_PATIENCE) {
+        Some(Incoming::Control(Control { message: Some(Body::Refused(refused)) })) => {
+            refused.reasons.into_iter().map(Into::into).collect()
+        }
+        Some(Incoming::Lost(error)) => vec![Reason::new("destination", driver::chain(&error), "")],
+        _ => Vec::new(),
+    }
+}
+
+fn new_id() -> Result<MigrationId, SourceError> {
+    let mut bytes = [0; crate::migration::ID_BYTES];
+    SystemRandom::new().fill(&mut bytes).map_err(|_| SourceError::Random)?;
+    Ok(MigrationId::new(bytes))
+}
+
+/// SIGINT and SIGTERM cancel the migration; a thread of its own waits for them. To be called before any
+/// other thread exists.
+fn watch_signals() -> Arc<AtomicBool> {
+    let cancelled = Arc::new(AtomicBool::new(false));
+    let mut set = SigSet::empty();
+    set.add(Signal::SIGINT);
+    set.add(Signal::SIGTERM);
+    set.add(Signal::SIGHUP);
+    if let Err(errno) = set.thread_block() {
+        tracing::warn!(%errno, "signals will end the command instead of cancelling the migration");
+        return cancelled;
+    }
+    let flag = cancelled.clone();
+    let watch = move || {
+        while let Ok(signal) = set.wait() {
+            eprintln!("migrate: {signal}: cancelling");
+            flag.store(true, Ordering::Relaxed);
+        }
+    };
+    if let Err(error) = std::thread::Builder::new().name("signals".into()).spawn(watch) {
+        tracing::warn!(%error, "signals are not watched");
+    }
+    cancelled
+}

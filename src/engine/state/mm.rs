@@ -225,6 +225,31 @@ fn file_ref(m: &MapsEntry) -> Result<FileRef, Reason> {
     })
 }
 
+/// Shared anonymous memory that another process maps as well: it would be torn in two.
+pub fn check_shared(pid: Tid, vmas: &[Vma]) -> Vec<Reason> {
+    let ours: HashMap<u64, &Vma> =
+        vmas.iter().filter(|v| v.kind() == VmaKind::VmaAnonShared).map(|v| (v.shm_inode, v)).collect();
+    let mut reasons = Vec::new();
+    if ours.is_empty() {
+        return reasons;
+    }
+    let others = std::fs::read_dir("/proc").into_iter().flatten().flatten();
+    let others = others.filter_map(|e| e.file_name().to_str()?.parse::<Tid>().ok()).filter(|p| *p != pid);
+    for other in others {
+        let text = std::fs::read(format!("/proc/{other}/maps")).unwrap_or_default();
+        let Ok(maps) = procfs::parse_maps(&text) else { continue };
+        let shared = maps.iter().filter(|m| m.shared && m.path == b"/dev/zero (deleted)");
+        if let Some(vma) = shared.filter_map(|m| ours.get(&m.inode)).next() {
+            reasons.push(Reason::new(
+                format!("mapping {:x}-{:x}", vma.start, vma.end),
+                format!("is shared memory that process {other} maps as well"),
+                "move or end that process first",
+            ));
+        }
+    }
+    reasons
+}
+
 /// The fields of the mm that /proc tells: all but `brk`, which [`ask_brk`] gets, and the guards.
 ///
 /// # Errors

@@ -3,3 +3,10 @@
 
 pub mod files;
 pub mod mm;
+pub mod calls;
+pub mod creds;
+pub mod limits;
+pub mod sched;
+pub mod signals;
+pub mod threads;
+pub mod timers;

@@ -3,11 +3,13 @@
 
 #![allow(unsafe_code, reason = "this module is the fence")]
 
+pub mod attrs;
 pub mod blob;
 pub mod clone;
 pub mod fds;
 pub mod pagemap;
 pub mod pidfd;
+pub mod priority;
 pub mod ptrace;
 pub mod socket;
 pub mod uffd;

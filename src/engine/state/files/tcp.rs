@@ -43,6 +43,32 @@ pub struct ListenPort {
     pub v6only: bool,
 }
 
+impl From<&ListenPort> for crate::proto::control::Port {
+    fn from(port: &ListenPort) -> Self {
+        let address = match port.address {
+            IpAddr::V4(a) => a.octets().to_vec(),
+            IpAddr::V6(a) => a.octets().to_vec(),
+        };
+        Self { address, port: port.port.into(), reuseport: port.reuseport, v6only: port.v6only }
+    }
+}
+
+impl TryFrom<&crate::proto::control::Port> for ListenPort {
+    type Error = Reason;
+
+    fn try_from(port: &crate::proto::control::Port) -> Result<Self, Reason> {
+        let bad = || Reason::new("plan", "names a listening port that makes no sense", "");
+        let v4 = <[u8; 4]>::try_from(port.address.as_slice()).map(IpAddr::from);
+        let address = v4.or_else(|_| <[u8; 16]>::try_from(port.address.as_slice()).map(IpAddr::from));
+        Ok(Self {
+            address: address.map_err(|_| bad())?,
+            port: port.port.try_into().map_err(|_| bad())?,
+            reuseport: port.reuseport,
+            v6only: port.v6only,
+        })
+    }
+}
+
 /// What a TCP socket turned out to be.
 #[derive(Debug)]
 pub(super) enum Tcp {

@@ -1,0 +1,370 @@
+//! Performs what the destination's machine asks for: preflight of this host, skeleton, journal, acceptance.
+//!
+//! One thread per migration, named after it; it is the tracer of the skeleton. Messages about the same
+//! migration that come over other connections reach it through its [`Inbox`].
+
+use std::collections::{HashMap, VecDeque};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
+use std::time::{Duration, Instant};
+
+use super::assemble::{Applied, AssembleError, Assembly};
+use super::machine::DestMachine;
+use super::protocol::{Action, Cause, Event, LinkId, Message, Outcome, Tell};
+use super::reaper;
+use super::wire::{to_control, to_message};
+use crate::engine::address::{Address, AddressSet};
+use crate::engine::alive;
+use crate::engine::kernel::Host;
+use crate::engine::reason::Reason;
+use crate::engine::remote::Tid;
+use crate::engine::restore::{self, RestoreError};
+use crate::engine::skeleton::{ReservedPid, Skeleton, SkeletonError};
+use crate::engine::state::files;
+use crate::journal::{self, Incoming, IncomingState, Journal, JournalError};
+use crate::migration::{MigrationId, ProcessKey};
+use crate::proto::control::{Begin, Timings};
+use crate::proto::image::Process;
+use crate::report::PhaseClock;
+use crate::transport::{self, Link, LinkSender};
+
+/// A message about this migration from another connection, and the way to answer it.
+#[derive(Debug)]
+pub(super) struct Ask {
+    pub message: Message,
+    pub answer: LinkSender,
+}
+
+/// Where such messages arrive.
+pub(super) type Inbox = Receiver<Ask>;
+
+/// How often the own connection is left to look into the inbox.
+const INBOX_POLL: Duration = Duration::from_millis(20);
+/// How often the machine is told that frames keep coming.
+const PROGRESS_EVERY: Duration = Duration::from_secs(1);
+/// The connection that began the migration.
+const OWN_LINK: LinkId = LinkId(0);
+
+#[derive(Debug, thiserror::Error)]
+enum ActionError {
+    #[error(transparent)]
+    Assemble(#[from] AssembleError),
+    #[error(transparent)]
+    Restore(#[from] RestoreError),
+    #[error(transparent)]
+    Files(#[from] files::RestoreFilesError),
+    #[error(transparent)]
+    Journal(#[from] JournalError),
+    #[error(transparent)]
+    Skeleton(#[from] SkeletonError),
+    #[error(transparent)]
+    Alive(#[from] alive::AliveError),
+    #[error("this step came before the one that it needs")]
+    Order,
+}
+
+/// One incoming migration.
+pub(super) struct Driver {
+    pub id: MigrationId,
+    pub begin: Begin,
+    pub link: Option<Link>,
+    pub inbox: Inbox,
+    pub state_dir: PathBuf,
+    pub host: Arc<Host>,
+    pub assembly: Option<Assembly>,
+    pub skeleton: Option<Skeleton>,
+    pub process: Option<ProcessKey>,
+    pub stopped: bool,
+    pub addresses: Option<AddressSet>,
+    pub asks: HashMap<u64, LinkSender>,
+    pub next_ask: u64,
+    pub clock: PhaseClock,
+    pub peer: String,
+}
+
+impl Driver {
+    /// Runs the machine until there is nothing left to do but answering that can be left to others.
+    pub(super) fn run(mut self) -> Outcome {
+        let started = Instant::now();
+        let (mut machine, actions) = DestMachine::begin(OWN_LINK);
+        let mut todo: VecDeque<Action> = actions.into();
+        let mut events = VecDeque::new();
+        let mut timer: Option<Instant> = None;
+        let mut last_progress = Instant::now();
+        loop {
+            while let Some(action) = todo.pop_front() {
+                match action {
+                    Action::Arm(after) => timer = Some(Instant::now() + after),
+                    Action::Disarm => timer = None,
+                    Action::Finish(outcome) => {
+                        self.say_goodbye();
+                        return outcome;
+                    }
+                    action => {
+                        let step = step_name(&action);
+                        match self.perform(action) {
+                            Ok(event) => events.extend(event),
+                            Err(error) => {
+                                todo.clear();
+                                events.push_back(self.failed(step, &error));
+                            }
+                        }
+                    }
+                }
+            }
+            let event = match events.pop_front() {
+                Some(event) => event,
+                None => self.wait(&mut timer, &mut last_progress),
+            };
+            match machine.handle(started.elapsed(), event) {
+                Ok(actions) => todo.extend(actions),
+                Err(error) => tracing::error!(%error, "a defect of the driver"),
+            }
+        }
+    }
+
+    fn failed(&self, step: &'static str, error: &ActionError) -> Event {
+        tracing::warn!(step, error = chain(error), "failed");
+        Event::Failed { step, error: chain(error) }
+    }
+
+    /// The next event from outside.
+    fn wait(&mut self, timer: &mut Option<Instant>, last_progress: &mut Instant) -> Event {
+        loop {
+            if timer.is_some_and(|t| t <= Instant::now()) {
+                *timer = None;
+                return Event::Timeout;
+            }
+            let left = timer.map_or(Duration::from_secs(3600), |t| t.saturating_duration_since(Instant::now()));
+            let ask = match &self.link {
+                Some(_) => self.inbox.try_recv().ok(),
+                None => match self.inbox.recv_timeout(left) {
+                    Ok(ask) => Some(ask),
+                    Err(RecvTimeoutError::Timeout) => continue,
+                    // The service is going down: so is this migration, unless it is accepted.
+                    Err(RecvTimeoutError::Disconnected) => return Event::Timeout,
+                },
+            };
+            if let Some(ask) = ask {
+                self.next_ask += 1;
+                self.asks.insert(self.next_ask, ask.answer);
+                return Event::Message(LinkId(self.next_ask), ask.message);
+            }
+            let Some(link) = self.link.as_mut() else { continue };
+            match link.recv_timeout(left.min(INBOX_POLL)) {
+                None => {}
+                Some(transport::Incoming::Control(message)) => match to_message(message) {
+                    Ok(message) => return Event::Message(OWN_LINK, message),
+                    Err(error) => {
+                        tracing::warn!(%error, "the source broke the protocol");
+                        self.link = None;
+                        return Event::LinkLost(OWN_LINK);
+                    }
+                },
+                Some(transport::Incoming::Lost(error)) => {
+                    tracing::info!(error = &error as &dyn std::error::Error, "connection ended");
+                    self.link = None;
+                    return Event::LinkLost(OWN_LINK);
+                }
+                Some(transport::Incoming::Frame(frame)) => {
+                    if let Some(event) = self.frame(&frame, last_progress) {
+                        return event;
+                    }
+                }
+            }
+        }
+    }
+
+    fn frame(
+        &mut self,
+        frame: &crate::pageserver::frame::Frame,
+        last_progress: &mut Instant,
+    ) -> Option<Event> {
+        // Frames that were under way when we gave up are nobody's.
+        let assembly = self.assembly.as_mut()?;
+        match assembly.apply(frame) {
+            Ok(Applied::Placed) if last_progress.elapsed() > PROGRESS_EVERY => {
+                *last_progress = Instant::now();
+                Some(Event::Progress)
+            }
+            Ok(Applied::Placed) => None,
+            Ok(Applied::RoundEnd(round)) => Some(Event::RoundPlaced(round)),
+            Ok(Applied::State(process)) => match self.restore(&process) {
+                Ok(key) => Some(Event::Applied(key)),
+                Err(error) => Some(self.failed("restoring the process", &error)),
+            },
+            Err(error) => Some(self.failed("placing memory", &error.into())),
+        }
+    }
+
+    /// The last frame has come: the rest of the state goes into the skeleton.
+    fn restore(&mut self, process: &Process) -> Result<ProcessKey, ActionError> {
+        let arrived = Instant::now();
+        self.clock.begin("build");
+        let mut skeleton = self.assembly.take().ok_or(ActionError::Order)?.into_skeleton()?;
+        let log = self.state_dir.join("logs").join(format!("{}-{}.log", process.pid, self.id));
+        let descriptors = process.files.clone().unwrap_or_default();
+        let built = files::build(&descriptors, Some(&log))?;
+        self.clock.begin("restore");
+        restore::restore(&mut skeleton, process, built, arrived.elapsed())?;
+        self.clock.end();
+        self.stopped = process.stopped;
+        let start_ticks = alive::start_ticks(process.pid)?.ok_or(ActionError::Order)?;
+        self.skeleton = Some(skeleton);
+        let key = ProcessKey { pid: process.pid, start_ticks };
+        self.process = Some(key);
+        Ok(key)
+    }
+
+    fn perform(&mut self, action: Action) -> Result<Option<Event>, ActionError> {
+        match action {
+            Action::Arm(_) | Action::Disarm | Action::Finish(_) => Ok(None),
+            Action::Send(to, tell) => Ok(self.send(to, &tell)),
+            Action::Build => Ok(Some(self.build())),
+            Action::Record(process) => {
+                self.record(process, IncomingState::Prepared)?;
+                Ok(Some(Event::Recorded))
+            }
+            Action::Accept => {
+                self.clock.begin("accept");
+                self.skeleton.as_mut().ok_or(ActionError::Order)?.accept()?;
+                Ok(Some(Event::Accepted))
+            }
+            Action::RecordAccepted => {
+                if let Some(process) = self.process
+                    && let Err(error) = self.record(process, IncomingState::Accepted)
+                {
+                    tracing::error!(error = &error as &dyn std::error::Error, "recording the acceptance");
+                }
+                Ok(None)
+            }
+            Action::AddAddresses => {
+                if let Some(addresses) = self.addresses.as_mut()
+                    && let Err(error) = addresses.add()
+                {
+                    tracing::error!(error = &error as &dyn std::error::Error, "adding addresses");
+                }
+                Ok(None)
+            }
+            Action::Resume(right) => {
+                if let Some(skeleton) = self.skeleton.take()
+                    && let Err(error) = skeleton.resume(self.stopped)
+                {
+                    tracing::error!(error = &error as &dyn std::error::Error, "resuming the process");
+                }
+                self.clock.end();
+                reaper::adopt(right.process().pid);
+                Ok(None)
+            }
+            Action::Kill => {
+                self.assembly = None;
+                self.skeleton = None;
+                Ok(None)
+            }
+            Action::Forget => {
+                Journal::<Incoming>::open(&self.state_dir)?.remove(self.id)?;
+                Ok(None)
+            }
+        }
+    }
+
+    /// Preflight of this host, then the process's number.
+    fn build(&mut self) -> Event {
+        let same_kernel = self.same_kernel();
+        let (mut reasons, addresses) = super::preflight::check(&self.begin, &self.host, same_kernel);
+        self.addresses = addresses;
+        if reasons.is_empty() && !self.begin.check_only {
+            match ReservedPid::take(Tid::try_from(self.begin.pid).unwrap_or(0)) {
+                Ok(reserved) => self.assembly = Some(Assembly::new(reserved)),
+                Err(error) => {
+                    reasons.push(Reason::new(
+                        format!("pid {}", self.begin.pid),
+                        format!("cannot be used at the destination: {}", chain(&error)),
+                        "",
+                    ));
+                }
+            }
+        }
+        if reasons.is_empty() { Event::Built } else { Event::Unable(reasons) }
+    }
+
+    fn same_kernel(&self) -> bool {
+        let theirs = self.link.as_ref().map(|l| l.peer().hello.boot_id.clone()).unwrap_or_default();
+        journal::boot_id().is_ok_and(|ours| ours.as_bytes() == theirs.as_slice())
+    }
+
+    fn record(&self, process: ProcessKey, state: IncomingState) -> Result<(), JournalError> {
+        Journal::open(&self.state_dir)?.write(&Incoming {
+            id: self.id,
+            process,
+            boot: journal::boot_id()?,
+            peer: self.peer.clone(),
+            state,
+            was_stopped: self.stopped,
+            addresses: self.addresses.as_ref().map(AddressSet::records).unwrap_or_default(),
+        })
+    }
+
+    fn send(&mut self, to: LinkId, tell: &Tell) -> Option<Event> {
+        let timings = matches!(tell, Tell::Prepared | Tell::Committed).then(|| Timings {
+            phase_us: self.clock.so_far().to_micros().collect(),
+        });
+        let message = to_control(tell, self.id, timings);
+        let sent = match (to == OWN_LINK, &self.link) {
+            (true, Some(link)) => link.send_control(&message).is_ok(),
+            (true, None) => false,
+            (false, _) => self.asks.remove(&to.0).is_some_and(|l| l.send_control(&message).is_ok()),
+        };
+        (!sent).then_some(Event::LinkLost(to))
+    }
+
+    fn say_goodbye(&mut self) {
+        if let Some(link) = self.link.take() {
+            let _ = link.finish(Duration::from_secs(2));
+        }
+    }
+}
+
+/// For the log of a finished migration.
+pub(super) fn in_words(outcome: &Outcome) -> String {
+    match outcome {
+        Outcome::Moved => "moved here".into(),
+        Outcome::NotMoved(Cause::Unable(reasons)) => {
+            let list: Vec<String> = reasons.iter().map(ToString::to_string).collect();
+            format!("refused: {}", list.join("; "))
+        }
+        Outcome::NotMoved(cause) => format!("not moved: {cause}"),
+    }
+}
+
+fn step_name(action: &Action) -> &'static str {
+    match action {
+        Action::Build => "making the skeleton",
+        Action::Record(_) => "recording the process",
+        Action::Accept => "accepting the process",
+        _ => "switching over",
+    }
+}
+
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text.push_str(": ");
+        text.push_str(&error.to_string());
+        cause = error.source();
+    }
+    text
+}
+
+/// The addresses of a plan, with what `ip address add` would give them.
+pub(super) fn parse_addresses(texts: &[String]) -> Result<Vec<Address>, Reason> {
+    texts
+        .iter()
+        .map(|text| match text.parse() {
+            Ok(spec) => Ok(Address::new(spec)),
+            Err(_) => Err(Reason::new(format!("address {text}"), "is not ADDR/PREFIX@DEV", "")),
+        })
+        .collect()
+}

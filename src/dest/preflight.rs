@@ -1,0 +1,70 @@
+//! What this host has against taking a process: everything at once, before anything is made.
+
+use super::driver::parse_addresses;
+use crate::engine::address::{self, AddressSet};
+use crate::engine::kernel::{self, Host};
+use crate::engine::preflight;
+use crate::engine::reason::Reason;
+use crate::engine::state::files::{self, ListenPort};
+use crate::engine::state::calls::AttrError;
+use crate::engine::state::{creds, limits, sched};
+use crate::proto::control::Begin;
+use crate::proto::image::Process;
+
+/// Checks the plan against this host. Also finds the devices of the addresses that move.
+pub(super) fn check(begin: &Begin, host: &Host, same_kernel: bool) -> (Vec<Reason>, Option<AddressSet>) {
+    let mut reasons = preflight::check_pids_free(&begin.tids);
+    if let (Some(cpu), Some(needs)) = (&begin.cpu, &begin.kernel) {
+        reasons.extend(kernel::missing_here(cpu, needs, host));
+    } else {
+        reasons.push(Reason::new("plan", "says nothing about processor and kernel", ""));
+    }
+    reasons.extend(begin.files.iter().filter_map(|f| files::compare_here(f, same_kernel)));
+    for port in &begin.ports {
+        match ListenPort::try_from(port) {
+            Ok(port) => reasons.extend(files::port_free(&port)),
+            Err(reason) => reasons.push(reason),
+        }
+    }
+    if let Some(early) = &begin.early {
+        match attributes(early) {
+            Ok(found) => reasons.extend(found),
+            Err(error) => reasons.push(Reason::new("this host", error.to_string(), "")),
+        }
+    }
+    let addresses = match parse_addresses(&begin.move_ips) {
+        Ok(addresses) => addresses,
+        Err(reason) => {
+            reasons.push(reason);
+            return (reasons, None);
+        }
+    };
+    let specs: Vec<_> = addresses.iter().map(|a| a.spec.clone()).collect();
+    match address::check_destination(&specs) {
+        Ok(found) => reasons.extend(found),
+        Err(error) => reasons.push(Reason::new("addresses", error.to_string(), "")),
+    }
+    if addresses.is_empty() || !reasons.is_empty() {
+        return (reasons, None);
+    }
+    match AddressSet::of(&addresses) {
+        Ok(set) => (reasons, Some(set)),
+        Err(error) => {
+            reasons.push(Reason::new("addresses", error.to_string(), ""));
+            (reasons, None)
+        }
+    }
+}
+
+/// Limits, credentials and CPUs that we cannot give.
+fn attributes(early: &Process) -> Result<Vec<Reason>, AttrError> {
+    let ours = creds::here()?;
+    let mut reasons = sched::check_here(&early.threads)?;
+    if let Some(attrs) = &early.attrs {
+        reasons.extend(limits::check_here(attrs, &ours)?);
+    }
+    if let Some(creds) = &early.creds {
+        reasons.extend(creds::check_here(creds, &ours));
+    }
+    Ok(reasons)
+}

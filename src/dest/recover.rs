@@ -1,0 +1,141 @@
+//! What a restarted service finds in its journal: processes that are its own, and what was left to do.
+
+use std::path::Path;
+use std::sync::PoisonError;
+use std::sync::mpsc::{Receiver, channel};
+use std::time::Duration;
+
+use nix::sys::signal::Signal;
+
+use super::driver::Ask;
+use super::machine::DestMachine;
+use super::protocol::{Action, Event, LinkId};
+use super::serve::{Entry, Registry};
+use super::wire::to_control;
+use crate::engine::address::AddressSet;
+use crate::engine::alive;
+use crate::engine::procfs;
+use crate::engine::sys::pidfd::PidFd;
+use crate::journal::{self, Incoming, IncomingState, Journal, JournalError};
+use crate::transport::LinkSender;
+
+/// The one question that is being answered.
+const ASKER: LinkId = LinkId(1);
+
+/// Goes through the records of an earlier service: completes what was accepted, forgets the rest. For each
+/// process of ours a thread answers the source's questions until it confirms.
+///
+/// # Errors
+/// If the journal cannot be read at all.
+pub(super) fn recover(state_dir: &Path, registry: &Registry) -> Result<(), JournalError> {
+    let journal = Journal::<Incoming>::open(state_dir)?;
+    let (records, unreadable) = journal.list()?;
+    for error in unreadable {
+        tracing::error!(error = &error as &dyn std::error::Error, "skipping a record");
+    }
+    let boot = journal::boot_id()?;
+    for record in records {
+        if record.boot != boot {
+            // The process went with its boot.
+            journal.remove(record.id)?;
+            continue;
+        }
+        let process = match alive::open_untraced(record.process.pid, record.process.start_ticks) {
+            Ok(process) => process,
+            Err(error) => {
+                tracing::error!(id = %record.id, error = &error as &dyn std::error::Error, "not recovered");
+                continue;
+            }
+        };
+        let accepted = record.state == IncomingState::Accepted;
+        let (machine, actions) = DestMachine::recovered(record.process, accepted, process.is_some());
+        let mut recovered =
+            Recovered { record, process, machine, journal: Journal::open(state_dir)?, asker: None };
+        if recovered.perform(actions) {
+            continue;
+        }
+        let (inbox, asks) = channel();
+        let id = recovered.record.id;
+        let entry = Entry { inbox, peer: recovered.record.peer.clone() };
+        registry.lock().unwrap_or_else(PoisonError::into_inner).insert(id, entry);
+        let registry = registry.clone();
+        let thread = std::thread::Builder::new().name("dest-recovered".into()).spawn(move || {
+            recovered.answer(&asks);
+            registry.lock().unwrap_or_else(PoisonError::into_inner).remove(&id);
+        });
+        if let Err(error) = thread {
+            tracing::error!(%id, %error, "no thread to answer for a recovered process");
+        }
+    }
+    Ok(())
+}
+
+struct Recovered {
+    record: Incoming,
+    process: Option<PidFd>,
+    machine: DestMachine,
+    journal: Journal<Incoming>,
+    asker: Option<LinkSender>,
+}
+
+impl Recovered {
+    fn answer(&mut self, asks: &Receiver<Ask>) {
+        while let Ok(ask) = asks.recv() {
+            self.asker = Some(ask.answer);
+            match self.machine.handle(Duration::ZERO, Event::Message(ASKER, ask.message)) {
+                Ok(actions) => {
+                    if self.perform(actions) {
+                        return;
+                    }
+                }
+                Err(error) => tracing::error!(%error, "a defect of the driver"),
+            }
+        }
+    }
+
+    /// True if nothing is left to do.
+    fn perform(&mut self, actions: Vec<Action>) -> bool {
+        for action in actions {
+            match action {
+                Action::RecordAccepted => {
+                    self.record.state = IncomingState::Accepted;
+                    if let Err(error) = self.journal.write(&self.record) {
+                        tracing::error!(error = &error as &dyn std::error::Error, "recording");
+                    }
+                }
+                Action::AddAddresses => {
+                    let added = AddressSet::of(&self.record.addresses).and_then(|mut set| set.add());
+                    if let Err(error) = added {
+                        tracing::error!(error = &error as &dyn std::error::Error, "adding addresses");
+                    }
+                }
+                Action::Resume(_) => self.lower_fence(),
+                Action::Forget => {
+                    if let Err(error) = self.journal.remove(self.record.id) {
+                        tracing::error!(error = &error as &dyn std::error::Error, "forgetting");
+                    }
+                }
+                Action::Send(_, tell) => {
+                    let message = to_control(&tell, self.record.id, None);
+                    let _ = self.asker.as_ref().map(|l| l.send_control(&message));
+                }
+                Action::Finish(_) => return true,
+                _ => {}
+            }
+        }
+        false
+    }
+
+    /// The old service died between acceptance and resume: the fence still holds the process.
+    fn lower_fence(&self) {
+        let Some(process) = &self.process else { return };
+        let stat = std::fs::read(format!("/proc/{}/stat", self.record.process.pid)).unwrap_or_default();
+        let stopped = procfs::parse_stat(&stat).is_ok_and(|s| s.state == b'T');
+        if stopped
+            && !self.record.was_stopped
+            && let Err(errno) = process.signal(Signal::SIGCONT)
+        {
+            tracing::error!(pid = self.record.process.pid, %errno, "lowering the fence");
+        }
+    }
+}

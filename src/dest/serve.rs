@@ -1,0 +1,189 @@
+//! `migrate serve`: accepts connections, gives each migration a thread, answers for those of the past.
+
+use std::collections::HashMap;
+use std::io::Write;
+use std::sync::mpsc::{Sender, channel};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use super::driver::{Ask, Driver, in_words};
+use super::machine::answer_unknown;
+use super::protocol::Message;
+use super::recover;
+use super::wire::{migration_of, to_control, to_message};
+use crate::config::ServeConfig;
+use crate::engine::kernel::Host;
+use crate::identity::{IdentityError, Node};
+use crate::journal::JournalError;
+use crate::migration::MigrationId;
+use crate::report::PhaseClock;
+use crate::transport::{Incoming, Link, Server, Settings, TransportError};
+use crate::wire::Body;
+
+/// How long a connected source may take to say what it wants.
+const FIRST_WORD: Duration = Duration::from_secs(30);
+/// How long an answered connection is kept for the next question.
+const NEXT_WORD: Duration = Duration::from_secs(10);
+
+/// Why the service could not start or had to end.
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    /// Our key or the trusted peers.
+    #[error("this node's identity")]
+    Identity(#[from] IdentityError),
+    /// The records of migrations.
+    #[error("the records of earlier migrations")]
+    Journal(#[from] JournalError),
+    /// The network.
+    #[error("the network")]
+    Transport(#[from] TransportError),
+    /// What this host has.
+    #[error("examining this host")]
+    Host(#[from] crate::engine::kernel::HostError),
+    /// A thread or the runtime could not be started, or standard output is closed.
+    #[error("{step}")]
+    Io {
+        /// What was being done.
+        step: &'static str,
+        /// Why it failed.
+        #[source]
+        source: std::io::Error,
+    },
+}
+
+/// A migration whose thread lives: where to send questions about it, and who may ask.
+#[derive(Debug)]
+pub(super) struct Entry {
+    pub inbox: Sender<Ask>,
+    pub peer: String,
+}
+
+/// All migrations that have a thread.
+pub(super) type Registry = Arc<Mutex<HashMap<MigrationId, Entry>>>;
+
+struct Service {
+    config: ServeConfig,
+    host: Arc<Host>,
+    registry: Registry,
+}
+
+/// Runs the service until the network fails or it is killed.
+///
+/// # Errors
+/// See [`ServeError`].
+pub fn serve(config: ServeConfig) -> Result<(), ServeError> {
+    let io = |step| move |source| ServeError::Io { step, source };
+    let node = Arc::new(Node::open(&config.state_dir)?);
+    let host = Arc::new(Host::probe()?);
+    let registry = Registry::default();
+    recover::recover(&config.state_dir, &registry)?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .thread_name("net")
+        .enable_all()
+        .build()
+        .map_err(io("starting the network runtime"))?;
+    runtime.block_on(async {
+        let mut server = Server::bind(node.clone(), config.listen, Settings::default(), crate::hello::hello)?;
+        let addr = server.local_addr();
+        let mut out = std::io::stdout();
+        writeln!(out, "listening on {addr} (fingerprint {})", node.fingerprint())
+            .and_then(|()| out.flush())
+            .map_err(io("writing to standard output"))?;
+        let service = Arc::new(Service { config, host, registry });
+        while let Some(link) = server.accept().await {
+            match link {
+                Err(failed) => {
+                    let error = &failed.error as &dyn std::error::Error;
+                    tracing::warn!(peer = %failed.peer, error, "connection refused");
+                }
+                Ok(link) => {
+                    let service = service.clone();
+                    let thread = std::thread::Builder::new()
+                        .name("dest".into())
+                        .spawn(move || service.session(link));
+                    if let Err(error) = thread {
+                        tracing::error!(%error, "no thread for a connection");
+                    }
+                }
+            }
+        }
+        Ok(())
+    })
+}
+
+impl Service {
+    /// One connection: a migration of its own, or questions about others.
+    fn session(&self, mut link: Link) {
+        let mut patience = FIRST_WORD;
+        loop {
+            let until = Instant::now() + patience;
+            let message = loop {
+                match link.recv_timeout(until.saturating_duration_since(Instant::now())) {
+                    Some(Incoming::Control(message)) => break message,
+                    Some(Incoming::Frame(_)) => {}
+                    Some(Incoming::Lost(_)) | None => return,
+                }
+            };
+            let Some(id) = migration_of(&message) else { return };
+            if let Some(Body::Begin(begin)) = message.message {
+                return self.migration(id, begin, link);
+            }
+            let Ok(message) = to_message(message) else { return };
+            self.answer(id, message, &link);
+            patience = NEXT_WORD;
+        }
+    }
+
+    /// Passes a question on to the migration's thread, or answers for one that is not known.
+    fn answer(&self, id: MigrationId, message: Message, link: &Link) {
+        let peer = link.peer().fingerprint.to_string();
+        // The lock is held until the answer is decided: see `machine`.
+        let registry = self.registry.lock().unwrap_or_else(PoisonError::into_inner);
+        let unanswered = match registry.get(&id) {
+            Some(entry) if entry.peer != peer => {
+                tracing::warn!(%id, peer, "a question about a migration of somebody else");
+                return;
+            }
+            Some(entry) => entry.inbox.send(Ask { message, answer: link.sender() }).err().map(|e| e.0.message),
+            None => Some(message),
+        };
+        if let Some(tell) = unanswered.as_ref().and_then(answer_unknown) {
+            let _ = link.send_control(&to_control(&tell, id, None));
+        }
+    }
+
+    fn migration(&self, id: MigrationId, begin: crate::proto::control::Begin, link: Link) {
+        let peer = link.peer().fingerprint.to_string();
+        let (inbox, asks) = channel();
+        {
+            let mut registry = self.registry.lock().unwrap_or_else(PoisonError::into_inner);
+            if registry.contains_key(&id) {
+                tracing::warn!(%id, "a second beginning of the same migration");
+                return;
+            }
+            registry.insert(id, Entry { inbox, peer: peer.clone() });
+        }
+        tracing::info!(%id, pid = begin.pid, comm = begin.comm, peer, "migration begins");
+        let driver = Driver {
+            id,
+            begin,
+            link: Some(link),
+            inbox: asks,
+            state_dir: self.config.state_dir.clone(),
+            host: self.host.clone(),
+            assembly: None,
+            skeleton: None,
+            process: None,
+            stopped: false,
+            addresses: None,
+            asks: HashMap::new(),
+            next_ask: 0,
+            clock: PhaseClock::start(),
+            peer,
+        };
+        let outcome = driver.run();
+        tracing::info!(%id, "{}", in_words(&outcome));
+        self.registry.lock().unwrap_or_else(PoisonError::into_inner).remove(&id);
+    }
+}

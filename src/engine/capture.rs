@@ -1,0 +1,237 @@
+//! The whole state of a frozen process, but for its memory: one kind after the other, in few batches.
+
+use std::os::fd::OwnedFd;
+
+use super::freeze::{Frozen, signal_is_due};
+use super::inject::StoppedThread;
+use super::memory::{Memory, MemoryError};
+use super::procfs::{Status, parse_stat, parse_status};
+use super::reason::Reason;
+use super::regs;
+use super::remote::{Batch, InjectError, RemoteCalls, Tid};
+use super::sleep::SleepBook;
+use super::state::calls::{AttrError, read_as};
+use super::state::creds::{self, CredsProbe};
+use super::state::files::{self, CaptureFilesError, FilesOptions};
+use super::state::limits::LimitsProbe;
+use super::state::mm::{self, MapError};
+use super::state::sched;
+use super::state::signals::{self, ActionsProbe};
+use super::state::threads::{self, ThreadProbe};
+use super::state::timers::TimersProbe;
+use super::sys::vm::RemoteRange;
+use super::sys::{attrs, ptrace};
+use crate::proto::image::{Process, Range, Thread};
+
+/// Why the state of a process could not be captured.
+#[derive(Debug, thiserror::Error)]
+pub enum CaptureError {
+    /// The process could not be driven.
+    #[error("driving the process")]
+    Inject(#[from] InjectError),
+    /// Its memory map.
+    #[error("capturing the memory map")]
+    Map(#[from] MapError),
+    /// Its descriptors.
+    #[error("capturing descriptors")]
+    Files(#[from] CaptureFilesError),
+    /// Its attributes: signals, timers, credentials, limits, threads.
+    #[error("capturing attributes")]
+    Attributes(#[from] AttrError),
+    /// Its memory could not be reached.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// The registers of a thread.
+    #[error("reading the extended registers of thread {tid}")]
+    Xstate {
+        /// The thread.
+        tid: Tid,
+        /// The kernel's answer.
+        #[source]
+        errno: nix::errno::Errno,
+    },
+}
+
+impl CaptureError {
+    /// Refusals that showed only now, to be named one by one.
+    pub fn reasons(&self) -> Option<Vec<Reason>> {
+        match self {
+            CaptureError::Files(CaptureFilesError::Refused { reasons, .. })
+            | CaptureError::Attributes(AttrError::Refused(reasons))
+            | CaptureError::Map(MapError::Refused(reasons)) => Some(reasons.clone()),
+            _ => None,
+        }
+    }
+}
+
+/// What was captured.
+#[derive(Debug)]
+pub struct Captured {
+    /// The state to send.
+    pub process: Process,
+    /// Established connections, to be closed for their peers after the commit.
+    pub closing: Vec<OwnedFd>,
+}
+
+/// Captures the state of a frozen process. Nothing of it is consumed or changed.
+///
+/// # Errors
+/// See [`CaptureError`].
+pub fn capture(
+    frozen: &mut Frozen,
+    options: &FilesOptions,
+    sleeps: &SleepBook,
+    guards: Vec<Range>,
+) -> Result<Captured, CaptureError> {
+    let pid = frozen.pid();
+    // Before any injection: registers as the freeze found them.
+    let mut process = Process {
+        pid: pid.unsigned_abs(),
+        threads: registers(frozen, sleeps)?,
+        stopped: frozen.group_stopped,
+        ..Process::default()
+    };
+    let statuses = pending_signals(frozen, &mut process)?;
+    let leader = statuses.first().ok_or(InjectError::Gone(pid))?;
+
+    let mut batch = Batch::new();
+    let brk = mm::ask_brk(&mut batch);
+    let actions = ActionsProbe::ask(&mut batch);
+    let clocks = TimersProbe::ask(pid, &mut batch)?;
+    let rights = CredsProbe::ask(&mut batch);
+    let bounds = LimitsProbe::ask(&mut batch);
+    let outcome = frozen.run(&batch)?;
+    let mut memory = mm::capture_mm(pid)?;
+    memory.brk = outcome.ret(brk).map_err(|errno| InjectError::Call {
+        what: "reading the end of the heap".into(),
+        tid: pid,
+        errno,
+    })?;
+    memory.guards = guards;
+    process.mm = Some(memory);
+    process.actions = actions.read(pid, &outcome)?;
+    (process.itimers, process.timers) = clocks.read(pid, &outcome)?;
+    process.creds = Some(rights.read(leader, &outcome)?);
+    let stat = read_as(format!("/proc/{pid}/stat"), parse_stat)?;
+    process.attrs = Some(bounds.read(leader, &stat, &outcome)?);
+    thread_attributes(frozen, &mut process)?;
+
+    let captured = files::capture(pid, options)?;
+    process.files = Some(captured.image);
+    Ok(Captured { process, closing: captured.closing })
+}
+
+/// Pending signals of the process and of each thread; the status of each thread, on the way.
+fn pending_signals(frozen: &Frozen, process: &mut Process) -> Result<Vec<Status>, CaptureError> {
+    let pid = frozen.pid();
+    let mut statuses = Vec::with_capacity(process.threads.len());
+    for (thread, stopped) in process.threads.iter_mut().zip(frozen.threads()) {
+        let status = read_as(format!("/proc/{pid}/task/{}/status", stopped.tid), parse_status)?;
+        thread.pending = signals::capture_pending(stopped.tid, false, status.pending)?;
+        if stopped.tid == pid {
+            process.pending = signals::capture_pending(pid, true, status.shared_pending)?;
+        }
+        if statuses.first().is_some_and(|leader| !creds::same(leader, &status)) {
+            let why = "has other credentials than the leader, which cannot be carried";
+            let reason = Reason::new(format!("thread {}", stopped.tid), why, "");
+            return Err(AttrError::Refused(vec![reason]).into());
+        }
+        statuses.push(status);
+    }
+    Ok(statuses)
+}
+
+/// What each thread tells itself, all at the same time, and how it is scheduled.
+fn thread_attributes(frozen: &mut Frozen, process: &mut Process) -> Result<(), CaptureError> {
+    let pid = frozen.pid();
+    let mut probes = Vec::with_capacity(process.threads.len());
+    let mut work = Vec::with_capacity(process.threads.len());
+    for thread in frozen.threads() {
+        let mut batch = Batch::new();
+        probes.push(ThreadProbe::ask(thread.tid, &mut batch));
+        work.push((thread.tid, batch));
+    }
+    let outcomes = frozen.run_in_threads(&work)?;
+    let defaults = sched::Defaults::here()?;
+    let mut common = None;
+    for ((thread, probe), outcome) in process.threads.iter_mut().zip(&probes).zip(&outcomes) {
+        let attrs = probe.read(pid, outcome)?;
+        let of_process = (attrs.personality, attrs.securebits);
+        if *common.get_or_insert(of_process) != of_process {
+            let why = "has another personality or other securebits than the leader, which cannot be carried";
+            let reason = Reason::new(format!("thread {}", thread.tid), why, "");
+            return Err(AttrError::Refused(vec![reason]).into());
+        }
+        let known = std::mem::take(thread);
+        *thread = Thread {
+            tid: known.tid,
+            gpregs: known.gpregs,
+            xstate: known.xstate,
+            sigmask: known.sigmask,
+            pending: known.pending,
+            restart_remaining_ns: known.restart_remaining_ns,
+            sched: Some(sched::capture(Tid::try_from(known.tid).unwrap_or(0), &defaults)?),
+            ..attrs.thread
+        };
+    }
+    if let (Some(attrs), Some((personality, _))) = (process.attrs.as_mut(), common) {
+        attrs.personality = personality;
+    }
+    Ok(())
+}
+
+/// A thread stopped inside a restartable sequence goes on at its abort handler, as the kernel would have
+/// it; an injected call would make it forget.
+fn leave_rseq_section(memory: &Memory, thread: &mut StoppedThread) {
+    const RSEQ_CS: u64 = 8;
+    let Ok(rseq) = attrs::traced_rseq(thread.tid) else { return };
+    let read = |at: u64, into: &mut [u8]| memory.read_exact(at, into).is_ok();
+    if let Some(ip) = threads::rseq_abort(rseq.area, thread.regs.rip, read) {
+        thread.regs.rip = ip;
+        let pointer = RemoteRange { start: rseq.area + RSEQ_CS, len: 8 };
+        if let Err(error) = memory.write_runs(&[0; 8], &[pointer]) {
+            tracing::warn!(tid = thread.tid, %error, "clearing rseq_cs");
+        }
+    }
+}
+
+/// Takes all threads of a process that has just been frozen out of restartable sequences. Before anything
+/// is injected.
+///
+/// # Errors
+/// If its memory cannot be opened.
+pub fn leave_rseq_sections(frozen: &mut Frozen) -> Result<(), MemoryError> {
+    let memory = Memory::open(frozen.pid())?;
+    frozen.threads_mut().iter_mut().for_each(|t| leave_rseq_section(&memory, t));
+    Ok(())
+}
+
+/// General and extended registers and masks; calls that only our stop has ended are issued again.
+fn registers(
+    frozen: &mut Frozen,
+    sleeps: &SleepBook,
+) -> Result<Vec<Thread>, CaptureError> {
+    let pid = frozen.pid();
+    let mut threads = Vec::with_capacity(frozen.threads().len());
+    leave_rseq_sections(frozen)?;
+    for thread in frozen.threads() {
+        let tid = thread.tid;
+        let mut r = thread.regs;
+        let mut remaining = -1;
+        if regs::ended_by_stop(&r) && !signal_is_due(pid, tid, thread.mask) {
+            regs::rewind_call(&mut r);
+        } else if let Some(call) = sleeps.remaining(thread) {
+            r.orig_rax = regs::unsigned(call.number);
+            remaining = call.remaining_ns;
+        }
+        threads.push(Thread {
+            tid: tid.unsigned_abs(),
+            gpregs: regs::to_bytes(&r),
+            xstate: ptrace::xstate(tid).map_err(|errno| CaptureError::Xstate { tid, errno })?,
+            sigmask: thread.mask,
+            restart_remaining_ns: remaining,
+            ..Default::default()
+        });
+    }
+    Ok(threads)
+}

@@ -1,0 +1,243 @@
+//! The captured state into a skeleton, one stage after the other; the order is the type.
+
+use std::os::fd::AsFd;
+use std::time::Duration;
+
+use nix::errno::Errno;
+
+use super::reason::Reason;
+use super::regs;
+use super::remote::{Batch, InjectError, RemoteCalls, Tid};
+use super::skeleton::{Skeleton, SkeletonError};
+use super::sleep;
+use super::state::calls::{AttrError, Named};
+use super::state::files::{self, Built, RestoreFilesError};
+use super::state::{creds, limits, mm, sched, signals, threads, timers};
+use super::sys::ptrace;
+use crate::proto::image::{Mm, Process, Thread};
+
+/// The stages of a restore, in their order, each with the reason for its place.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Stage {
+    /// First: needs capabilities (locks, exe link) and descriptor 0 for a moment; all pages are in.
+    Memory,
+    /// The limit of open files must not stand in the way of them.
+    Room,
+    /// While the process still may open everything, and before its own limits are set.
+    Files,
+    /// Dispositions before anything can be pending: queuing an ignored signal would lose it.
+    Process,
+    /// Registers that live in the kernel by system call: TLS-related addresses, alternate stacks, names.
+    Threads,
+    /// Blocked until the end, each thread's own by itself.
+    Pending,
+    /// After what they would have limited.
+    Limits,
+    /// As late as possible: they run.
+    Timers,
+    /// Nothing privileged comes after them, but what has to.
+    Credentials,
+    /// Our code leaves the process, its own registers come back. Then it is ready.
+    Registers,
+}
+
+/// Why a stage failed.
+#[derive(Debug, thiserror::Error)]
+pub enum RestoreError {
+    /// The process could not be driven.
+    #[error("{stage:?}: driving the process")]
+    Inject {
+        /// The stage.
+        stage: Stage,
+        /// What failed.
+        #[source]
+        source: InjectError,
+    },
+    /// Descriptors.
+    #[error("restoring descriptors")]
+    Files(#[from] RestoreFilesError),
+    /// The skeleton itself.
+    #[error("{stage:?}")]
+    Skeleton {
+        /// The stage.
+        stage: Stage,
+        /// What failed.
+        #[source]
+        source: SkeletonError,
+    },
+    /// A kind of state that is not valid or not possible here.
+    #[error("{stage:?}")]
+    State {
+        /// The stage.
+        stage: Stage,
+        /// What, and why.
+        #[source]
+        source: AttrError,
+    },
+    /// The state is incomplete or does not fit the threads of the skeleton.
+    #[error("the state is not complete: {0}")]
+    Incomplete(&'static str),
+}
+
+impl RestoreError {
+    /// As a reason for the source's operator.
+    pub fn reason(&self, pid: Tid) -> Reason {
+        let mut why = format!("cannot be restored: {self}");
+        let mut cause = std::error::Error::source(self);
+        while let Some(error) = cause {
+            why.push_str(&format!(": {error}"));
+            cause = error.source();
+        }
+        Reason::new(format!("pid {pid}"), why, "")
+    }
+}
+
+/// Restores all state but the memory's contents; `elapsed` is how long ago it was captured. Afterwards every thread waits with its own registers.
+///
+/// # Errors
+/// See [`RestoreError`]; the skeleton is then of no use.
+pub fn restore(
+    skeleton: &mut Skeleton,
+    process: &Process,
+    built: Built,
+    elapsed: Duration,
+) -> Result<(), RestoreError> {
+    let memory = process.mm.as_ref().ok_or(RestoreError::Incomplete("memory"))?;
+    let creds = process.creds.as_ref().ok_or(RestoreError::Incomplete("credentials"))?;
+    let attrs = process.attrs.as_ref().ok_or(RestoreError::Incomplete("attributes"))?;
+    check_threads(skeleton, process)?;
+    choose_doorbell(skeleton, process)?;
+
+    let ours = creds::here().map_err(state(Stage::Credentials))?;
+
+    finish_memory(skeleton, memory)?;
+
+    let stage = Stage::Room;
+    let mut batch = Batch::new();
+    let named = limits::make_room_calls(&mut batch).map_err(state(stage))?;
+    run(skeleton, stage, &batch, &named)?;
+
+    let (number, channel) = skeleton.channel().map_err(|source| RestoreError::Skeleton { stage, source })?;
+    files::install(skeleton, number, channel.as_fd(), built)?;
+
+    let stage = Stage::Process;
+    let mut batch = Batch::new();
+    let named = signals::restore_actions(&process.actions, &mut batch).map_err(state(stage))?;
+    run(skeleton, stage, &batch, &named)?;
+
+    in_threads(skeleton, Stage::Threads, process, |thread, batch| {
+        Ok(threads::restore_calls(thread, attrs.personality, batch))
+    })?;
+    for thread in &process.threads {
+        if let (Some(sched), Ok(tid)) = (&thread.sched, Tid::try_from(thread.tid)) {
+            sched::restore(tid, sched).map_err(state(Stage::Threads))?;
+        }
+    }
+
+    signals::restore_pending(skeleton, process).map_err(state(Stage::Pending))?;
+
+    let stage = Stage::Limits;
+    let mut batch = Batch::new();
+    let named = limits::restore_calls(attrs, &mut batch).map_err(state(stage))?;
+    run(skeleton, stage, &batch, &named)?;
+    limits::restore_outside(skeleton.pid(), attrs).map_err(state(stage))?;
+
+    let stage = Stage::Timers;
+    let mut batch = Batch::new();
+    let named = timers::restore_calls(process, elapsed, &mut batch).map_err(state(stage))?;
+    run(skeleton, stage, &batch, &named)?;
+
+    let stage = Stage::Credentials;
+    in_threads(skeleton, stage, process, |_, batch| creds::restore_calls(creds, &ours, batch))?;
+    let mut batch = Batch::new();
+    let named = creds::finish_calls(creds, &mut batch);
+    run(skeleton, stage, &batch, &named)?;
+    in_threads(skeleton, stage, process, |thread, batch| Ok(threads::finish_calls(thread, batch)))?;
+
+    registers(skeleton, process)
+}
+
+fn state(stage: Stage) -> impl Fn(AttrError) -> RestoreError {
+    move |source| RestoreError::State { stage, source }
+}
+
+/// One thread of the state for each of the skeleton, the same ids, the leader first.
+fn check_threads(skeleton: &Skeleton, process: &Process) -> Result<(), RestoreError> {
+    let mut wanted: Vec<Tid> = process.threads.iter().filter_map(|t| Tid::try_from(t.tid).ok()).collect();
+    let mut here = skeleton.tids();
+    let leader_first = wanted.first() == Some(&skeleton.pid());
+    wanted.sort_unstable();
+    here.sort_unstable();
+    if wanted == here && leader_first { Ok(()) } else { Err(RestoreError::Incomplete("threads")) }
+}
+
+/// The bell must not be a signal that will be pending.
+fn choose_doorbell(skeleton: &mut Skeleton, process: &Process) -> Result<(), RestoreError> {
+    let (_, pending) = signals::caught_and_pending(process);
+    let free = (1..32).rev().find(|s| {
+        !matches!(*s, libc::SIGKILL | libc::SIGSTOP | libc::SIGTRAP | libc::SIGSEGV | libc::SIGCONT)
+            && pending & super::inject::signal_bit(*s) == 0
+    });
+    skeleton.set_doorbell(free.ok_or(RestoreError::Incomplete("a signal that is not pending"))?);
+    Ok(())
+}
+
+fn finish_memory(skeleton: &mut Skeleton, memory: &Mm) -> Result<(), RestoreError> {
+    let stage = Stage::Memory;
+    let layout = skeleton.layout().clone();
+    mm::finish(skeleton, &layout, memory).map_err(|source| RestoreError::Inject { stage, source })
+}
+
+fn run(skeleton: &mut Skeleton, stage: Stage, batch: &Batch, named: &Named) -> Result<(), RestoreError> {
+    let wrap = |source| RestoreError::Inject { stage, source };
+    if batch.is_empty() {
+        return Ok(());
+    }
+    let outcome = skeleton.run(batch).map_err(wrap)?;
+    named.check(skeleton.pid(), &outcome).map_err(wrap)
+}
+
+/// One batch in each thread, at the same time.
+fn in_threads(
+    skeleton: &mut Skeleton,
+    stage: Stage,
+    process: &Process,
+    calls: impl Fn(&Thread, &mut Batch) -> Result<Named, AttrError>,
+) -> Result<(), RestoreError> {
+    let wrap = |source| RestoreError::Inject { stage, source };
+    let mut work = Vec::with_capacity(process.threads.len());
+    let mut all = Vec::with_capacity(process.threads.len());
+    for thread in &process.threads {
+        let mut batch = Batch::new();
+        let named = calls(thread, &mut batch).map_err(state(stage))?;
+        if !batch.is_empty() {
+            work.push((Tid::try_from(thread.tid).unwrap_or(0), batch));
+            all.push(named);
+        }
+    }
+    let outcomes = skeleton.run_in_threads(&work).map_err(wrap)?;
+    for (((tid, _), outcome), named) in work.iter().zip(&outcomes).zip(&all) {
+        named.check(*tid, outcome).map_err(wrap)?;
+    }
+    Ok(())
+}
+
+/// The last stage: interrupted sleeps are begun again, our code goes, the registers come back.
+fn registers(skeleton: &mut Skeleton, process: &Process) -> Result<(), RestoreError> {
+    let stage = Stage::Registers;
+    let wrap = |source| RestoreError::Skeleton { stage, source };
+    let bad = |tid, step, errno| RestoreError::Inject { stage, source: InjectError::Sys { step, tid, errno } };
+    skeleton.remove_stub().map_err(wrap)?;
+    for thread in &process.threads {
+        let tid = Tid::try_from(thread.tid).unwrap_or(0);
+        let template = ptrace::regs(tid).map_err(|e| bad(tid, "reading registers", e))?;
+        let mut r = regs::from_bytes(&thread.gpregs, &template).ok_or_else(|| bad(tid, "decoding registers", Errno::EINVAL))?;
+        let mut xstate = thread.xstate.clone();
+        ptrace::set_xstate(tid, &mut xstate).map_err(|e| bad(tid, "setting extended registers", e))?;
+        sleep::arm(skeleton, thread, &mut r)
+            .map_err(|source| RestoreError::Inject { stage, source })?;
+        ptrace::set_regs(tid, &r).map_err(|e| bad(tid, "setting registers", e))?;
+        ptrace::set_sigmask(tid, thread.sigmask).map_err(|e| bad(tid, "setting the signal mask", e))?;
+    }
+    Ok(())
+}

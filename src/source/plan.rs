@@ -1,0 +1,130 @@
+//! What is found out before the process is touched: every reason against the move, and the plan that the
+//! destination checks against its own host.
+
+use crate::config::SourceConfig;
+use crate::engine::address;
+use crate::engine::kernel::Host;
+use crate::engine::preflight;
+use crate::engine::reason::Reason;
+use crate::engine::remote::Tid;
+use crate::engine::state::files::{self, FilesOptions};
+use crate::engine::state::mm::{self, FlagCache};
+use crate::engine::procfs::parse_status;
+use crate::engine::state::calls::{AttrError, read_as};
+use crate::engine::state::{creds, limits, sched, timers};
+use crate::migration::MigrationId;
+use crate::proto::control::{Begin, Port};
+use crate::proto::image::{Process, Thread, VmaKind};
+
+/// The plan and what stands in its way here.
+#[derive(Debug, Default)]
+pub struct Plan {
+    /// What the destination is to check and prepare.
+    pub begin: Begin,
+    /// Reasons of this host.
+    pub reasons: Vec<Reason>,
+}
+
+/// Examines the process; nothing of it is touched. What cannot even be examined is a reason too.
+pub fn survey(id: MigrationId, config: &SourceConfig, host: &Host) -> Plan {
+    let pid: Tid = config.pid;
+    let mut plan = Plan { reasons: preflight::check(pid, config.shell_job), ..Plan::default() };
+    plan.begin.migration_id = id.to_string();
+    plan.begin.pid = pid.unsigned_abs();
+    plan.begin.cpu = Some(host.cpu());
+    plan.begin.kernel = Some(host.kernel_needs());
+    plan.begin.move_ips = config.move_ips.iter().map(ToString::to_string).collect();
+    match address::check_source(&config.move_ips) {
+        Ok(reasons) => plan.reasons.extend(reasons),
+        Err(error) => plan.reasons.push(unreadable("the addresses that move", &error)),
+    }
+    if preflight::is_missing(pid) {
+        return plan;
+    }
+    let options = FilesOptions { tcp_close: config.tcp_close, shell_job: config.shell_job };
+    match files::check(pid, &options) {
+        Ok(check) => {
+            plan.reasons.extend(check.reasons);
+            plan.begin.files = check.files;
+            plan.begin.ports = check.ports.iter().map(Port::from).collect();
+        }
+        Err(error) => plan.reasons.push(unreadable(format!("descriptors of pid {pid}"), &error)),
+    }
+    match FlagCache::look(pid).and_then(|flags| mm::capture(pid, &flags)) {
+        Ok(map) => {
+            plan.reasons.extend(map.reasons);
+            for mut file in map.layout.files {
+                if let Err(error) = files::add_content(&mut file) {
+                    plan.reasons.push(unreadable(String::from_utf8_lossy(&file.path), &error));
+                }
+                plan.begin.files.push(file);
+            }
+            plan.reasons.extend(mm::check_shared(pid, &map.layout.vmas));
+            let anonymous = map.layout.vmas.iter().any(|v| v.kind() == VmaKind::VmaAnonPrivate);
+            if !anonymous && plan.reasons.is_empty() {
+                plan.reasons.push(Reason::new(format!("pid {pid}"), "has no memory of its own", ""));
+            }
+        }
+        Err(error) => plan.reasons.push(unreadable(format!("memory map of pid {pid}"), &error)),
+    }
+    match attributes(pid) {
+        Ok((reasons, early)) => {
+            plan.reasons.extend(reasons);
+            plan.begin.early = Some(early);
+        }
+        Err(error) => plan.reasons.push(unreadable(format!("attributes of pid {pid}"), &error)),
+    }
+    match crate::engine::freeze::thread_ids(pid) {
+        Ok(tids) => plan.begin.tids = tids.into_iter().filter_map(|t| u32::try_from(t).ok()).collect(),
+        Err(error) => plan.reasons.push(unreadable(format!("threads of pid {pid}"), &error)),
+    }
+    plan.begin.comm = std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default().trim().into();
+    plan.begin.memory_bytes = resident_bytes(pid);
+    plan
+}
+
+/// Credentials, limits, timers and scheduling: what cannot leave, and what the destination must be able to
+/// give.
+fn attributes(pid: Tid) -> Result<(Vec<Reason>, Process), AttrError> {
+    let tids = crate::engine::freeze::thread_ids(pid)
+        .map_err(|source| AttrError::Read { path: format!("/proc/{pid}/task"), source })?;
+    let mut statuses = Vec::with_capacity(tids.len());
+    let mut threads = Vec::with_capacity(tids.len());
+    let defaults = sched::Defaults::here()?;
+    for tid in tids {
+        // A thread that ends meanwhile is none.
+        let Ok(status) = read_as(format!("/proc/{pid}/task/{tid}/status"), parse_status) else { continue };
+        statuses.push(status);
+        if let Ok(sched) = sched::capture(tid, &defaults) {
+            threads.push(Thread { tid: tid.unsigned_abs(), sched: Some(sched), ..Thread::default() });
+        }
+    }
+    let mut reasons = creds::preflight(pid, &statuses);
+    reasons.extend(limits::preflight(pid)?);
+    reasons.extend(timers::preflight(pid)?);
+    let early = Process {
+        pid: pid.unsigned_abs(),
+        attrs: Some(limits::survey(pid)?),
+        creds: statuses.first().map(creds::of_status),
+        threads,
+        ..Process::default()
+    };
+    Ok((reasons, early))
+}
+
+fn unreadable(object: impl Into<String>, error: &dyn std::error::Error) -> Reason {
+    let mut why = format!("could not be examined: {error}");
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        why.push_str(&format!(": {error}"));
+        cause = error.source();
+    }
+    Reason::new(object, why, "")
+}
+
+/// VmRSS, in bytes.
+pub fn resident_bytes(pid: Tid) -> u64 {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let kib = text.lines().find_map(|l| l.strip_prefix("VmRSS:"));
+    kib.and_then(|v| v.trim().trim_end_matches("kB").trim().parse::<u64>().ok()).unwrap_or(0) * 1024
+}
