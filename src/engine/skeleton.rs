@@ -148,16 +148,18 @@ impl ReservedPid {
             File::from(go).write_all(&[1]).map_err(|e| io("starting the skeleton", pid, &e))?;
         }
         self.wait_for(|stop| matches!(stop, Stop::Other(libc::PTRACE_EVENT_EXEC)))?;
-        ptrace::cont(pid, 0).map_err(|e| sys("starting the stub", pid, e))?;
-        // The stub's first instruction is a breakpoint: what execve returns has been written by then.
-        self.wait_for(|stop| stop == Stop::Signal(libc::SIGTRAP))?;
-        ptrace::set_options(pid, libc::PTRACE_O_EXITKILL).map_err(|e| sys("binding the skeleton", pid, e))?;
-        let memory = Memory::open(pid)?;
         let mem = File::options()
             .read(true)
             .write(true)
             .open(format!("/proc/{pid}/mem"))
             .map_err(|e| io("opening its memory", pid, &e))?;
+        // The first instruction is a breakpoint: by then what execve returns has been written to its
+        // register.
+        mem.write_all_at(&[0xcc], base).map_err(|e| io("writing the stub's entry", pid, &e))?;
+        ptrace::cont(pid, 0).map_err(|e| sys("starting the stub", pid, e))?;
+        self.wait_for(|stop| stop == Stop::Signal(libc::SIGTRAP))?;
+        ptrace::set_options(pid, libc::PTRACE_O_EXITKILL).map_err(|e| sys("binding the skeleton", pid, e))?;
+        let memory = Memory::open(pid)?;
         let room = CodeRoom { start: base, len: usize::try_from(CODE_BYTES).unwrap_or(0) };
         let mut injector = Injector::place(pid, mem, room, libc::SIGWINCH)?;
         injector.use_area(base + CODE_BYTES);
@@ -226,37 +228,28 @@ fn hole(layout: &Layout) -> Option<u64> {
     (at + STUB_BYTES < HIGHEST).then_some(at)
 }
 
-/// An ELF file with two segments: the code page(s), ending in a breakpoint where it starts, and the area.
+/// An ELF file with one segment and nothing in it, room for code and area. Anonymous memory: a mapping of
+/// the file itself would hinder the change of the exe link (EBUSY).
 fn stub_elf(base: u64) -> Vec<u8> {
-    const HEADERS: u64 = 64 + 2 * 56;
     let page = PAGE_BYTES;
-    let entry_offset = CODE_BYTES - 16;
     let mut f = Vec::new();
     let (u16s, u32s, u64s) = (u16::to_le_bytes, u32::to_le_bytes, u64::to_le_bytes);
     f.extend_from_slice(b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0");
     f.extend_from_slice(&u16s(2)); // ET_EXEC
     f.extend_from_slice(&u16s(62)); // EM_X86_64
     f.extend_from_slice(&u32s(1));
-    f.extend_from_slice(&u64s(base + entry_offset));
+    f.extend_from_slice(&u64s(base));
     f.extend_from_slice(&u64s(64)); // program headers
     f.extend_from_slice(&u64s(0));
     f.extend_from_slice(&u32s(0));
-    for half in [64u16, 56, 2, 64, 0, 0] {
+    for half in [64u16, 56, 1, 64, 0, 0] {
         f.extend_from_slice(&u16s(half));
     }
-    let mut segment = |flags: u32, offset: u64, address: u64, file: u64, memory: u64| {
-        f.extend_from_slice(&u32s(1)); // PT_LOAD
-        f.extend_from_slice(&u32s(flags));
-        for v in [offset, address, address, file, memory, page] {
-            f.extend_from_slice(&u64s(v));
-        }
-    };
-    segment(5, page, base, CODE_BYTES, CODE_BYTES); // R+X
-    segment(6, page, base + CODE_BYTES, 0, AREA_BYTES as u64); // R+W
-    debug_assert_eq!(f.len() as u64, HEADERS);
-    let len = usize::try_from(page + CODE_BYTES).unwrap_or(0);
-    f.resize(len, 0);
-    f[len - 16] = 0xcc; // int3
+    f.extend_from_slice(&u32s(1)); // PT_LOAD
+    f.extend_from_slice(&u32s(7)); // R+W+X
+    for v in [0, base, base, 0, STUB_BYTES, page] {
+        f.extend_from_slice(&u64s(v));
+    }
     f
 }
 
