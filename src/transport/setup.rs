@@ -67,13 +67,11 @@ pub(super) fn endpoint(
 ) -> Result<Endpoint, TransportError> {
     let socket = socket::open(addr)?;
     let socket = CappedSocket::new(socket).map_err(TransportError::local("watch a UDP socket"))?;
-    Endpoint::new_with_abstract_socket(
-        EndpointConfig::default(),
-        server,
-        socket,
-        Arc::new(quinn::TokioRuntime),
-    )
-    .map_err(TransportError::local("start a QUIC endpoint"))
+    let mut config = EndpointConfig::default();
+    // The default would keep peers from sending jumbo frames. This size is a valid one, so it cannot fail.
+    let _ = config.max_udp_payload_size(MAX_UDP_PAYLOAD);
+    Endpoint::new_with_abstract_socket(config, server, socket, Arc::new(quinn::TokioRuntime))
+        .map_err(TransportError::local("start a QUIC endpoint"))
 }
 
 /// The configuration of one incoming connection, and what verifies its peer.
