@@ -5,6 +5,8 @@
 //! each migration's calls come from the one OS thread that traces the process.
 
 pub mod capture;
+pub mod address;
+pub mod alive;
 pub mod dirty;
 pub mod extents;
 pub mod freeze;
@@ -12,8 +14,6 @@ pub mod inject;
 pub mod memory;
 pub mod priority;
 pub mod procfs;
-pub mod address;
-pub mod alive;
 pub mod reason;
 pub mod regs;
 pub mod remote;

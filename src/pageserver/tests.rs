@@ -196,7 +196,7 @@ fn no_flipped_bit_puts_contents_in_a_wrong_place() {
                 if let Ok(Content::Data(_)) = Unpacker::default().unpack(&frame) {
                     assert_eq!(
                         place(&[bytes]),
-                        place(&[sample.clone()]),
+                        place(std::slice::from_ref(&sample)),
                         "byte {at} bit {bit} of {sample:?}"
                     );
                 }

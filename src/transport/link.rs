@@ -30,7 +30,7 @@ const CLOSE_TIMEOUT: Duration = Duration::from_millis(200);
 #[derive(Debug)]
 pub enum Incoming {
     /// A control message.
-    Control(Control),
+    Control(Box<Control>),
     /// A frame of the bulk stream (destination only).
     Frame(Frame),
     /// The connection has ended; nothing comes any more.
@@ -177,6 +177,11 @@ impl Link {
     /// The round-trip time as QUIC estimates it.
     pub fn rtt(&self) -> Duration {
         self.connection.rtt()
+    }
+
+    /// Largest UDP payload that the path is known to carry.
+    pub fn path_mtu(&self) -> u16 {
+        self.connection.stats().path.current_mtu
     }
 
     /// Bytes of UDP payload sent so far: everything, with retransmissions and QUIC's own.

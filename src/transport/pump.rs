@@ -238,7 +238,7 @@ async fn read_control(stream: RecvStream, queue: &Queue) -> Result<(), Transport
         let mut bytes = BytesMut::with_capacity(len.min(FIRST_BYTES));
         source.append(&mut bytes, len).await?;
         let message = wire::decode(bytes.freeze())?;
-        queue.put(Incoming::Control(message), len).await?;
+        queue.put(Incoming::Control(Box::new(message)), len).await?;
     }
     Ok(())
 }

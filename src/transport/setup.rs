@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::{BufMut, Bytes, BytesMut};
+use quinn::congestion::CubicConfig;
 use quinn::{
     Connection, Endpoint, EndpointConfig, IdleTimeout, MtuDiscoveryConfig, ReadExactError, RecvStream,
     SendStream, TransportConfig, VarInt, WriteError,
@@ -29,6 +30,11 @@ const STREAM_WINDOW_BYTES: u32 = 4 << 20;
 const SEND_WINDOW_BYTES: u64 = 6 << 20;
 /// Largest packet to look for on the path: jumbo frames. QUIC probes, starting with what every path carries.
 const MAX_UDP_PAYLOAD: u16 = 8952;
+
+/// Bytes that may be in flight at once on a new connection: ten of the largest packets. QUIC's default of 14 KB
+/// is full with one probe for jumbo frames in flight, and quinn then holds even the closing packet back for
+/// good: the peer would wait for the idle timeout.
+const INITIAL_WINDOW_BYTES: u64 = 128 << 10;
 
 /// A connection with its streams, both Hellos exchanged.
 pub(super) struct Streams {
@@ -57,6 +63,9 @@ fn transport_config(settings: &Settings, accept_streams: u8) -> Arc<TransportCon
     let mut discovery = MtuDiscoveryConfig::default();
     discovery.upper_bound(MAX_UDP_PAYLOAD);
     config.mtu_discovery_config(Some(discovery));
+    let mut cubic = CubicConfig::default();
+    cubic.initial_window(INITIAL_WINDOW_BYTES);
+    config.congestion_controller_factory(Arc::new(cubic));
     Arc::new(config)
 }
 
@@ -67,13 +76,11 @@ pub(super) fn endpoint(
 ) -> Result<Endpoint, TransportError> {
     let socket = socket::open(addr)?;
     let socket = CappedSocket::new(socket).map_err(TransportError::local("watch a UDP socket"))?;
-    Endpoint::new_with_abstract_socket(
-        EndpointConfig::default(),
-        server,
-        socket,
-        Arc::new(quinn::TokioRuntime),
-    )
-    .map_err(TransportError::local("start a QUIC endpoint"))
+    let mut config = EndpointConfig::default();
+    // The default would keep peers from sending jumbo frames. This size is a valid one, so it cannot fail.
+    let _ = config.max_udp_payload_size(MAX_UDP_PAYLOAD);
+    Endpoint::new_with_abstract_socket(config, server, socket, Arc::new(quinn::TokioRuntime))
+        .map_err(TransportError::local("start a QUIC endpoint"))
 }
 
 /// The configuration of one incoming connection, and what verifies its peer.

@@ -107,7 +107,7 @@ fn messages_and_frames_arrive_in_order_both_ways() {
     while frames.len() < 2 || controls < 1 {
         match destination.recv_timeout(SHORT) {
             Some(Incoming::Control(message)) => {
-                assert_eq!(message, commit("first"));
+                assert_eq!(*message, commit("first"));
                 controls += 1;
             }
             Some(Incoming::Frame(frame)) => frames.push(frame),
@@ -116,7 +116,7 @@ fn messages_and_frames_arrive_in_order_both_ways() {
     }
     assert_eq!((frames[0].kind(), frames[0].round()), (Kind::Layout, 1));
     assert!(frames[1].kind() == Kind::State && frames[1].payload()[..] == state[..]);
-    assert!(matches!(source.recv_timeout(SHORT), Some(Incoming::Control(m)) if m == commit("back")));
+    assert!(matches!(source.recv_timeout(SHORT), Some(Incoming::Control(m)) if *m == commit("back")));
     assert!(source.recv_timeout(Duration::from_millis(1)).is_none());
     assert!(source.sender().bytes_sent() > 3 << 20 && source.udp_bytes_sent() > 3 << 20);
 }
@@ -142,7 +142,7 @@ fn finish_delivers_the_last_message() {
     let (_a, _b, _l, mut source, destination) = trusted_pair(Settings::default());
     destination.send_control(&commit("answer")).unwrap();
     destination.finish(SHORT).unwrap();
-    assert!(matches!(source.recv_timeout(SHORT), Some(Incoming::Control(m)) if m == commit("answer")));
+    assert!(matches!(source.recv_timeout(SHORT), Some(Incoming::Control(m)) if *m == commit("answer")));
     assert!(matches!(end(&mut source), TransportError::Finished));
     assert!(matches!(source.send_control(&commit("late")), Err(TransportError::Closed)));
 }
@@ -438,5 +438,6 @@ fn throughput() {
         }
     });
     let mib = pages as f64 / 256.0;
+    println!("packets of {} bytes, {:?}", source.path_mtu(), source.rtt());
     println!("{mib} MiB in {:?}: {:.0} MiB/s", start.elapsed(), mib / start.elapsed().as_secs_f64());
 }
