@@ -137,6 +137,8 @@ impl World {
             }
             Action::Kill => self.there = There::None,
             Action::Forget => self.incoming = None,
+            // The driver may drop the machine now or later.
+            Action::Finish(_) if self.random().is_multiple_of(2) => self.dest = None,
             Action::Finish(_) => {}
             // Taken apart by `dest_plan`.
             Action::Accept => {}

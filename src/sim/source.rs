@@ -135,7 +135,7 @@ impl World {
                 }
             }
             Action::ReturnAddresses => self.address_here = true,
-            Action::Thaw(_) => self.here = Here::Running,
+            Action::Thaw(_) => self.release(),
             Action::Forget => self.outgoing = None,
             Action::Finish(outcome) => {
                 self.outcome = Some(outcome);
@@ -165,11 +165,7 @@ impl World {
             return;
         }
         self.source_todo.clear();
-        self.here = match self.here {
-            Here::Frozen { fence: true } => Here::Stopped,
-            Here::Frozen { fence: false } => Here::Running,
-            other => other,
-        };
+        self.release();
         if self.outcome.is_none() {
             // Its socket says goodbye for it, unless the network is away.
             for link in 0..self.links.len() {
@@ -185,5 +181,14 @@ impl World {
                 self.start_resolver(which);
             }
         }
+    }
+
+    /// What the kernel does with a process whose tracer lets go, alive or dead.
+    fn release(&mut self) {
+        self.here = match self.here {
+            Here::Frozen { fence: true } => Here::Stopped,
+            Here::Frozen { fence: false } => Here::Running,
+            other => other,
+        };
     }
 }
