@@ -2,7 +2,8 @@
 
 use std::time::Duration;
 
-use super::{Body, Event, LATENCY, PROCESS, STEP, There, World, heard, link_id};
+use super::network::{heard, link_id};
+use super::{Body, Event, LATENCY, PROCESS, STEP, There, World};
 use crate::dest::machine::{DestMachine, answer_unknown};
 use crate::dest::protocol::{Action, Event as Told, Tell};
 use crate::journal::IncomingState;
