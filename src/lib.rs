@@ -23,6 +23,8 @@ pub mod migration;
 pub mod pageserver;
 pub mod proto;
 pub mod report;
+#[cfg(test)]
+mod sim;
 pub mod source;
 pub mod telemetry;
 pub mod testbed;

@@ -24,7 +24,7 @@ pub struct BadId;
 
 impl MigrationId {
     /// The id made of these (random) bytes.
-    pub fn new(bytes: [u8; ID_BYTES]) -> Self {
+    pub const fn new(bytes: [u8; ID_BYTES]) -> Self {
         Self(bytes)
     }
 }

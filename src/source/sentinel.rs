@@ -173,3 +173,154 @@ fn watch(standard_input: &impl std::os::fd::AsFd) -> io::Result<()> {
         }
     }
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::expect_used)]
+mod tests {
+    use std::path::PathBuf;
+
+    use nix::sys::signal::Signal;
+
+    use super::*;
+    use crate::engine::alive;
+    use crate::journal::{OutgoingState, boot_id};
+    use crate::migration::{Fate, ProcessKey};
+
+    const DIR: &str = "MIGRATE_TEST_SENTINEL_DIR";
+    const ID: MigrationId = MigrationId::new([9; 16]);
+
+    /// Reads its answers from the test's directory: the file `fate`, once it is there.
+    struct ByFile(PathBuf);
+
+    impl Destination for ByFile {
+        fn ask(&mut self, _: &Outgoing) -> Option<Fate> {
+            match std::fs::read_to_string(self.0.join("fate")).ok()?.as_str() {
+                "accepted" => Some(Fate::Accepted),
+                "not accepted" => Some(Fate::NotAccepted),
+                _ => None,
+            }
+        }
+        fn confirm(&mut self, _: &Outgoing) {
+            std::fs::write(self.0.join("confirmed"), b"").unwrap();
+        }
+    }
+
+    /// This test program again, as another process that runs only the function `entry` below.
+    fn as_child(entry: &str, dir: &Path) -> Command {
+        let mut command = Command::new("/proc/self/exe");
+        let name = format!("source::sentinel::tests::{entry}");
+        command.args(["--exact", &name, "--ignored", "--nocapture"]).env(DIR, dir);
+        command
+    }
+
+    fn test_dir() -> PathBuf {
+        std::env::var_os(DIR).expect("started by another test").into()
+    }
+
+    #[test]
+    #[ignore = "runs in a process of its own, started by the tests below"]
+    fn sentinel_process() {
+        let dir = test_dir();
+        let resolution = run_sentinel(&dir, ID, &mut ByFile(dir.clone())).unwrap();
+        std::fs::write(dir.join("resolution"), format!("{resolution:?}")).unwrap();
+    }
+
+    /// A source command that has its sentinel and its record, and then only waits for its end.
+    #[test]
+    #[ignore = "runs in a process of its own, started by the tests below"]
+    fn source_process() {
+        let dir = test_dir();
+        let _inherited = nix::unistd::dup(std::fs::File::open("/proc/self/stat").unwrap()).unwrap();
+        let sentinel = Sentinel::spawn(as_child("sentinel_process", &dir)).unwrap();
+        let journal = Journal::<Outgoing>::open(&dir).unwrap();
+        let mut record = journal.read(ID).unwrap().unwrap();
+        let pid = std::process::id();
+        record.owner = ProcessKey { pid, start_ticks: alive::start_ticks(pid).unwrap().unwrap() };
+        journal.write(&record).unwrap();
+        std::fs::write(dir.join("armed"), sentinel.pid().to_string()).unwrap();
+        loop {
+            std::thread::park();
+        }
+    }
+
+    /// Waits for a file to appear with contents, and returns them.
+    fn await_file(path: &Path) -> String {
+        let deadline = std::time::Instant::now() + Duration::from_secs(20);
+        loop {
+            match std::fs::read_to_string(path) {
+                Ok(text) if !text.is_empty() => return text,
+                _ => assert!(std::time::Instant::now() < deadline, "{} does not appear", path.display()),
+            }
+            std::thread::yield_now();
+        }
+    }
+
+    /// The source command is killed while `state` is recorded; returns the process's end state.
+    fn source_killed(state: OutgoingState, fate: &str) -> (String, char, bool) {
+        let dir = tempfile::tempdir().unwrap();
+        let mut process = Command::new("sleep").arg("1000").spawn().unwrap();
+        let start_ticks = alive::start_ticks(process.id()).unwrap().unwrap();
+        alive::open(process.id(), start_ticks).unwrap().unwrap().signal(Signal::SIGSTOP).unwrap();
+        let record = Outgoing {
+            id: ID,
+            process: ProcessKey { pid: process.id(), start_ticks },
+            boot: boot_id().unwrap(),
+            owner: ProcessKey { pid: 1, start_ticks: 0 },
+            destination: String::new(),
+            peer: String::new(),
+            state,
+            was_stopped: false,
+            addresses: vec![],
+        };
+        Journal::open(dir.path()).unwrap().write(&record).unwrap();
+
+        let mut source = as_child("source_process", dir.path()).stdout(Stdio::null()).spawn().unwrap();
+        let sentinel: u32 = await_file(&dir.path().join("armed")).parse().unwrap();
+        let session = nix::unistd::getsid(Some(nix::unistd::Pid::from_raw(sentinel.cast_signed()))).unwrap();
+        assert_eq!(session.as_raw().cast_unsigned(), sentinel, "it leads a session of its own");
+        let fds = std::fs::read_dir(format!("/proc/{sentinel}/fd")).unwrap();
+        let lead_to: Vec<_> = fds.map(|fd| std::fs::read_link(fd.unwrap().path()).unwrap()).collect();
+        let strange =
+            |path: &&PathBuf| !path.ends_with("null") && !path.to_string_lossy().starts_with("socket:");
+        assert_eq!(lead_to.iter().find(strange), None, "nothing inherited");
+        assert!(!dir.path().join("resolution").exists(), "it waits for the end of the source command");
+
+        source.kill().unwrap();
+        source.wait().unwrap();
+        std::fs::write(dir.path().join("fate"), fate).unwrap();
+        let resolution = await_file(&dir.path().join("resolution"));
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", process.id())).unwrap();
+        let end = stat.rsplit_once(") ").unwrap().1.chars().next().unwrap();
+        process.kill().unwrap();
+        process.wait().unwrap();
+        assert_eq!(Journal::<Outgoing>::open(dir.path()).unwrap().read(ID).unwrap(), None);
+        (resolution, end, dir.path().join("confirmed").exists())
+    }
+
+    #[test]
+    fn a_killed_source_in_limbo_is_resolved_either_way() {
+        let (resolution, end, confirmed) = source_killed(OutgoingState::Limbo, "accepted");
+        assert_eq!((resolution.as_str(), confirmed), ("Moved", true));
+        assert!("ZX".contains(end), "{end}");
+
+        let (resolution, end, confirmed) = source_killed(OutgoingState::Limbo, "not accepted");
+        assert_eq!((resolution.as_str(), confirmed), ("NotMoved", false));
+        assert!("SR".contains(end), "{end}");
+    }
+
+    #[test]
+    fn dismissed_without_a_record_it_does_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut sentinel = Sentinel::spawn(as_child("sentinel_process", dir.path())).unwrap();
+        assert!(sentinel.is_alive());
+        sentinel.dismiss();
+        assert_eq!(await_file(&dir.path().join("resolution")), "Nothing");
+    }
+
+    #[test]
+    fn what_is_no_sentinel_is_reported() {
+        let error = Sentinel::spawn(Command::new("true")).unwrap_err();
+        assert_eq!(error.to_string(), "waiting for the sentinel");
+        assert!(Sentinel::spawn(Command::new("/nonexistent")).is_err());
+    }
+}

@@ -1,0 +1,108 @@
+//! One fault at every step, two at every pair of steps, many at random.
+
+use super::{Fault, Here, There, World};
+use crate::source::protocol::Outcome;
+
+/// Every kind of fault, with times around the timeouts of the machines.
+const ALL: &[Fault] = &[
+    Fault::KillSource,
+    Fault::KillDest { back_ms: 1 },
+    Fault::KillDest { back_ms: 30_000 },
+    Fault::KillSentinel,
+    Fault::Cut { heal_ms: 0, late: false, silent: false },
+    Fault::Cut { heal_ms: 0, late: true, silent: true },
+    Fault::Cut { heal_ms: 5000, late: true, silent: false },
+    Fault::Cut { heal_ms: 5000, late: false, silent: true },
+    Fault::Cut { heal_ms: 200_000, late: false, silent: false },
+    Fault::Cut { heal_ms: 200_000, late: true, silent: true },
+    Fault::Drop,
+    Fault::Delay { ms: 2 },
+    Fault::Delay { ms: 2500 },
+    Fault::Delay { ms: 15_000 },
+    Fault::Duplicate { ms: 3 },
+    Fault::Duplicate { ms: 15_000 },
+    Fault::Cancel,
+    Fault::FailSource,
+    Fault::FailDest,
+    Fault::Exit,
+    Fault::Operator,
+];
+
+/// Runs and returns the number of events; on a violation, the story of the run.
+fn run(seed: Option<u64>, faults: &[(usize, Fault)]) -> World {
+    let mut world = World::new(seed);
+    if let Err(violation) = world.run(faults) {
+        let mut world = World::new(seed);
+        world.trace = Some(Vec::new());
+        let _ = world.run(faults);
+        let story = world.trace.unwrap_or_default().join("\n");
+        panic!("{violation}\nwith {faults:?}, seed {seed:?}\n{story}");
+    }
+    world
+}
+
+#[test]
+fn without_a_fault_it_moves() {
+    let world = run(None, &[]);
+    assert_eq!(world.outcome, Some(Outcome::Moved));
+    assert_eq!((world.here, world.there), (Here::Dead, There::Running));
+    assert_eq!(world.incoming, None, "confirmed, so the destination may forget");
+}
+
+#[test]
+fn one_fault_at_every_step() {
+    let length = run(None, &[]).events;
+    let (mut moved, mut stayed, mut unknown) = (0, 0, 0);
+    for step in 0..length {
+        for fault in ALL {
+            let world = run(None, &[(step, *fault)]);
+            match world.outcome {
+                Some(Outcome::Moved) => moved += 1,
+                Some(Outcome::NotMoved(_)) => stayed += 1,
+                Some(Outcome::Unknown) => unknown += 1,
+                None => {}
+            }
+        }
+    }
+    // If one of these were missing, the faults would not reach what they are meant for.
+    assert!(moved > 0 && stayed > 0 && unknown > 0, "{moved} moved, {stayed} stayed, {unknown} unknown");
+}
+
+#[test]
+fn two_faults_at_every_pair_of_steps() {
+    let length = run(None, &[]).events;
+    let mut runs = 0u32;
+    for first_step in 0..length {
+        for first in ALL {
+            let end = run(None, &[(first_step, *first)]).events.min(length + LONGEST_SECOND);
+            for second_step in first_step..end {
+                for second in ALL {
+                    run(None, &[(first_step, *first), (second_step, *second)]);
+                    runs += 1;
+                }
+            }
+        }
+    }
+    assert!(runs > 100_000, "only {runs} runs");
+}
+
+/// How far beyond the length of a run without faults the second fault may strike.
+const LONGEST_SECOND: usize = 40;
+
+#[test]
+fn many_faults_at_random() {
+    let runs: u64 = std::env::var("SIM_RUNS").ok().and_then(|n| n.parse().ok()).unwrap_or(50_000);
+    let first: u64 = std::env::var("SIM_SEED").ok().and_then(|n| n.parse().ok()).unwrap_or(1);
+    for seed in first..first + runs {
+        let mut dice = World::new(Some(seed ^ 0x5eed));
+        let count = 1 + usize::try_from(dice.random() % 6).unwrap();
+        let faults: Vec<_> = (0..count)
+            .map(|_| {
+                let step = usize::try_from(dice.random() % 140).unwrap();
+                let fault = ALL[usize::try_from(dice.random() % ALL.len() as u64).unwrap()];
+                (step, fault)
+            })
+            .collect();
+        run(Some(seed), &faults);
+    }
+}
