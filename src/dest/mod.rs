@@ -1,5 +1,5 @@
 //! The incoming side.
 
+pub mod assemble;
 pub mod machine;
 pub mod protocol;
-pub mod assemble;

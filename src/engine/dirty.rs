@@ -133,8 +133,8 @@ impl UffdTracker {
             .run(&batch)?
             .ret(0)
             .map_err(|errno| TrackError::Unsupported { what: "userfaultfd(2)", errno })?;
-        let ours =
-            pidfd::PidFd::open(pid.unsigned_abs()).and_then(|p| pidfd::take_fd(p.as_fd(), i32::try_from(theirs).unwrap_or(-1)));
+        let ours = pidfd::PidFd::open(pid.unsigned_abs())
+            .and_then(|p| pidfd::take_fd(p.as_fd(), i32::try_from(theirs).unwrap_or(-1)));
         let mut close = Batch::new();
         close.call(libc::SYS_close, &[theirs.into()]);
         process.run_all_ok("closing the userfaultfd", &close)?;

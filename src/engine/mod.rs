@@ -4,14 +4,14 @@
 //! a stopped thread of the process ([`remote`]), and its memory read and written from outside. Blocking;
 //! each migration's calls come from the one OS thread that traces the process.
 
+pub mod address;
+pub mod alive;
 pub mod dirty;
 pub mod extents;
 pub mod freeze;
 pub mod inject;
 pub mod memory;
 pub mod procfs;
-pub mod address;
-pub mod alive;
 pub mod reason;
 pub mod regs;
 pub mod remote;

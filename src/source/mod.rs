@@ -2,7 +2,7 @@
 
 pub mod machine;
 pub mod policy;
-pub mod protocol;
 pub mod precopy;
+pub mod protocol;
 pub mod resolve;
 pub mod sentinel;

@@ -213,11 +213,11 @@ impl<'a> Collector<'a> {
     }
 
     /// An object whose other side is not in the process.
-    fn outside(&self, open: &Open, what: &str) -> Result<Kind, Stop> {
+    fn outside(&self, open: &Open, other_side: &OsString, what: &str) -> Result<Kind, Stop> {
         if self.is_left(open) {
             return Ok(left_behind());
         }
-        let by = self.holders.others(&open.link).map(|p| format!(" ({p})")).unwrap_or_default();
+        let by = self.holders.others(other_side).map(|p| format!(" ({p})")).unwrap_or_default();
         let remedy = match self.table.is_standard(&open.link) {
             true => "use --shell-job to leave standard streams behind",
             false => "",
@@ -233,7 +233,7 @@ impl<'a> Collector<'a> {
             return Err(Stop::refuse("is a pipe opened by its path, which cannot be carried yet"));
         }
         if (reader.is_none() || writer.is_none()) && !pipe::other_side_closed(open) {
-            return self.outside(open, "a pipe");
+            return self.outside(open, &open.link, "a pipe");
         }
         if let Some(pids) = self.holders.others(&open.link) {
             if self.is_left(open) {
@@ -306,7 +306,8 @@ impl<'a> Collector<'a> {
             .find(|o| o.link_starts_with("socket:[") && unix::inode(o) == state.peer && state.peer != 0);
         let named_peer = socket::peer_has_name(open.fd()).unwrap_or(true);
         if other.is_none() && state.peer != 0 || named_peer {
-            return self.outside(open, "a unix socket");
+            let peer = OsString::from(format!("socket:[{}]", state.peer));
+            return self.outside(open, &peer, "a unix socket");
         }
         for end in [Some(open), other].into_iter().flatten() {
             if let Some(pids) = self.holders.others(&end.link) {

@@ -4,6 +4,7 @@ use std::collections::{HashMap, HashSet};
 use std::ffi::OsString;
 use std::fs;
 use std::os::fd::AsRawFd;
+use std::os::unix::ffi::OsStrExt;
 
 use super::scan::Table;
 use crate::engine::remote::Tid;
@@ -13,16 +14,11 @@ use crate::engine::remote::Tid;
 pub(super) struct Holders(HashMap<OsString, Vec<Tid>>);
 
 impl Holders {
-    /// Walks /proc, if any of the table's objects could be held elsewhere.
+    /// Walks /proc, if any of the table's objects could be held elsewhere: pipes and sockets.
     pub(super) fn find(table: &Table) -> Self {
-        let wanted: HashSet<&OsString> = table
-            .opens
-            .iter()
-            .filter(|o| o.link_starts_with("pipe:[") || o.link_starts_with("socket:["))
-            .map(|o| &o.link)
-            .collect();
+        let is_shared_kind = |link: &[u8]| link.starts_with(b"pipe:[") || link.starts_with(b"socket:[");
         let mut found = HashMap::<OsString, Vec<Tid>>::new();
-        if wanted.is_empty() {
+        if !table.opens.iter().any(|o| is_shared_kind(o.link.as_bytes())) {
             return Self(found);
         }
         let us = Tid::try_from(std::process::id()).unwrap_or(0);
@@ -40,7 +36,7 @@ impl Holders {
                 }
                 let Ok(link) = fs::read_link(entry.path()) else { continue };
                 let link = link.into_os_string();
-                if wanted.contains(&link) {
+                if is_shared_kind(link.as_bytes()) {
                     let pids = found.entry(link).or_default();
                     if !pids.contains(&pid) {
                         pids.push(pid);
@@ -51,7 +47,7 @@ impl Holders {
         Self(found)
     }
 
-    /// Other processes that hold an object, in words: ` (also held by pid 3, 4)`, or empty.
+    /// Other processes that hold an object, in words: `pid 3, 4`.
     pub(super) fn others(&self, link: &OsString) -> Option<String> {
         let pids = self.0.get(link)?;
         let list: Vec<String> = pids.iter().map(ToString::to_string).collect();

@@ -119,7 +119,8 @@ fn make_pairs(calls: &mut Calls<'_>, built: &mut Built) -> Result<(), RestoreFil
     if built.files.pairs.is_empty() {
         return Ok(());
     }
-    let pidfd = pidfd::PidFd::open(calls.process.pid().unsigned_abs()).map_err(calls.failed("opening a pidfd"))?;
+    let pidfd =
+        pidfd::PidFd::open(calls.process.pid().unsigned_abs()).map_err(calls.failed("opening a pidfd"))?;
     let mut filled: Vec<[Option<OwnedFd>; 2]> = Vec::new();
     for chunk in built.files.pairs.chunks(CALLS / 8) {
         let mut batch = Batch::new();
