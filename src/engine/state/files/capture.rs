@@ -9,7 +9,7 @@ use std::os::fd::OwnedFd;
 use libc::SOL_SOCKET;
 use nix::errno::Errno;
 
-use super::holders::Holders;
+use super::holders::{Holders, ScannedProcesses};
 use super::scan::{Open, Table};
 use super::tcp::{self, Tcp};
 use super::{
@@ -38,8 +38,9 @@ pub struct CapturedFiles {
 /// If the process is gone or cannot be looked at; what cannot be carried is in the answer.
 pub fn check(pid: Tid, options: &FilesOptions) -> Result<FilesCheck, CaptureFilesError> {
     let table = Table::read(pid, true)?;
-    let collected = Collector::new(&table, options, false).collect();
-    let mut found = FilesCheck { reasons: collected.reasons(&table, true)?, ..FilesCheck::default() };
+    let collected = Collector::new(&table, options, false, &ScannedProcesses::default()).collect();
+    let reasons = collected.reasons(&table, true)?;
+    let mut found = FilesCheck { reasons, scanned: collected.scanned, ..FilesCheck::default() };
     for kind in collected.kinds.into_iter().flatten() {
         match kind {
             Kind::Path(image) => found.files.extend(image.file.map(|mut file| {
@@ -61,8 +62,21 @@ pub fn check(pid: Tid, options: &FilesOptions) -> Result<FilesCheck, CaptureFile
 /// # Errors
 /// [`CaptureFilesError::Refused`] if something cannot be carried, with every such thing.
 pub fn capture(pid: Tid, options: &FilesOptions) -> Result<CapturedFiles, CaptureFilesError> {
+    capture_after(pid, options, &ScannedProcesses::default())
+}
+
+/// Like [`capture`], after [`check`]: passes over the other processes that it has looked at
+/// ([`FilesCheck::scanned`]), which on a busy machine is most of the time.
+///
+/// # Errors
+/// As [`capture`].
+pub fn capture_after(
+    pid: Tid,
+    options: &FilesOptions,
+    scanned: &ScannedProcesses,
+) -> Result<CapturedFiles, CaptureFilesError> {
     let table = Table::read(pid, false)?;
-    let collected = Collector::new(&table, options, true).collect();
+    let collected = Collector::new(&table, options, true, scanned).collect();
     let reasons = collected.reasons(&table, false)?;
     if !reasons.is_empty() {
         return Err(CaptureFilesError::Refused { pid, reasons });
@@ -87,6 +101,7 @@ struct Collected {
     pairs: Vec<UnixPair>,
     closing: Vec<usize>,
     foreign_tables: Vec<Tid>,
+    scanned: ScannedProcesses,
 }
 
 struct Collector<'a> {
@@ -109,13 +124,13 @@ fn index(len: usize) -> u32 {
 }
 
 impl<'a> Collector<'a> {
-    fn new(table: &'a Table, options: &'a FilesOptions, contents: bool) -> Self {
+    fn new(table: &'a Table, options: &'a FilesOptions, contents: bool, known: &ScannedProcesses) -> Self {
         let network = |pid: &str| fs::read_link(format!("/proc/{pid}/ns/net")).ok();
         Self {
             table,
             options,
             contents,
-            holders: Holders::find(table),
+            holders: Holders::find(table, known),
             other_network: network(&table.pid.to_string()) != network("self"),
             pipes: Vec::new(),
             pipe_index: HashMap::new(),
@@ -154,8 +169,8 @@ impl<'a> Collector<'a> {
             .filter_map(|e| e.file_name().to_str()?.parse::<Tid>().ok())
             .filter(|tid| matches!(fds::kcmp_tables(table.pid, *tid), Ok(false)))
             .collect();
-        let Self { pipes, pairs, closing, .. } = self;
-        Collected { kinds, signals, pipes, pairs, closing, foreign_tables }
+        let Self { pipes, pairs, closing, holders, .. } = self;
+        Collected { kinds, signals, pipes, pairs, closing, foreign_tables, scanned: holders.scanned }
     }
 
     /// Whether the process asked for SIGIO, and by which signal.

@@ -147,3 +147,19 @@ fn files_are_compared_by_what_they_are() {
     std::fs::remove_file(&path).unwrap();
     assert!(compare_here(&file, true).unwrap().why.contains("not exist"));
 }
+
+#[test]
+fn a_process_started_since_preflight_is_looked_at() {
+    let mut s = Held::source();
+    s.pipe(0);
+    let seen = check(s.pid(), &options()).unwrap();
+    assert!(seen.reasons.is_empty());
+    super::super::capture_after(s.pid(), &options(), &seen.scanned).unwrap();
+    let child = s.call(libc::SYS_fork, &[]);
+    // The child came out of the injected call and is ours to end, whatever it runs into.
+    let refused = super::super::capture_after(s.pid(), &options(), &seen.scanned);
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(child as i32), nix::sys::signal::Signal::SIGKILL)
+        .unwrap();
+    let refused = refused.unwrap_err().to_string();
+    assert!(refused.contains(&format!("(pid {child})")), "{refused}");
+}
