@@ -9,7 +9,7 @@ use std::os::fd::OwnedFd;
 use libc::SOL_SOCKET;
 use nix::errno::Errno;
 
-use super::holders::Holders;
+use super::holders::{Holders, ScannedProcesses};
 use super::scan::{Open, Table};
 use super::tcp::{self, Tcp};
 use super::{
@@ -38,8 +38,9 @@ pub struct CapturedFiles {
 /// If the process is gone or cannot be looked at; what cannot be carried is in the answer.
 pub fn check(pid: Tid, options: &FilesOptions) -> Result<FilesCheck, CaptureFilesError> {
     let table = Table::read(pid, true)?;
-    let collected = Collector::new(&table, options, false).collect();
-    let mut found = FilesCheck { reasons: collected.reasons(&table, true)?, ..FilesCheck::default() };
+    let collected = Collector::new(&table, options, false, &ScannedProcesses::default()).collect();
+    let reasons = collected.reasons(&table, true)?;
+    let mut found = FilesCheck { reasons, scanned: collected.scanned, ..FilesCheck::default() };
     for kind in collected.kinds.into_iter().flatten() {
         match kind {
             Kind::Path(image) => found.files.extend(image.file.map(|mut file| {
@@ -61,8 +62,21 @@ pub fn check(pid: Tid, options: &FilesOptions) -> Result<FilesCheck, CaptureFile
 /// # Errors
 /// [`CaptureFilesError::Refused`] if something cannot be carried, with every such thing.
 pub fn capture(pid: Tid, options: &FilesOptions) -> Result<CapturedFiles, CaptureFilesError> {
+    capture_after(pid, options, &ScannedProcesses::default())
+}
+
+/// Like [`capture`], after [`check`]: passes over the other processes that it has looked at
+/// ([`FilesCheck::scanned`]), which on a busy machine is most of the time.
+///
+/// # Errors
+/// As [`capture`].
+pub fn capture_after(
+    pid: Tid,
+    options: &FilesOptions,
+    scanned: &ScannedProcesses,
+) -> Result<CapturedFiles, CaptureFilesError> {
     let table = Table::read(pid, false)?;
-    let collected = Collector::new(&table, options, true).collect();
+    let collected = Collector::new(&table, options, true, scanned).collect();
     let reasons = collected.reasons(&table, false)?;
     if !reasons.is_empty() {
         return Err(CaptureFilesError::Refused { pid, reasons });
@@ -87,6 +101,7 @@ struct Collected {
     pairs: Vec<UnixPair>,
     closing: Vec<usize>,
     foreign_tables: Vec<Tid>,
+    scanned: ScannedProcesses,
 }
 
 struct Collector<'a> {
@@ -109,13 +124,13 @@ fn index(len: usize) -> u32 {
 }
 
 impl<'a> Collector<'a> {
-    fn new(table: &'a Table, options: &'a FilesOptions, contents: bool) -> Self {
+    fn new(table: &'a Table, options: &'a FilesOptions, contents: bool, known: &ScannedProcesses) -> Self {
         let network = |pid: &str| fs::read_link(format!("/proc/{pid}/ns/net")).ok();
         Self {
             table,
             options,
             contents,
-            holders: Holders::find(table),
+            holders: Holders::find(table, known),
             other_network: network(&table.pid.to_string()) != network("self"),
             pipes: Vec::new(),
             pipe_index: HashMap::new(),
@@ -154,8 +169,8 @@ impl<'a> Collector<'a> {
             .filter_map(|e| e.file_name().to_str()?.parse::<Tid>().ok())
             .filter(|tid| matches!(fds::kcmp_tables(table.pid, *tid), Ok(false)))
             .collect();
-        let Self { pipes, pairs, closing, .. } = self;
-        Collected { kinds, signals, pipes, pairs, closing, foreign_tables }
+        let Self { pipes, pairs, closing, holders, .. } = self;
+        Collected { kinds, signals, pipes, pairs, closing, foreign_tables, scanned: holders.scanned }
     }
 
     /// Whether the process asked for SIGIO, and by which signal.
@@ -213,11 +228,11 @@ impl<'a> Collector<'a> {
     }
 
     /// An object whose other side is not in the process.
-    fn outside(&self, open: &Open, what: &str) -> Result<Kind, Stop> {
+    fn outside(&self, open: &Open, other_side: &OsString, what: &str) -> Result<Kind, Stop> {
         if self.is_left(open) {
             return Ok(left_behind());
         }
-        let by = self.holders.others(&open.link).map(|p| format!(" ({p})")).unwrap_or_default();
+        let by = self.holders.others(other_side).map(|p| format!(" ({p})")).unwrap_or_default();
         let remedy = match self.table.is_standard(&open.link) {
             true => "use --shell-job to leave standard streams behind",
             false => "",
@@ -233,7 +248,7 @@ impl<'a> Collector<'a> {
             return Err(Stop::refuse("is a pipe opened by its path, which cannot be carried yet"));
         }
         if (reader.is_none() || writer.is_none()) && !pipe::other_side_closed(open) {
-            return self.outside(open, "a pipe");
+            return self.outside(open, &open.link, "a pipe");
         }
         if let Some(pids) = self.holders.others(&open.link) {
             if self.is_left(open) {
@@ -306,7 +321,8 @@ impl<'a> Collector<'a> {
             .find(|o| o.link_starts_with("socket:[") && unix::inode(o) == state.peer && state.peer != 0);
         let named_peer = socket::peer_has_name(open.fd()).unwrap_or(true);
         if other.is_none() && state.peer != 0 || named_peer {
-            return self.outside(open, "a unix socket");
+            let peer = OsString::from(format!("socket:[{}]", state.peer));
+            return self.outside(open, &peer, "a unix socket");
         }
         for end in [Some(open), other].into_iter().flatten() {
             if let Some(pids) = self.holders.others(&end.link) {

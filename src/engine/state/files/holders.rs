@@ -4,57 +4,77 @@ use std::collections::{HashMap, HashSet};
 use std::ffi::OsString;
 use std::fs;
 use std::os::fd::AsRawFd;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::MetadataExt;
 
 use super::scan::Table;
 use crate::engine::remote::Tid;
 
+/// Processes whose descriptors preflight has looked at. A look at the stopped process need not read them
+/// again: what is held elsewhere was refused then, and only a process started since can have inherited
+/// something. (One that was there before could only be sent it, over a socket with a name or to another
+/// process, and a process with such a socket is not moved.)
+#[derive(Debug, Clone, Default)]
+pub struct ScannedProcesses(HashSet<(Tid, u64)>);
+
 /// Other processes by the link text (`pipe:[12]`) of what they hold.
 #[derive(Debug, Default)]
-pub(super) struct Holders(HashMap<OsString, Vec<Tid>>);
+pub(super) struct Holders {
+    by_link: HashMap<OsString, Vec<Tid>>,
+    pub(super) scanned: ScannedProcesses,
+}
 
 impl Holders {
-    /// Walks /proc, if any of the table's objects could be held elsewhere.
-    pub(super) fn find(table: &Table) -> Self {
-        let wanted: HashSet<&OsString> = table
-            .opens
-            .iter()
-            .filter(|o| o.link_starts_with("pipe:[") || o.link_starts_with("socket:["))
-            .map(|o| &o.link)
-            .collect();
-        let mut found = HashMap::<OsString, Vec<Tid>>::new();
-        if wanted.is_empty() {
-            return Self(found);
+    /// Walks /proc, if any of the table's objects could be held elsewhere: pipes and sockets. Processes in
+    /// `known` are passed over.
+    pub(super) fn find(table: &Table, known: &ScannedProcesses) -> Self {
+        let is_shared_kind = |link: &[u8]| link.starts_with(b"pipe:[") || link.starts_with(b"socket:[");
+        let mut holders = Self::default();
+        if !table.opens.iter().any(|o| is_shared_kind(o.link.as_bytes())) {
+            return holders;
         }
         let us = Tid::try_from(std::process::id()).unwrap_or(0);
         let duplicates: HashSet<i32> = table.opens.iter().map(|o| o.ours.as_raw_fd()).collect();
-        let pids = fs::read_dir("/proc").into_iter().flatten().flatten();
-        for pid in pids.filter_map(|e| e.file_name().to_str()?.parse::<Tid>().ok()) {
-            if pid == table.pid {
+        for process in fs::read_dir("/proc").into_iter().flatten().flatten() {
+            let Some(pid) = process.file_name().to_str().and_then(|s| s.parse::<Tid>().ok()) else {
+                continue;
+            };
+            // The inode tells a process from an earlier one with the same number.
+            let identity = (pid, process.metadata().map_or(0, |m| m.ino()));
+            if pid == table.pid || known.0.contains(&identity) {
                 continue;
             }
+            holders.scanned.0.insert(identity);
             // A process that vanishes meanwhile holds nothing any more.
             for entry in fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten() {
                 let number = entry.file_name().to_str().and_then(|s| s.parse().ok()).unwrap_or(-1);
-                if pid == us && duplicates.contains(&number) {
+                // Our duplicates; a child of ours that is about to exec has copies of them.
+                if duplicates.contains(&number) && (pid == us || parent_of(pid) == Some(us)) {
                     continue;
                 }
                 let Ok(link) = fs::read_link(entry.path()) else { continue };
                 let link = link.into_os_string();
-                if wanted.contains(&link) {
-                    let pids = found.entry(link).or_default();
+                if is_shared_kind(link.as_bytes()) {
+                    let pids = holders.by_link.entry(link).or_default();
                     if !pids.contains(&pid) {
                         pids.push(pid);
                     }
                 }
             }
         }
-        Self(found)
+        holders
     }
 
-    /// Other processes that hold an object, in words: ` (also held by pid 3, 4)`, or empty.
+    /// Other processes that hold an object, in words: `pid 3, 4`.
     pub(super) fn others(&self, link: &OsString) -> Option<String> {
-        let pids = self.0.get(link)?;
+        let pids = self.by_link.get(link)?;
         let list: Vec<String> = pids.iter().map(ToString::to_string).collect();
         Some(format!("pid {}", list.join(", ")))
     }
+}
+
+fn parent_of(pid: Tid) -> Option<Tid> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // Number, name in parentheses (which may hold anything), state, parent.
+    stat.rsplit_once(')')?.1.split_whitespace().nth(1)?.parse().ok()
 }

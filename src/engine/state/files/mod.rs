@@ -34,7 +34,8 @@ use crate::engine::remote::{InjectError, Tid};
 use crate::proto::files::FileRef;
 
 pub use build::{Built, build};
-pub use capture::{CapturedFiles, capture, check};
+pub use capture::{CapturedFiles, capture, capture_after, check};
+pub use holders::ScannedProcesses;
 pub use install::install;
 pub use path::{add_content, compare_here, describe};
 pub use tcp::{ListenPort, close_peers, port_free};
@@ -57,6 +58,8 @@ pub struct FilesCheck {
     pub ports: Vec<ListenPort>,
     /// Open files, which must be there and the same.
     pub files: Vec<FileRef>,
+    /// Other processes looked at, for [`capture_after`].
+    pub scanned: ScannedProcesses,
 }
 
 /// Why the descriptors of a process could not be read.

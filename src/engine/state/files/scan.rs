@@ -145,11 +145,14 @@ fn read_one(pid: Tid, pidfd: &pidfd::PidFd, number: i32) -> Result<Open, (&'stat
 /// Finds which descriptors share a description: only those that look alike are compared, by sorting
 /// them in the kernel's order, so that a table of many does not need a comparison of each with each.
 fn group(pid: Tid, opens: &[Open], running: bool) -> Result<(Vec<usize>, Vec<usize>), CaptureFilesError> {
-    let mut buckets: HashMap<(u64, u64, i32, u64, &OsStr), Vec<usize>> = HashMap::new();
+    let mut buckets: HashMap<_, Vec<usize>> = HashMap::new();
     for (i, o) in opens.iter().enumerate() {
         // A running process moves the position between two looks.
         let position = if running { 0 } else { o.position };
-        buckets.entry((o.stat.dev(), o.stat.ino(), o.flags, position, &o.link)).or_default().push(i);
+        let inode = (o.stat.dev(), o.stat.ino(), &o.link);
+        // eventfds all have one inode and are often many; the kernel numbers them.
+        let key = (inode, o.flags, position, o.field("eventfd-id"));
+        buckets.entry(key).or_default().push(i);
     }
     let mut representative: Vec<usize> = (0..opens.len()).collect();
     for mut bucket in buckets.into_values() {

@@ -57,7 +57,7 @@ pub(super) fn capture_end(
     let mut end = UnixSocket { shutdown: state.shutdown & 3, options, ..UnixSocket::default() };
     if contents {
         end.reset = has_error(fd)?;
-        end.queue = peek_queue(fd, kind)?;
+        end.queue = peek_queue(fd, kind, end.reset)?;
         let credentials = [libc::SO_PASSCRED, libc::SO_PASSSEC];
         let passed = credentials.iter().any(|o| socket::int_option(fd, SOL_SOCKET, *o).is_ok_and(|v| v != 0));
         if passed && !end.queue.is_empty() {
@@ -77,8 +77,16 @@ fn polls(fd: BorrowedFd<'_>, events: i16) -> Result<bool, Stop> {
     Ok(fds::poll_now(fd, events).map_err(Stop::failed("polling a unix socket"))? & events != 0)
 }
 
-fn peek_queue(fd: BorrowedFd<'_>, kind: c_int) -> Result<Vec<Vec<u8>>, Stop> {
+fn peek_queue(fd: BorrowedFd<'_>, kind: c_int, has_error: bool) -> Result<Vec<Vec<u8>>, Stop> {
     let failed = Stop::failed;
+    let unread = fds::readable_bytes(fd).map_err(failed("asking for a unix socket's contents"))?;
+    // A pending error is reported once, by streams behind the data, by others before it: it must stay.
+    if has_error && unread > 0 && kind != libc::SOCK_STREAM {
+        return Err(Stop::refuse("is a unix socket with unread messages behind a connection reset"));
+    }
+    if unread == 0 && (has_error || kind == libc::SOCK_STREAM) {
+        return Ok(Vec::new());
+    }
     let offset =
         socket::int_option(fd, SOL_SOCKET, fds::SO_PEEK_OFF).map_err(failed("asking for the peek offset"))?;
     if offset >= 0 {
@@ -91,14 +99,14 @@ fn peek_queue(fd: BorrowedFd<'_>, kind: c_int) -> Result<Vec<Vec<u8>>, Stop> {
         ));
     }
     socket::set_int_option(fd, SOL_SOCKET, fds::SO_PEEK_OFF, 0).map_err(failed("setting the peek offset"))?;
-    let queue = walk(fd, kind);
+    let queue = walk(fd, kind, unread);
     socket::set_int_option(fd, SOL_SOCKET, fds::SO_PEEK_OFF, offset)
         .map_err(failed("restoring the peek offset"))?;
     queue
 }
 
 /// Peeks at one message after the other; the kernel moves the peek offset along.
-fn walk(fd: BorrowedFd<'_>, kind: c_int) -> Result<Vec<Vec<u8>>, Stop> {
+fn walk(fd: BorrowedFd<'_>, kind: c_int, unread: usize) -> Result<Vec<Vec<u8>>, Stop> {
     let stream = kind == libc::SOCK_STREAM;
     let flags = if stream { 0 } else { libc::MSG_TRUNC };
     let mut queue = Vec::new();
@@ -109,7 +117,6 @@ fn walk(fd: BorrowedFd<'_>, kind: c_int) -> Result<Vec<Vec<u8>>, Stop> {
         let peeked = match socket::peek(fd, &mut buffer, flags) {
             Ok(peeked) => peeked,
             Err(Errno::EAGAIN) => break,
-            // A pending error is reported (and cleared) before data; it was looked for before.
             Err(errno) => return Err(Stop::Failed { step: "peeking at a unix socket", errno }),
         };
         if peeked.ancillary {
@@ -118,8 +125,8 @@ fn walk(fd: BorrowedFd<'_>, kind: c_int) -> Result<Vec<Vec<u8>>, Stop> {
         let Some(message) = buffer.get(..peeked.len) else {
             return Err(Stop::Failed { step: "peeking at a whole message", errno: Errno::EMSGSIZE });
         };
-        // At the end of a stream, and for ever after a shutdown, a peek returns nothing. An empty
-        // datagram looks the same, but only while there is something to read.
+        // For ever after a shutdown, a peek returns nothing. An empty datagram looks the same, but only
+        // while there is something to read.
         if message.is_empty() && (stream || is_shut(fd)?) {
             break;
         }
@@ -128,6 +135,10 @@ fn walk(fd: BorrowedFd<'_>, kind: c_int) -> Result<Vec<Vec<u8>>, Stop> {
             return Err(Stop::Failed { step: "peeking at a queue of moderate length", errno: Errno::EFBIG });
         }
         queue.push(message.to_vec());
+        // A stream ends here: one look more would report, and clear, a pending error.
+        if stream && total >= unread {
+            break;
+        }
     }
     if queue.is_empty() && !is_shut(fd)? && polls(fd, libc::POLLIN)? {
         return Err(Stop::refuse("is a unix socket with a message that cannot be looked at"));
