@@ -136,7 +136,8 @@ impl Driver {
                 *timer = None;
                 return Event::Timeout;
             }
-            let left = timer.map_or(Duration::from_secs(3600), |t| t.saturating_duration_since(Instant::now()));
+            let left =
+                timer.map_or(Duration::from_secs(3600), |t| t.saturating_duration_since(Instant::now()));
             let ask = match &self.link {
                 Some(_) => self.inbox.try_recv().ok(),
                 None => match self.inbox.recv_timeout(left) {
@@ -154,7 +155,7 @@ impl Driver {
             let Some(link) = self.link.as_mut() else { continue };
             match link.recv_timeout(left.min(INBOX_POLL)) {
                 None => {}
-                Some(transport::Incoming::Control(message)) => match to_message(message) {
+                Some(transport::Incoming::Control(message)) => match to_message(*message) {
                     Ok(message) => return Event::Message(OWN_LINK, message),
                     Err(error) => {
                         tracing::warn!(%error, "the source broke the protocol");
@@ -307,9 +308,8 @@ impl Driver {
     }
 
     fn send(&mut self, to: LinkId, tell: &Tell) -> Option<Event> {
-        let timings = matches!(tell, Tell::Prepared | Tell::Committed).then(|| Timings {
-            phase_us: self.clock.so_far().to_micros().collect(),
-        });
+        let timings = matches!(tell, Tell::Prepared | Tell::Committed)
+            .then(|| Timings { phase_us: self.clock.so_far().to_micros().collect() });
         let message = to_control(tell, self.id, timings);
         let sent = match (to == OWN_LINK, &self.link) {
             (true, Some(link)) => link.send_control(&message).is_ok(),

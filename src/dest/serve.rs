@@ -99,9 +99,8 @@ pub fn serve(config: ServeConfig) -> Result<(), ServeError> {
                 }
                 Ok(link) => {
                     let service = service.clone();
-                    let thread = std::thread::Builder::new()
-                        .name("dest".into())
-                        .spawn(move || service.session(link));
+                    let thread =
+                        std::thread::Builder::new().name("dest".into()).spawn(move || service.session(link));
                     if let Err(error) = thread {
                         tracing::error!(%error, "no thread for a connection");
                     }
@@ -129,7 +128,7 @@ impl Service {
             if let Some(Body::Begin(begin)) = message.message {
                 return self.migration(id, begin, link);
             }
-            let Ok(message) = to_message(message) else { return };
+            let Ok(message) = to_message(*message) else { return };
             self.answer(id, message, &link);
             patience = NEXT_WORD;
         }
@@ -145,7 +144,9 @@ impl Service {
                 tracing::warn!(%id, peer, "a question about a migration of somebody else");
                 return;
             }
-            Some(entry) => entry.inbox.send(Ask { message, answer: link.sender() }).err().map(|e| e.0.message),
+            Some(entry) => {
+                entry.inbox.send(Ask { message, answer: link.sender() }).err().map(|e| e.0.message)
+            }
             None => Some(message),
         };
         if let Some(tell) = unanswered.as_ref().and_then(answer_unknown) {

@@ -12,7 +12,7 @@ use super::remote::{Batch, InjectError, RemoteCalls, Tid};
 use super::sleep::SleepBook;
 use super::state::calls::{AttrError, read_as};
 use super::state::creds::{self, CredsProbe};
-use super::state::files::{self, CaptureFilesError, FilesOptions};
+use super::state::files::{self, CaptureFilesError, FilesOptions, ScannedProcesses};
 use super::state::limits::LimitsProbe;
 use super::state::mm::{self, MapError};
 use super::state::sched;
@@ -73,7 +73,8 @@ pub struct Captured {
     pub closing: Vec<OwnedFd>,
 }
 
-/// Captures the state of a frozen process. Nothing of it is consumed or changed.
+/// Captures the state of a frozen process. Nothing of it is consumed or changed. `scanned` are processes
+/// that preflight has looked at already.
 ///
 /// # Errors
 /// See [`CaptureError`].
@@ -82,6 +83,7 @@ pub fn capture(
     options: &FilesOptions,
     sleeps: &SleepBook,
     guards: Vec<Range>,
+    scanned: &ScannedProcesses,
 ) -> Result<Captured, CaptureError> {
     let pid = frozen.pid();
     // Before any injection: registers as the freeze found them.
@@ -116,7 +118,7 @@ pub fn capture(
     process.attrs = Some(bounds.read(leader, &stat, &outcome)?);
     thread_attributes(frozen, &mut process)?;
 
-    let captured = files::capture(pid, options)?;
+    let captured = files::capture_after(pid, options, scanned)?;
     process.files = Some(captured.image);
     Ok(Captured { process, closing: captured.closing })
 }
@@ -207,10 +209,7 @@ pub fn leave_rseq_sections(frozen: &mut Frozen) -> Result<(), MemoryError> {
 }
 
 /// General and extended registers and masks; calls that only our stop has ended are issued again.
-fn registers(
-    frozen: &mut Frozen,
-    sleeps: &SleepBook,
-) -> Result<Vec<Thread>, CaptureError> {
+fn registers(frozen: &mut Frozen, sleeps: &SleepBook) -> Result<Vec<Thread>, CaptureError> {
     let pid = frozen.pid();
     let mut threads = Vec::with_capacity(frozen.threads().len());
     leave_rseq_sections(frozen)?;

@@ -4,14 +4,16 @@
 //! a stopped thread of the process ([`remote`]), and its memory read and written from outside. Blocking;
 //! each migration's calls come from the one OS thread that traces the process.
 
-pub mod capture;
 pub mod address;
 pub mod alive;
+pub mod capture;
 pub mod dirty;
 pub mod extents;
 pub mod freeze;
 pub mod inject;
+pub mod kernel;
 pub mod memory;
+pub mod preflight;
 pub mod priority;
 pub mod procfs;
 pub mod reason;
@@ -19,8 +21,6 @@ pub mod regs;
 pub mod remote;
 pub mod restore;
 pub mod skeleton;
+pub mod sleep;
 pub mod state;
 pub mod sys;
-pub mod kernel;
-pub mod preflight;
-pub mod sleep;

@@ -49,7 +49,7 @@ impl Destination for OverQuic {
         let query = Body::Query(Query { migration_id: record.id.to_string() });
         link.send_control(&Control { message: Some(query) }).ok()?;
         match link.recv_timeout(ANSWER_PATIENCE)? {
-            Incoming::Control(message) => match to_message(message).ok()?.0 {
+            Incoming::Control(message) => match to_message(*message).ok()?.0 {
                 Message::Answer(fate) => Some(fate),
                 Message::Committed => Some(Fate::Accepted),
                 Message::Abort(_) => Some(Fate::NotAccepted),

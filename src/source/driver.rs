@@ -11,7 +11,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use super::machine::SourceMachine;
-use super::plan;
 use super::policy::{self, Limits};
 use super::precopy::{Precopy, PrecopyError};
 use super::protocol::{Action, Event, Message, Outcome, Tell};
@@ -27,7 +26,7 @@ use crate::engine::priority;
 use crate::engine::reason::Reason;
 use crate::engine::remote::{InjectError, Tid};
 use crate::engine::sleep::SleepBook;
-use crate::engine::state::files::{self, FilesOptions};
+use crate::engine::state::files::{self, FilesOptions, ScannedProcesses};
 use crate::identity::Node;
 use crate::journal::{self, Journal, JournalError, Outgoing, OutgoingState};
 use crate::migration::{MigrationId, ProcessKey};
@@ -68,8 +67,6 @@ enum ActionError {
     NoSentinel,
     #[error("this step came before the one that it needs")]
     Order,
-    #[error("the process cannot be carried as it is now")]
-    Refused(Vec<Reason>),
 }
 
 /// Everything that one outgoing migration holds.
@@ -84,6 +81,8 @@ pub(super) struct Driver<'a> {
     pub link: Option<Link>,
     pub cancelled: Arc<AtomicBool>,
     pub report: Report,
+    /// Processes that preflight has looked at for shared descriptors.
+    pub scanned: ScannedProcesses,
     pub state: Held,
 }
 
@@ -180,7 +179,7 @@ impl Driver<'_> {
             };
             match link.recv_timeout(wait) {
                 None => {}
-                Some(Incoming::Control(message)) => match to_message(message) {
+                Some(Incoming::Control(message)) => match to_message(*message) {
                     Ok((message, timings)) => {
                         self.take_timings(&message, timings, clock);
                         return Event::Message(message);
@@ -420,7 +419,7 @@ impl Driver<'_> {
         precopy.send_rest(round, rest, &mut sink)?;
         clock.begin("capture");
         let options = FilesOptions { tcp_close: self.config.tcp_close, shell_job: self.config.shell_job };
-        let captured = capture::capture(frozen, &options, &self.state.sleeps, guards)?;
+        let captured = capture::capture(frozen, &options, &self.state.sleeps, guards, &self.scanned)?;
         self.state.closing = captured.closing;
         precopy.send_state(round, &captured.process, &mut sink)?;
         clock.begin("apply");
@@ -455,8 +454,7 @@ impl Driver<'_> {
     fn reconnect(&mut self) -> Event {
         self.link = None;
         let addrs = self.config.to.resolve().unwrap_or_default();
-        let settings =
-            Settings { handshake_timeout: Duration::from_secs(2), ..self.settings.clone() };
+        let settings = Settings { handshake_timeout: Duration::from_secs(2), ..self.settings.clone() };
         match transport::connect(self.node.clone(), addrs, self.hello.clone(), settings) {
             Ok(link) => {
                 self.link = Some(link);
@@ -512,9 +510,7 @@ fn step_name(action: &Action) -> &'static str {
 /// Reasons that an error carries, to be shown one by one.
 fn refusals(error: &ActionError) -> Option<Vec<Reason>> {
     match error {
-        ActionError::Refused(reasons) | ActionError::Precopy(PrecopyError::Refused(reasons)) => {
-            Some(reasons.clone())
-        }
+        ActionError::Precopy(PrecopyError::Refused(reasons)) => Some(reasons.clone()),
         ActionError::Capture(error) => error.reasons(),
         _ => None,
     }
@@ -530,9 +526,4 @@ pub(super) fn chain(error: &dyn std::error::Error) -> String {
         cause = error.source();
     }
     text
-}
-
-/// The resident size, for the report.
-pub(super) fn memory_bytes(pid: Tid) -> u64 {
-    plan::resident_bytes(pid)
 }

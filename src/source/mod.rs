@@ -62,7 +62,8 @@ pub fn run(config: &SourceConfig) -> Result<Report, SourceError> {
     let host = Host::probe()?;
     let id = new_id()?;
     let mut report = Report::new(id.to_string(), config.pid, config.to.to_string(), config.mode);
-    let settings = Settings { bandwidth: config.bandwidth.map(|b| b.bytes_per_second()), ..Settings::default() };
+    let settings =
+        Settings { bandwidth: config.bandwidth.map(|b| b.bytes_per_second()), ..Settings::default() };
     let hello = crate::hello::hello();
 
     // The process and the destination are looked at at the same time.
@@ -106,6 +107,7 @@ pub fn run(config: &SourceConfig) -> Result<Report, SourceError> {
         link,
         cancelled,
         report,
+        scanned: plan.scanned,
         state: driver::Held::default(),
     };
     let mut report = driver.run();
@@ -126,8 +128,7 @@ fn connect(
     let addrs = to
         .resolve()
         .map_err(|e| Reason::new(object.clone(), format!("has no address: {e}"), "check the name"))?;
-    transport::connect(node, addrs, hello, settings)
-        .map_err(|e| Reason::new(object, driver::chain(&e), ""))
+    transport::connect(node, addrs, hello, settings).map_err(|e| Reason::new(object, driver::chain(&e), ""))
 }
 
 /// Asks the destination what it has against a plan that will not be carried out.
@@ -137,9 +138,10 @@ fn ask(link: &mut Link, begin: crate::proto::control::Begin) -> Vec<Reason> {
         return vec![Reason::new("destination", driver::chain(&error), "")];
     }
     match link.recv_timeout(CHECK_PATIENCE) {
-        Some(Incoming::Control(Control { message: Some(Body::Refused(refused)) })) => {
-            refused.reasons.into_iter().map(Into::into).collect()
-        }
+        Some(Incoming::Control(answer)) => match answer.message {
+            Some(Body::Refused(refused)) => refused.reasons.into_iter().map(Into::into).collect(),
+            _ => Vec::new(),
+        },
         Some(Incoming::Lost(error)) => vec![Reason::new("destination", driver::chain(&error), "")],
         _ => Vec::new(),
     }

@@ -16,7 +16,10 @@ pub(super) fn describe(report: &mut Report, outcome: Outcome, seen: Vec<Reason>)
                 process,
                 "the right to run was offered to the destination, which has not said whether it took it; \
                  until it does, the process is held here, stopped",
-                format!("it is asked again in the background; by hand: migrate resume {}", report.migration_id),
+                format!(
+                    "it is asked again in the background; by hand: migrate resume {}",
+                    report.migration_id
+                ),
             ));
         }
         Outcome::NotMoved(cause) => {

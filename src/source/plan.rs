@@ -5,12 +5,12 @@ use crate::config::SourceConfig;
 use crate::engine::address;
 use crate::engine::kernel::Host;
 use crate::engine::preflight;
+use crate::engine::procfs::parse_status;
 use crate::engine::reason::Reason;
 use crate::engine::remote::Tid;
-use crate::engine::state::files::{self, FilesOptions};
-use crate::engine::state::mm::{self, FlagCache};
-use crate::engine::procfs::parse_status;
 use crate::engine::state::calls::{AttrError, read_as};
+use crate::engine::state::files::{self, FilesOptions, ScannedProcesses};
+use crate::engine::state::mm::{self, FlagCache};
 use crate::engine::state::{creds, limits, sched, timers};
 use crate::migration::MigrationId;
 use crate::proto::control::{Begin, Port};
@@ -23,6 +23,8 @@ pub struct Plan {
     pub begin: Begin,
     /// Reasons of this host.
     pub reasons: Vec<Reason>,
+    /// Processes that were looked at for shared descriptors: not to be looked at again in the freeze.
+    pub scanned: ScannedProcesses,
 }
 
 /// Examines the process; nothing of it is touched. What cannot even be examined is a reason too.
@@ -46,6 +48,7 @@ pub fn survey(id: MigrationId, config: &SourceConfig, host: &Host) -> Plan {
         Ok(check) => {
             plan.reasons.extend(check.reasons);
             plan.begin.files = check.files;
+            plan.scanned = check.scanned;
             plan.begin.ports = check.ports.iter().map(Port::from).collect();
         }
         Err(error) => plan.reasons.push(unreadable(format!("descriptors of pid {pid}"), &error)),

@@ -146,7 +146,8 @@ mod tests {
 
     #[test]
     fn a_sample_with_groups_and_a_name_that_lies() {
-        let text = b"Name:\tx\nUmask:\t0077\nState:\tS (sleeping)\nTgid:\t7\nPid:\t8\nPPid:\t1\nTracerPid:\t0\n\
+        let text =
+            b"Name:\tx\nUmask:\t0077\nState:\tS (sleeping)\nTgid:\t7\nPid:\t8\nPPid:\t1\nTracerPid:\t0\n\
             Uid:\t1\t2\t3\t4\nGid:\t5\t6\t7\t8\nGroups:\t10 20 30 \nVmPin:\t      64 kB\nThreads:\t2\n\
             SigPnd:\t0000000000000001\nShdPnd:\t8000000000000000\nCapBnd:\t000001ffffffffff\nNoNewPrivs:\t1\n\
             Seccomp:\t2\nuntag_mask:\t0xffffffffffffffff\n";

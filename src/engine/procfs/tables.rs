@@ -178,7 +178,8 @@ mod tests {
     #[test]
     fn our_own_limits() {
         let limits = parse_limits(&std::fs::read("/proc/self/limits").unwrap()).unwrap();
-        let (soft, hard) = nix::sys::resource::getrlimit(nix::sys::resource::Resource::RLIMIT_NOFILE).unwrap();
+        let (soft, hard) =
+            nix::sys::resource::getrlimit(nix::sys::resource::Resource::RLIMIT_NOFILE).unwrap();
         assert_eq!(limits[7], (soft, hard));
         assert!(parse_limits(b"Limit\nMax cpu time 1 2 seconds\n").is_err());
         assert!(parse_limits(b"Limit\nMax fun 1 2\n").is_err());
@@ -207,7 +208,9 @@ mod tests {
         assert_eq!(parse_cpu_list(b"0-2,5\n").unwrap(), [0, 1, 2, 5]);
         assert!(parse_cpu_list(b"\n").unwrap().is_empty());
         assert!(parse_cpu_list(b"0-99999999999").is_err() && parse_cpu_list(b"3-1").is_err());
-        assert!(!parse_cpu_list(&std::fs::read("/sys/devices/system/cpu/online").unwrap()).unwrap().is_empty());
+        assert!(
+            !parse_cpu_list(&std::fs::read("/sys/devices/system/cpu/online").unwrap()).unwrap().is_empty()
+        );
     }
 
     proptest! {

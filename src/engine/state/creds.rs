@@ -121,11 +121,7 @@ impl CredsProbe {
     pub fn read(&self, status: &Status, outcome: &Outcome) -> Result<Creds, InjectError> {
         self.calls.check(status.pid, outcome)?;
         let small = |index| outcome.ret(index).ok().and_then(|v| u32::try_from(v).ok()).unwrap_or(0);
-        Ok(Creds {
-            securebits: small(self.securebits),
-            dumpable: small(self.dumpable),
-            ..of_status(status)
-        })
+        Ok(Creds { securebits: small(self.securebits), dumpable: small(self.dumpable), ..of_status(status) })
     }
 }
 
@@ -133,7 +129,8 @@ impl CredsProbe {
 pub fn check_here(wanted: &Creds, ours: &Status) -> Vec<Reason> {
     let [_, permitted, effective, bounding, _] = ours.caps;
     let mut reasons = Vec::new();
-    let mut refuse = |what: &str, why: String| reasons.push(Reason::new(what, why, "run the service as root"));
+    let mut refuse =
+        |what: &str, why: String| reasons.push(Reason::new(what, why, "run the service as root"));
     let lacking = |set: u64, of: u64| -> Vec<u32> { (0..64).filter(|c| set & !of & (1 << c) != 0).collect() };
     for (name, set, of) in
         [("permitted", wanted.cap_permitted, permitted), ("bounding", wanted.cap_bounding, bounding)]
@@ -145,7 +142,10 @@ pub fn check_here(wanted: &Creds, ours: &Status) -> Vec<Reason> {
     }
     let needed = CAP_SETPCAP | CAP_SETUID | CAP_SETGID;
     if needed & !effective != 0 {
-        refuse("credentials", "cannot be set by a service without CAP_SETPCAP, CAP_SETUID, CAP_SETGID".into());
+        refuse(
+            "credentials",
+            "cannot be set by a service without CAP_SETPCAP, CAP_SETUID, CAP_SETGID".into(),
+        );
     }
     if ours.no_new_privs && !wanted.no_new_privs {
         refuse("no_new_privs", "is set on the service here, and would be on the process".into());
@@ -159,7 +159,8 @@ pub fn check_here(wanted: &Creds, ours: &Status) -> Vec<Reason> {
 /// If the credentials are not valid.
 pub fn restore_calls(wanted: &Creds, ours: &Status, batch: &mut Batch) -> Result<Named, AttrError> {
     let invalid = |why: &str| AttrError::Refused(vec![Reason::new("credentials", why, "")]);
-    let ids = |ids: &[u32]| <[u32; 4]>::try_from(ids).map_err(|_| invalid("must have four user and group ids"));
+    let ids =
+        |ids: &[u32]| <[u32; 4]>::try_from(ids).map_err(|_| invalid("must have four user and group ids"));
     let ([ruid, euid, suid, fsuid], [rgid, egid, sgid, fsgid]) = (ids(&wanted.uids)?, ids(&wanted.gids)?);
     if wanted.groups.len() > MAX_GROUPS {
         return Err(invalid("have too many groups"));
@@ -168,7 +169,8 @@ pub fn restore_calls(wanted: &Creds, ours: &Status, batch: &mut Batch) -> Result
     let c = &mut calls;
     let prctl = libc::SYS_prctl;
     let securebits = |bits: u32| [libc::PR_SET_SECUREBITS.into(), bits.into()];
-    let ambient = |op: u64, cap: u64| [PR_CAP_AMBIENT.into(), op.into(), cap.into(), 0u64.into(), 0u64.into()];
+    let ambient =
+        |op: u64, cap: u64| [PR_CAP_AMBIENT.into(), op.into(), cap.into(), 0u64.into(), 0u64.into()];
     c.add(batch, "detaching capabilities from ids", prctl, &securebits(SECBIT_NO_SETUID_FIXUP));
     c.add(batch, "clearing ambient capabilities", prctl, &ambient(PR_CAP_AMBIENT_CLEAR_ALL, 0));
     let tools = wanted.cap_permitted | CAP_SETPCAP | CAP_SETUID | CAP_SETGID;
@@ -209,7 +211,10 @@ fn capset(calls: &mut Named, batch: &mut Batch, what: &'static str, sets: [u64; 
     let header = batch.input(&header);
     let bytes: Vec<[u8; 8]> = sets.iter().map(|s| s.to_le_bytes()).collect();
     // Effective, permitted, inheritable: the low words of all, then the high words.
-    let data: Vec<u8> = [0..4, 4..8].into_iter().flat_map(|half| bytes.iter().flat_map(move |b| b[half.clone()].to_vec())).collect();
+    let data: Vec<u8> = [0..4, 4..8]
+        .into_iter()
+        .flat_map(|half| bytes.iter().flat_map(move |b| b[half.clone()].to_vec()))
+        .collect();
     let data = batch.input(&data);
     calls.add(batch, what, libc::SYS_capset, &[header, data]);
 }
@@ -266,7 +271,8 @@ mod tests {
         let ours = here().unwrap();
         assert!(restore_calls(&Creds::default(), &ours, &mut Batch::new()).is_err());
         let ids = vec![0; 4];
-        let many = Creds { uids: ids.clone(), gids: ids, groups: vec![1; MAX_GROUPS + 1], ..Creds::default() };
+        let many =
+            Creds { uids: ids.clone(), gids: ids, groups: vec![1; MAX_GROUPS + 1], ..Creds::default() };
         assert!(restore_calls(&many, &ours, &mut Batch::new()).is_err());
     }
 }

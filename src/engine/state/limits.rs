@@ -45,7 +45,13 @@ fn working_directory(pid: Tid) -> Result<Result<FileRef, Reason>, AttrError> {
     let there = std::fs::metadata(&path);
     if there.is_ok_and(|m| (m.dev(), m.ino()) == (meta.dev(), meta.ino())) {
         let path = path.as_os_str().as_bytes().to_vec();
-        return Ok(Ok(FileRef { path, dev: meta.dev(), ino: meta.ino(), mode: meta.mode(), ..FileRef::default() }));
+        return Ok(Ok(FileRef {
+            path,
+            dev: meta.dev(),
+            ino: meta.ino(),
+            mode: meta.mode(),
+            ..FileRef::default()
+        }));
     }
     Ok(Err(Reason::new(
         format!("working directory {}", path.display()),
@@ -88,7 +94,11 @@ pub fn check_here(wanted: &ProcessAttrs, ours: &Status) -> Result<Vec<Reason>, A
     let score: i32 = number("/proc/self/oom_score_adj".into(), 10)?;
     if wanted.oom_score_adj < score.min(0) && !privileged {
         let why = format!("is {} there, below what the service may give here", wanted.oom_score_adj);
-        reasons.push(Reason::new("oom_score_adj", why, "start the service with that value or CAP_SYS_RESOURCE"));
+        reasons.push(Reason::new(
+            "oom_score_adj",
+            why,
+            "start the service with that value or CAP_SYS_RESOURCE",
+        ));
     }
     if let Some(cwd) = &wanted.cwd {
         let path = std::path::Path::new(std::ffi::OsStr::from_bytes(&cwd.path));
@@ -271,7 +281,11 @@ pub fn restore_outside(pid: Tid, wanted: &ProcessAttrs) -> Result<(), AttrError>
         let path = format!("/proc/{pid}/{file}");
         // Only what differs: giving the value that is there already may be refused.
         let same = read(path.clone())? == format!("{value}\n").as_bytes();
-        if same { Ok(()) } else { std::fs::write(&path, value).map_err(|source| AttrError::Write { path, source }) }
+        if same {
+            Ok(())
+        } else {
+            std::fs::write(&path, value).map_err(|source| AttrError::Write { path, source })
+        }
     };
     put("oom_score_adj", wanted.oom_score_adj.to_string())?;
     put("coredump_filter", format!("{:#x}", wanted.coredump_filter))

@@ -37,7 +37,9 @@ impl Defaults {
 }
 
 fn cpus(mask: &[u8]) -> impl Iterator<Item = usize> {
-    mask.iter().enumerate().flat_map(|(i, byte)| (0..8).filter(move |b| byte & (1 << b) != 0).map(move |b| i * 8 + b))
+    mask.iter()
+        .enumerate()
+        .flat_map(|(i, byte)| (0..8).filter(move |b| byte & (1 << b) != 0).map(move |b| i * 8 + b))
 }
 
 /// How a thread is scheduled. A thread that may run on all CPUs has an empty mask: at the destination it

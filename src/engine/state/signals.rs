@@ -52,7 +52,9 @@ impl ActionsProbe {
         self.calls.check(pid, outcome)?;
         let mut actions = Vec::new();
         for &(signal, at) in &self.answers {
-            let [handler, flags, restorer, mask] = words(outcome.data(at, ACTION_BYTES))[..] else { continue };
+            let [handler, flags, restorer, mask] = words(outcome.data(at, ACTION_BYTES))[..] else {
+                continue;
+            };
             if [handler, flags, restorer, mask] != [0; 4] {
                 actions.push(SigAction { signo: signal.unsigned_abs(), handler, flags, restorer, mask });
             }
@@ -66,7 +68,8 @@ impl ActionsProbe {
 /// # Errors
 /// If `actions` names a signal that does not exist or cannot be changed.
 pub fn restore_actions(actions: &[SigAction], batch: &mut Batch) -> Result<Named, AttrError> {
-    let invalid = |a: &&SigAction| i32::try_from(a.signo).map_or(true, |s| !(1..=SIGNALS).contains(&s) || fixed(s));
+    let invalid =
+        |a: &&SigAction| i32::try_from(a.signo).map_or(true, |s| !(1..=SIGNALS).contains(&s) || fixed(s));
     if let Some(action) = actions.iter().find(invalid) {
         let object = format!("disposition of signal {}", action.signo);
         return Err(AttrError::Refused(vec![Reason::new(object, "is not one that a process can set", "")]));

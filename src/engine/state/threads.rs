@@ -172,7 +172,8 @@ pub fn restore_calls(thread: &Thread, personality: u32, batch: &mut Batch) -> Na
         c.add(batch, "setting the timer slack", prctl, &args);
     }
     if thread.rseq_area != 0 {
-        let args = [thread.rseq_area.into(), thread.rseq_len.into(), 0u64.into(), thread.rseq_signature.into()];
+        let args =
+            [thread.rseq_area.into(), thread.rseq_len.into(), 0u64.into(), thread.rseq_signature.into()];
         c.add(batch, "registering the rseq area", libc::SYS_rseq, &args);
     }
     calls

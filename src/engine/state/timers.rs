@@ -134,7 +134,11 @@ impl TimersProbe {
                 signal: timer.signal,
                 notify: timer.notify,
                 sigval: timer.sigval,
-                thread: if timer.notify & libc::SIGEV_THREAD_ID == 0 { 0 } else { timer.target.unsigned_abs() },
+                thread: if timer.notify & libc::SIGEV_THREAD_ID == 0 {
+                    0
+                } else {
+                    timer.target.unsigned_abs()
+                },
                 interval_ns,
                 value_ns,
                 overrun: 0,
