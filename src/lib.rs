@@ -10,10 +10,11 @@
 //! - [`cli`], [`config`], [`report`], [`telemetry`]: what the operator types and reads.
 //! - [`proto`]: the plain description of a process and the messages, generated from `proto/`.
 
-#![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used, reason = "tests may panic"))]
 
+#![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used, reason = "tests may panic"))]
 pub mod cli;
 pub mod config;
+pub mod demo;
 pub mod dest;
 pub mod engine;
 pub mod hello;

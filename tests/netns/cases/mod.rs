@@ -2,11 +2,15 @@
 
 mod grounds;
 mod kinds;
+mod moves;
 mod servers;
 
 use crate::case::Case;
 
 /// All of them, in the order they run.
 pub(crate) fn all() -> Vec<Case> {
-    [grounds::cases(), kinds::unmoved(), kinds::moved(), servers::cases()].into_iter().flatten().collect()
+    [grounds::cases(), kinds::unmoved(), kinds::moved(), servers::cases(), moves::cases()]
+        .into_iter()
+        .flatten()
+        .collect()
 }
