@@ -10,6 +10,8 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use migrate::testbed::{Lan, TestbedError};
+use nix::sys::socket::setsockopt;
+use nix::sys::socket::sockopt::RcvBuf;
 
 use crate::case::{Choices, Result};
 
@@ -69,6 +71,8 @@ type Waiting = (Instant, u64, bool, SocketAddr, Vec<u8>);
 fn carry(here: SocketAddr, there: SocketAddr, weather: Weather, stop: &AtomicBool) -> std::io::Result<()> {
     let front = UdpSocket::bind(here)?;
     front.set_nonblocking(true)?;
+    // A burst must not be lost here that a real link would carry.
+    setsockopt(&front, RcvBuf, &(4 << 20))?;
     let mut choices = Choices::new("relay");
     let mut clients = Clients::new();
     let mut queue: BinaryHeap<Reverse<Waiting>> = BinaryHeap::new();
@@ -93,6 +97,7 @@ fn carry(here: SocketAddr, there: SocketAddr, weather: Weather, stop: &AtomicBoo
                 let back = UdpSocket::bind((here.ip(), 0))?;
                 back.connect(there)?;
                 back.set_nonblocking(true)?;
+                setsockopt(&back, RcvBuf, &(4 << 20))?;
                 place.insert(back);
             }
             accept(true, client, &bytes[..count]);
