@@ -9,11 +9,13 @@
 //! - [`engine`]: one host's mechanics (tracees, memory, kernel state); knows no network.
 //! - [`cli`], [`config`], [`report`], [`telemetry`]: what the operator types and reads.
 //! - [`proto`]: the plain description of a process and the messages, generated from `proto/`.
+//! - [`testbed`], [`demo`]: two hosts on one machine, for the tests and for `migrate demo`.
 
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used, reason = "tests may panic"))]
 
 pub mod cli;
 pub mod config;
+pub mod demo;
 pub mod dest;
 pub mod engine;
 pub mod hello;

@@ -15,6 +15,8 @@ use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::{Pid, sethostname, setsid};
 use serde::{Deserialize, Serialize};
 
+use crate::engine::sys::inherit::close_inherited;
+
 /// How long the agent waits for a request before it looks for ended children.
 const REAP_EVERY_MS: u16 = 10;
 
@@ -76,6 +78,8 @@ pub fn run(name: &str, first_pid: u32, whole_run: bool) -> io::Result<()> {
         .to_str()
         .and_then(|pid| pid.parse().ok())
         .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "/proc/self does not lead to a number"))?;
+    // What the outside left open must not turn up in the programs that are moved.
+    close_inherited()?;
     set_up(name, first_pid, whole_run)?;
     say(&Event::Ready(outer))?;
     serve()

@@ -58,6 +58,13 @@ impl Spawn {
         }
     }
 
+    /// Adds arguments.
+    #[must_use]
+    pub fn args<S: AsRef<str>>(mut self, words: impl IntoIterator<Item = S>) -> Self {
+        self.argv.extend(words.into_iter().map(|word| word.as_ref().to_owned()));
+        self
+    }
+
     /// Adds a variable to the environment.
     #[must_use]
     pub fn env(mut self, name: &str, value: &str) -> Self {
@@ -96,7 +103,6 @@ pub struct Host {
     control: Mutex<Control>,
     exits: Arc<Mutex<HashMap<i32, Exit>>>,
     reader: Option<JoinHandle<()>>,
-    shared_from: Option<i32>,
 }
 
 #[derive(Debug)]
@@ -164,7 +170,6 @@ impl Host {
             control: Mutex::new(Control { requests, answers, started: 0 }),
             exits,
             reader: Some(reader),
-            shared_from: shared_from.map(|other| other.init),
         };
         match host.answer(&locked(&host.control))? {
             Event::Ready(init) => host.init = init,
@@ -397,11 +402,6 @@ impl Host {
 
     fn trouble(&self, what: String) -> TestbedError {
         TestbedError::Agent { host: self.name.clone(), what }
-    }
-
-    /// The first process of the host that holds the shared disk.
-    pub fn disk_holder(&self) -> i32 {
-        self.shared_from.unwrap_or(self.init)
     }
 }
 

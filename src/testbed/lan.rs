@@ -3,6 +3,7 @@
 use std::ffi::OsString;
 use std::fs::File;
 use std::path::PathBuf;
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 use nix::sched::{CloneFlags, setns};
@@ -138,17 +139,29 @@ impl Lan {
     /// Runs `work` in a new thread that lives in the network of the clients.
     ///
     /// # Errors
-    /// The thread could not be started or could not enter the namespace.
+    /// The thread could not be started; the thread itself may fail to enter the namespace.
     pub fn client<T: Send + 'static>(
         &self,
         name: &str,
         work: impl FnOnce() -> T + Send + 'static,
-    ) -> Result<std::thread::JoinHandle<Result<T>>> {
-        let path = format!("/proc/{}/ns/net", self.middle.init());
+    ) -> Result<JoinHandle<Result<T>>> {
+        Self::inside(&self.middle, name, work)
+    }
+
+    /// Runs `work` in a new thread that lives in the network of a host.
+    ///
+    /// # Errors
+    /// The thread could not be started; the thread itself may fail to enter the namespace.
+    pub fn inside<T: Send + 'static>(
+        host: &Host,
+        name: &str,
+        work: impl FnOnce() -> T + Send + 'static,
+    ) -> Result<JoinHandle<Result<T>>> {
+        let path = format!("/proc/{}/ns/net", host.init());
         let network = step(File::open(&path), || format!("opening {path}"))?;
         let thread = std::thread::Builder::new().name(name.to_owned()).spawn(move || {
             setns(&network, CloneFlags::CLONE_NEWNET).map_err(|error| TestbedError::Io {
-                step: "entering the network of the clients".to_owned(),
+                step: "entering the network of a host".to_owned(),
                 source: error.into(),
             })?;
             Ok(work())

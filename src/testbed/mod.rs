@@ -12,6 +12,7 @@
 pub mod agent;
 mod host;
 mod lan;
+pub mod load;
 mod moving;
 pub mod redis;
 

@@ -53,7 +53,26 @@ fn main() -> ExitCode {
         }
         return ExitCode::SUCCESS;
     }
+    if options.contains(&"--hold") {
+        return hold();
+    }
     run(&chosen)
+}
+
+/// Makes hosts, says which, and waits to be killed: for the case that nothing is left then.
+fn hold() -> ExitCode {
+    match hosts() {
+        Ok(lan) => {
+            println!("{} {} {}", lan.a.init(), lan.b.init(), lan.middle.init());
+            loop {
+                std::thread::park();
+            }
+        }
+        Err(error) => {
+            eprintln!("{error}");
+            ExitCode::FAILURE
+        }
+    }
 }
 
 fn run(cases: &[&Case]) -> ExitCode {
@@ -93,9 +112,12 @@ fn run(cases: &[&Case]) -> ExitCode {
 }
 
 fn in_new_hosts(case: &Case) -> case::Result {
+    (case.run)(&hosts()?)
+}
+
+fn hosts() -> case::Result<Lan> {
     let agent = vec![std::env::current_exe()?.into_os_string(), OsString::from(AGENT)];
-    let lan = Lan::start(&Tools { migrate: env!("CARGO_BIN_EXE_migrate").into(), agent })?;
-    (case.run)(&lan)
+    Ok(Lan::start(&Tools { migrate: env!("CARGO_BIN_EXE_migrate").into(), agent })?)
 }
 
 fn kernel() -> String {

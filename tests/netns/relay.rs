@@ -1,1 +1,137 @@
-//! relay
+//! A bad network: a relay of UDP datagrams in the middle that loses, repeats and delays them.
+
+use std::cmp::Reverse;
+use std::collections::{BinaryHeap, HashMap};
+use std::io::ErrorKind;
+use std::net::{SocketAddr, UdpSocket};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use migrate::testbed::{Lan, TestbedError};
+use nix::sys::socket::setsockopt;
+use nix::sys::socket::sockopt::RcvBuf;
+
+use crate::case::{Choices, Result};
+
+/// The largest datagram.
+const LARGEST: usize = 65_536;
+
+/// What the relay does to datagrams.
+#[derive(Clone, Copy)]
+pub(crate) struct Weather {
+    /// Of a thousand, so many are lost.
+    pub(crate) lost: u64,
+    /// Of a thousand, so many arrive twice.
+    pub(crate) repeated: u64,
+    /// Each arrives this much later, some up to twice as much, and so out of order.
+    pub(crate) delay: Duration,
+}
+
+/// A running relay; it ends when dropped.
+pub(crate) struct Relay {
+    /// Where the source reaches the destination through it.
+    pub(crate) address: String,
+    stop: Arc<AtomicBool>,
+    thread: Option<JoinHandle<std::result::Result<(), TestbedError>>>,
+}
+
+impl Relay {
+    /// Starts a relay to the service on host `b`.
+    pub(crate) fn start(lan: &Lan, weather: Weather) -> Result<Self> {
+        let here = SocketAddr::new(Lan::CLIENT.parse()?, 7077);
+        let there = SocketAddr::new(Lan::B.parse()?, 7077);
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopped = Arc::clone(&stop);
+        let thread = lan.client("relay", move || {
+            if let Err(error) = carry(here, there, weather, &stopped) {
+                println!("    the relay ended: {error}");
+            }
+        })?;
+        Ok(Self { address: here.to_string(), stop, thread: Some(thread) })
+    }
+}
+
+impl Drop for Relay {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// One client of the relay: its own socket towards the destination.
+type Clients = HashMap<SocketAddr, UdpSocket>;
+
+/// When it is due, a number that keeps the order, whether to the destination or back, client, bytes.
+type Waiting = (Instant, u64, bool, SocketAddr, Vec<u8>);
+
+fn carry(here: SocketAddr, there: SocketAddr, weather: Weather, stop: &AtomicBool) -> std::io::Result<()> {
+    let front = UdpSocket::bind(here)?;
+    front.set_nonblocking(true)?;
+    // A burst must not be lost here that a real link would carry.
+    setsockopt(&front, RcvBuf, &(4 << 20))?;
+    let mut choices = Choices::new("relay");
+    let mut clients = Clients::new();
+    let mut queue: BinaryHeap<Reverse<Waiting>> = BinaryHeap::new();
+    let (mut number, mut bytes) = (0, vec![0; LARGEST]);
+    while !stop.load(Ordering::Relaxed) {
+        let mut idle = true;
+        let mut accept = |forth: bool, client: SocketAddr, datagram: &[u8]| {
+            if choices.below(1000) < weather.lost {
+                return;
+            }
+            let copies = 1 + u64::from(choices.below(1000) < weather.repeated);
+            for _ in 0..copies {
+                let micros = u64::try_from(weather.delay.as_micros()).unwrap_or(0);
+                let more = if choices.below(10) == 0 { choices.below(micros + 1) } else { 0 };
+                let due = Instant::now() + Duration::from_micros(micros + more);
+                number += 1;
+                queue.push(Reverse((due, number, forth, client, datagram.to_vec())));
+            }
+        };
+        while let Some((count, client)) = received(front.recv_from(&mut bytes))? {
+            if let std::collections::hash_map::Entry::Vacant(place) = clients.entry(client) {
+                let back = UdpSocket::bind((here.ip(), 0))?;
+                back.connect(there)?;
+                back.set_nonblocking(true)?;
+                setsockopt(&back, RcvBuf, &(4 << 20))?;
+                place.insert(back);
+            }
+            accept(true, client, &bytes[..count]);
+            idle = false;
+        }
+        for (client, back) in &clients {
+            while let Some(count) = received(back.recv(&mut bytes))? {
+                accept(false, *client, &bytes[..count]);
+                idle = false;
+            }
+        }
+        while queue.peek().is_some_and(|Reverse((due, ..))| *due <= Instant::now()) {
+            let Some(Reverse((_, _, forth, client, datagram))) = queue.pop() else { break };
+            // A full socket buffer is one more way of losing it.
+            let _ = match clients.get(&client) {
+                Some(back) if forth => back.send(&datagram),
+                _ => front.send_to(&datagram, client),
+            };
+            idle = false;
+        }
+        if idle {
+            std::thread::sleep(Duration::from_micros(200));
+        }
+    }
+    Ok(())
+}
+
+/// Nothing there and a refusal that came back are both no datagram.
+fn received<T>(result: std::io::Result<T>) -> std::io::Result<Option<T>> {
+    match result {
+        Ok(value) => Ok(Some(value)),
+        Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::ConnectionRefused) => {
+            Ok(None)
+        }
+        Err(error) => Err(error),
+    }
+}

@@ -1,13 +1,25 @@
 //! The grounds themselves: hosts and the network between them.
 
+use std::io::{BufRead, BufReader};
+use std::net::{SocketAddr, UdpSocket};
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use migrate::testbed::{Lan, Spawn};
+use migrate::testbed::{Host, Lan, Spawn};
 
 use crate::case::{Case, Result, ensure};
+use crate::relay::{Relay, Weather};
 
 pub(crate) fn cases() -> Vec<Case> {
-    vec![Case::new("grounds/hosts", hosts), Case::new("grounds/cut", cut)]
+    vec![
+        Case::new("grounds/hosts", hosts),
+        Case::new("grounds/cut", cut),
+        Case::new("grounds/relay", relay),
+        Case::new("grounds/nothing_left_after_kill", killed),
+    ]
 }
 
 /// What `a` starts has PIDs that `b` has not, and each sees only its own processes.
@@ -46,4 +58,77 @@ fn reaches(lan: &Lan) -> Result<bool> {
     })?;
     let answer = attempt.join().map_err(|_| "the client panicked")??;
     Ok(answer.is_err_and(|error| error.kind() == std::io::ErrorKind::ConnectionRefused))
+}
+
+/// A relay in good weather carries everything in both directions, in bad weather what it is told to.
+fn relay(lan: &Lan) -> Result {
+    let echo = UdpSocketInside::echo(&lan.b, SocketAddr::new(Lan::B.parse()?, 7077))?;
+    for (lost, repeated, least, most) in
+        [(0, 0, 50, 50), (1000, 0, 0, 0), (0, 1000, 200, 200), (300, 0, 5, 45)]
+    {
+        let relay = Relay::start(lan, Weather { lost, repeated, delay: Duration::from_millis(1) })?;
+        let to: SocketAddr = relay.address.parse()?;
+        let counting = lan.client("count", move || -> std::io::Result<u32> {
+            let socket = UdpSocket::bind((Lan::CLIENT, 0))?;
+            socket.set_read_timeout(Some(Duration::from_millis(300)))?;
+            for _ in 0..50 {
+                socket.send_to(b"hello", to)?;
+            }
+            let mut bytes = [0; 16];
+            Ok(std::iter::from_fn(|| socket.recv(&mut bytes).ok()).map(|_| 1).sum())
+        })?;
+        let count = counting.join().map_err(|_| "the client panicked")???;
+        ensure((least..=most).contains(&count), || format!("{count} of 50 came back, lost {lost}"))?;
+    }
+    drop(echo);
+    Ok(())
+}
+
+/// A socket in a host that sends back what it gets, until dropped.
+struct UdpSocketInside {
+    stop: Arc<AtomicBool>,
+}
+
+impl UdpSocketInside {
+    fn echo(host: &Host, address: SocketAddr) -> Result<Self> {
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopped = Arc::clone(&stop);
+        let (ready, bound) = std::sync::mpsc::channel();
+        Lan::inside(host, "echo", move || -> std::io::Result<()> {
+            let socket = UdpSocket::bind(address)?;
+            socket.set_read_timeout(Some(Duration::from_millis(50)))?;
+            let _ = ready.send(());
+            let mut bytes = [0; 16];
+            while !stopped.load(Ordering::Relaxed) {
+                if let Ok((count, from)) = socket.recv_from(&mut bytes) {
+                    socket.send_to(&bytes[..count], from)?;
+                }
+            }
+            Ok(())
+        })?;
+        bound.recv_timeout(Duration::from_secs(5)).map_err(|_| "the echo does not listen")?;
+        Ok(Self { stop })
+    }
+}
+
+impl Drop for UdpSocketInside {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+    }
+}
+
+/// A runner that is killed leaves no process behind: here another runner with a host of its own.
+fn killed(_: &Lan) -> Result {
+    let mut runner = Command::new(std::env::current_exe()?).arg("--hold").stdout(Stdio::piped()).spawn()?;
+    let mut line = String::new();
+    BufReader::new(runner.stdout.take().ok_or("no output")?).read_line(&mut line)?;
+    let inits: Vec<String> = line.split_whitespace().map(|init| format!("/proc/{init}")).collect();
+    ensure(inits.len() == 3 && inits.iter().all(|init| Path::new(init).exists()), || line.clone())?;
+    runner.kill()?;
+    runner.wait()?;
+    let end = Instant::now() + Duration::from_secs(10);
+    while inits.iter().any(|init| Path::new(init).exists()) {
+        ensure(Instant::now() < end, || format!("still there: {inits:?}"))?;
+    }
+    Ok(())
 }

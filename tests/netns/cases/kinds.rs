@@ -62,7 +62,13 @@ pub(crate) fn unmoved() -> Vec<Case> {
         let run = move |lan: &Lan| (kind.start)(&lan.a)?.check_going_on(&lan.a);
         with_need(Case::new(format!("unmoved/{}", kind.name), run), need)
     };
-    std::iter::once(builds).chain(kinds().into_iter().map(case)).collect()
+    // What is refused is harmless where it is.
+    let refused = Case::new("unmoved/refused_states", |lan| {
+        super::refusals::STATES
+            .iter()
+            .try_for_each(|(_, states, _)| Workload::start(&lan.a, "counter", states)?.check_going_on(&lan.a))
+    });
+    [builds, refused].into_iter().chain(kinds().into_iter().map(case)).collect()
 }
 
 pub(crate) fn moved() -> Vec<Case> {

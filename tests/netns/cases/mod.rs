@@ -1,11 +1,26 @@
 //! The cases, by what they show.
 
+mod crash;
 mod grounds;
 mod kinds;
+mod moves;
+mod network;
+mod refusals;
+mod servers;
 
 use crate::case::Case;
 
 /// All of them, in the order they run.
 pub(crate) fn all() -> Vec<Case> {
-    [grounds::cases(), kinds::unmoved(), kinds::moved()].into_iter().flatten().collect()
+    let groups = [
+        grounds::cases(),
+        kinds::unmoved(),
+        refusals::cases(),
+        kinds::moved(),
+        servers::cases(),
+        network::cases(),
+        moves::cases(),
+        crash::cases(),
+    ];
+    groups.into_iter().flatten().collect()
 }

@@ -1,7 +1,17 @@
-/* Counts. Its mappings and descriptors must stay what they were when it began: what a failed or refused
- * move leaves behind in it shows here. */
+/* Counts: `counter [STATE...]`. Its mappings and descriptors must stay what they were when it began: what
+ * a failed or refused move leaves behind in it shows here. Each STATE is something that cannot be moved. */
 #include "workload.h"
 #include <dirent.h>
+#include <linux/filter.h>
+#include <linux/seccomp.h>
+#include <netinet/in.h>
+#include <sys/file.h>
+#include <sys/inotify.h>
+#include <sys/prctl.h>
+#include <sys/ptrace.h>
+#include <sys/shm.h>
+#include <sys/socket.h>
+#include <sys/wait.h>
 
 static char before[65536], after[65536];
 static atomic_ullong count;
@@ -63,9 +73,139 @@ static void unchanged(void)
         fail("mappings or descriptors changed, from\n%s\nto\n%s", before, after);
 }
 
-int main(void)
+static void an_inotify(void)
+{
+    int fd = inotify_init1(IN_CLOEXEC);
+    CHECK(fd >= 0 && inotify_add_watch(fd, "/tmp", IN_CREATE) >= 0, "inotify");
+}
+
+static void a_udp_socket(void)
+{
+    struct sockaddr_in any = {.sin_family = AF_INET};
+    int fd = socket(AF_INET, SOCK_DGRAM, 0);
+    CHECK(fd >= 0 && bind(fd, (struct sockaddr *)&any, sizeof any) == 0, "udp");
+}
+
+static void a_child(void)
+{
+    pid_t child = fork();
+    CHECK(child >= 0, "fork");
+    if (child == 0) {
+        prctl(PR_SET_PDEATHSIG, SIGKILL);
+        for (;;)
+            pause();
+    }
+}
+
+/* The tracer is a child of somebody else: its parent ends at once. */
+static void a_tracer(void)
+{
+    pid_t me = getpid(), child = fork();
+    CHECK(child >= 0, "fork");
+    if (child == 0) {
+        if (fork() != 0)
+            _exit(0);
+        if (ptrace(PTRACE_SEIZE, me, 0, 0) != 0)
+            _exit(1);
+        /* Signals stop the tracee: each is passed on. */
+        int status;
+        pid_t who;
+        while ((who = waitpid(-1, &status, __WALL)) > 0)
+            if (WIFSTOPPED(status))
+                ptrace(PTRACE_CONT, who, 0, WSTOPSIG(status) == SIGTRAP ? 0 : WSTOPSIG(status));
+        _exit(0);
+    }
+    CHECK(waitpid(child, NULL, 0) == child, "waitpid");
+    for (int traced = 0; !traced; usleep(1000)) {
+        char line[256];
+        FILE *file = fopen("/proc/self/status", "re");
+        while (fgets(line, sizeof line, file))
+            if (sscanf(line, "TracerPid: %d", &traced) == 1)
+                break;
+        fclose(file);
+    }
+}
+
+static void a_filter(void)
+{
+    struct sock_filter allow = BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW);
+    struct sock_fprog program = {1, &allow};
+    CHECK(prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0, "no_new_privs");
+    CHECK(prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &program) == 0, "seccomp");
+}
+
+static int opened(const char *form)
+{
+    char path[128];
+    snprintf(path, sizeof path, form, getpid());
+    int fd = open(path, O_RDWR | O_CREAT, 0600);
+    CHECK(fd >= 0 && write(fd, "contents", 8) == 8, "%s", path);
+    return fd;
+}
+
+static void a_deleted_file(void)
+{
+    char path[128];
+    opened("/run/shared/deleted-%d");
+    snprintf(path, sizeof path, "/run/shared/deleted-%d", getpid());
+    CHECK(unlink(path) == 0, "unlink");
+}
+
+static void a_lock(void)
+{
+    int file = opened("/run/shared/locked-%d");
+    CHECK(flock(file, LOCK_EX) == 0, "flock");
+}
+
+static void a_private_file(void)
+{
+    opened("/run/node/only-here-%d");
+}
+
+static void a_sysv_segment(void)
+{
+    int id = shmget(IPC_PRIVATE, 65536, IPC_CREAT | 0600);
+    void *at = shmat(id, NULL, 0);
+    CHECK(id >= 0 && at != (void *)-1 && shmctl(id, IPC_RMID, NULL) == 0, "shm");
+}
+
+static void a_connection(void)
+{
+    struct sockaddr_in name = {.sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
+    socklen_t length = sizeof name;
+    int listener = socket(AF_INET, SOCK_STREAM, 0), client = socket(AF_INET, SOCK_STREAM, 0);
+    CHECK(bind(listener, (struct sockaddr *)&name, length) == 0 && listen(listener, 1) == 0, "listen");
+    CHECK(getsockname(listener, (struct sockaddr *)&name, &length) == 0, "getsockname");
+    CHECK(connect(client, (struct sockaddr *)&name, length) == 0 && accept(listener, NULL, NULL) >= 0, "connect");
+    close(listener);
+}
+
+static void a_port(void)
+{
+    struct sockaddr_in name = {.sin_family = AF_INET, .sin_port = htons(4243)};
+    int listener = socket(AF_INET, SOCK_STREAM, 0), one = 1;
+    CHECK(setsockopt(listener, SOL_SOCKET, SO_REUSEADDR, &one, sizeof one) == 0, "SO_REUSEADDR");
+    CHECK(bind(listener, (struct sockaddr *)&name, sizeof name) == 0 && listen(listener, 1) == 0, "listen");
+}
+
+static const struct { const char *name; void (*make)(void); } states[] = {
+    {"inotify", an_inotify}, {"udp", a_udp_socket}, {"child", a_child}, {"traced", a_tracer},
+    {"seccomp", a_filter}, {"deleted", a_deleted_file}, {"lock", a_lock}, {"private_file", a_private_file},
+    {"sysv", a_sysv_segment}, {"connection", a_connection}, {"port", a_port},
+};
+
+int main(int argc, char **argv)
 {
     pthread_t thread;
+    for (int i = 1; i < argc; i++) {
+        int known = 0;
+        for (size_t j = 0; j < sizeof states / sizeof states[0]; j++)
+            if (strcmp(argv[i], states[j].name) == 0) {
+                states[j].make();
+                known = 1;
+            }
+        CHECK(known, "no state %s", argv[i]);
+    }
     CHECK(pthread_create(&thread, NULL, counting, NULL) == 0, "thread");
     /* Twice: the first pass makes the heap and whatever else the library keeps. */
     describe(before, sizeof before);

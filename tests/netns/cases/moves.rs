@@ -1,0 +1,92 @@
+//! Many moves in a row: nothing stale, lost or invented, and nothing left over in the services.
+
+use std::time::Duration;
+
+use migrate::testbed::{Host, Lan, Outcome, Service};
+
+use crate::case::{Case, Result, ensure};
+use crate::workload::Workload;
+
+const MOVE: Duration = Duration::from_secs(180);
+/// What a service may grow by over all moves after the first few: caches of the allocator.
+const GROWTH_KIB: u64 = 4096;
+
+pub(crate) fn cases() -> Vec<Case> {
+    vec![Case::new("moves/writer_20_times", writer), Case::new("moves/50_times_and_no_growth", fifty)]
+}
+
+/// 8 threads over 512 MiB, mapping, unmapping, moving and dropping memory all the while.
+fn writer(lan: &Lan) -> Result {
+    let mut workload = Workload::start(&lan.a, "writer", &["8", "512", "/run/shared/writer", "4"])?;
+    back_and_forth(lan, &mut workload, 20, |_, _| Ok(()))
+}
+
+fn fifty(lan: &Lan) -> Result {
+    let mut workload = Workload::start(&lan.a, "writer", &["2", "16", "/run/shared/writer", "4"])?;
+    let mut settled: Option<[Size; 2]> = None;
+    back_and_forth(lan, &mut workload, 50, |round, services| {
+        let sizes = [Size::of(&lan.a, &services[0])?, Size::of(&lan.b, &services[1])?];
+        match (&settled, round) {
+            (None, 10) => settled = Some(sizes),
+            (Some(before), 50) => {
+                for (was, is) in before.iter().zip(&sizes) {
+                    ensure(is.resident_kib <= was.resident_kib + GROWTH_KIB, || format!("{was:?} {is:?}"))?;
+                    ensure(is.descriptors <= was.descriptors, || format!("{was:?} {is:?}"))?;
+                    ensure(is.mappings <= was.mappings + 8, || format!("{was:?} {is:?}"))?;
+                    ensure(is.children <= was.children, || format!("{was:?} {is:?}"))?;
+                }
+            }
+            _ => {}
+        }
+        Ok(())
+    })?;
+    let left: Vec<_> = lan.a.processes()?.into_iter().chain(lan.b.processes()?).collect();
+    // The workload and the two services.
+    ensure(left.len() == 3, || format!("more than expected is left: {left:?}"))
+}
+
+fn back_and_forth(
+    lan: &Lan,
+    workload: &mut Workload,
+    moves: usize,
+    mut after_each: impl FnMut(usize, &[Service; 2]) -> Result,
+) -> Result {
+    lan.share_identity()?;
+    let services = [lan.serve(&lan.a)?, lan.serve(&lan.b)?];
+    let mut here = &lan.a;
+    for round in 1..=moves {
+        let there = lan.other(here);
+        let service = if here.name() == lan.a.name() { &services[1] } else { &services[0] };
+        lan.move_to(here, service, workload.pid(), &[], MOVE)
+            .and_then(Outcome::expect_moved)
+            .map_err(|error| format!("move {round}: {error}"))?;
+        workload.check(there).map_err(|error| format!("after move {round}: {error}"))?;
+        after_each(round, &services)?;
+        here = there;
+    }
+    workload.check_going_on(here)
+}
+
+/// How large a service is.
+#[derive(Debug)]
+struct Size {
+    resident_kib: u64,
+    descriptors: usize,
+    mappings: usize,
+    children: usize,
+}
+
+impl Size {
+    fn of(host: &Host, service: &Service) -> Result<Self> {
+        let directory = host.proc(service.job.pid);
+        let status = std::fs::read_to_string(directory.join("status"))?;
+        let resident = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap_or_default();
+        let children = std::fs::read_to_string(directory.join(format!("task/{}/children", service.job.pid)))?;
+        Ok(Self {
+            resident_kib: resident.split_whitespace().next().unwrap_or("0").parse()?,
+            descriptors: std::fs::read_dir(directory.join("fd"))?.count(),
+            mappings: std::fs::read_to_string(directory.join("maps"))?.lines().count(),
+            children: children.split_whitespace().count(),
+        })
+    }
+}

@@ -1,0 +1,143 @@
+//! Every refusal: exit status 1, all reasons in one go, the process unharmed, nothing at the destination.
+
+use std::time::Duration;
+
+use migrate::testbed::{Host, Lan, Outcome, PRIVATE, Spawn};
+
+use crate::case::{Case, Result, ensure};
+use crate::workload::Workload;
+
+const REFUSAL: Duration = Duration::from_secs(30);
+
+/// States of the counting program, what they are refused by, and words that the reasons must have.
+pub(crate) const STATES: &[(&str, &[&str], &[&str])] = &[
+    ("inotify", &["inotify"], &["inotify"]),
+    ("udp", &["udp"], &["udp"]),
+    ("child", &["child"], &["child"]),
+    ("traced", &["traced"], &["traced"]),
+    ("seccomp", &["seccomp"], &["seccomp"]),
+    ("deleted_file", &["deleted"], &["deleted"]),
+    ("file_lock", &["lock"], &["lock"]),
+    ("file_missing_there", &["private_file"], &["only-here"]),
+    ("sysv_memory", &["sysv"], &["sysv"]),
+    ("tcp_connection", &["connection"], &["tcp-close"]),
+    (
+        "all_at_once",
+        &["inotify", "udp", "child", "deleted", "private_file"],
+        &["inotify", "udp", "child", "deleted", "only-here"],
+    ),
+];
+
+pub(crate) fn cases() -> Vec<Case> {
+    let states = STATES.iter().map(|(name, states, words)| {
+        Case::new(format!("refusals/{name}"), move |lan| {
+            let workload = Workload::start(&lan.a, "counter", states)?;
+            refused(lan, workload, &[], words)
+        })
+    });
+    let own = vec![
+        Case::new("refusals/no_such_process", |lan| no_process(lan, 31_000, &["31000"])),
+        Case::new("refusals/own_ancestor", |lan| no_process(lan, 1, &["ancestor"])),
+        Case::new("refusals/zombie", zombie),
+        Case::new("refusals/pid_taken", pid_taken),
+        Case::new("refusals/port_bound", port_bound),
+        Case::new("refusals/file_differs", file_differs),
+        Case::new("refusals/unreachable", unreachable),
+        Case::new("refusals/usage", usage),
+    ];
+    states.chain(own).collect()
+}
+
+/// A process that cannot be moved is refused, and goes on.
+fn refused(lan: &Lan, mut workload: Workload, options: &[&str], words: &[&str]) -> Result {
+    workload.check(&lan.a)?;
+    lan.share_identity()?;
+    let service = lan.serve(&lan.b)?;
+    let before = lan.b.processes()?;
+    let outcome = lan.move_to(&lan.a, &service, workload.pid(), options, REFUSAL)?;
+    says(&outcome, words)?;
+    workload.check_going_on(&lan.a)?;
+    let after = lan.b.processes()?;
+    ensure(after == before, || format!("left at the destination: {after:?}, before it was {before:?}"))
+}
+
+/// Exit status 1, `not_moved`, and every word in the reasons.
+fn says(outcome: &Outcome, words: &[&str]) -> Result {
+    let whole = || format!("{:?} {}\n{}", outcome.exit, outcome.report, outcome.stderr);
+    ensure(outcome.exit.code == Some(1), || format!("the exit status is not 1: {}", whole()))?;
+    ensure(outcome.report["outcome"] == "not_moved", || format!("the outcome: {}", whole()))?;
+    let reasons = outcome.reasons().to_lowercase();
+    for word in words {
+        ensure(reasons.contains(word), || format!("no reason names {word:?}: {}", whole()))?;
+    }
+    Ok(())
+}
+
+fn no_process(lan: &Lan, pid: i32, words: &[&str]) -> Result {
+    lan.share_identity()?;
+    let service = lan.serve(&lan.b)?;
+    says(&lan.move_to(&lan.a, &service, pid, &[], REFUSAL)?, words)
+}
+
+fn zombie(lan: &Lan) -> Result {
+    // The first `sleep` ends at once; its parent has become a `sleep` that does not know of it.
+    let job = lan.a.spawn(&Spawn::new(["/bin/sh", "-c", "sleep 0 & echo $!; exec sleep 1000"]))?;
+    let (line, _) = lan.a.wait_line(&job, "", 0, REFUSAL)?;
+    let pid: i32 = line.parse()?;
+    migrate::testbed::wait_for("the zombie", REFUSAL, || {
+        let status = std::fs::read_to_string(lan.a.proc(pid).join("status")).unwrap_or_default();
+        Ok(status.contains("State:\tZ").then_some(()))
+    })?;
+    no_process(lan, pid, &["zombie"])
+}
+
+fn pid_taken(lan: &Lan) -> Result {
+    let workload = Workload::start(&lan.a, "counter", &[])?;
+    let pid = workload.pid();
+    let last = lan.b.outside("/proc/sys/kernel/ns_last_pid");
+    // Written from inside: the file sets the namespace of who writes it.
+    ensure(last.exists(), || "no ns_last_pid".to_owned())?;
+    let set = format!("echo {} > /proc/sys/kernel/ns_last_pid; exec sleep 1000", pid - 2);
+    lan.b.spawn(&Spawn::new(["/bin/sh", "-c", &set]))?;
+    let taken = take_pid(&lan.b, pid)?;
+    refused(lan, workload, &[], &[&taken.to_string()])
+}
+
+/// Starts programs until one has the PID.
+fn take_pid(host: &Host, pid: i32) -> Result<i32> {
+    for _ in 0..20 {
+        if host.proc(pid).exists() {
+            return Ok(pid);
+        }
+        host.spawn(&Spawn::new(["sleep", "1000"]))?;
+    }
+    Err(format!("PID {pid} could not be taken").into())
+}
+
+fn port_bound(lan: &Lan) -> Result {
+    Workload::start(&lan.b, "counter", &["port"])?;
+    let workload = Workload::start(&lan.a, "counter", &["port"])?;
+    refused(lan, workload, &[], &["4243"])
+}
+
+/// The same path on both hosts' own disks, with different contents.
+fn file_differs(lan: &Lan) -> Result {
+    let workload = Workload::start(&lan.a, "counter", &["private_file"])?;
+    let name = format!("{PRIVATE}/only-here-{}", workload.pid());
+    std::fs::write(lan.b.outside(&name), "Contents")?;
+    refused(lan, workload, &[], &["only-here"])
+}
+
+fn unreachable(lan: &Lan) -> Result {
+    let mut workload = Workload::start(&lan.a, "counter", &[])?;
+    lan.share_identity()?;
+    let to = format!("{}:7077", Lan::B);
+    let job = lan.start_move(&lan.a, &to, workload.pid(), &[])?;
+    says(&lan.finish_move(&lan.a, &job, REFUSAL)?, &[Lan::B])?;
+    workload.check_going_on(&lan.a)
+}
+
+fn usage(lan: &Lan) -> Result {
+    let outcome = lan.run(&lan.a, &["--to", "nowhere", "--no-such-option", "1"], REFUSAL)?;
+    ensure(outcome.exit.code == Some(2), || format!("{:?} {}", outcome.exit, outcome.stderr))
+}

@@ -1,0 +1,109 @@
+//! Real servers under a writer that reconnects to the service address: no acknowledged write is missing.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
+
+use migrate::testbed::load::{Load, Store};
+use migrate::testbed::redis::{self, Redis};
+use migrate::testbed::{Lan, Spawn, TestbedError, wait_for};
+
+use crate::case::{Case, Need, Result, ensure};
+use crate::memcached::{self, Memcached};
+
+const KEYS: u64 = 200_000;
+const VALUE_BYTES: usize = 120;
+/// The writer must get on this much, before the move and again after it.
+const SOME_WRITES: u64 = 2_000;
+const MOVE: Duration = Duration::from_secs(120);
+
+pub(crate) fn cases() -> Vec<Case> {
+    let redis = || Need::Program("redis-server");
+    let memcached = || Need::Program("memcached");
+    vec![
+        Case::new("servers/redis_unmoved", |lan| serve::<Redis>(lan, &redis::server(), redis::PORT, false))
+            .needs(redis()),
+        Case::new("servers/memcached_unmoved", |lan| {
+            serve::<Memcached>(lan, &memcached::server(), memcached::PORT, false)
+        })
+        .needs(memcached()),
+        Case::new("servers/redis", |lan| serve::<Redis>(lan, &redis::server(), redis::PORT, true))
+            .needs(redis()),
+        Case::new("servers/memcached", |lan| {
+            serve::<Memcached>(lan, &memcached::server(), memcached::PORT, true)
+        })
+        .needs(memcached()),
+    ]
+}
+
+fn serve<S: Store + 'static>(lan: &Lan, server: &Spawn, port: u16, moving: bool) -> Result {
+    let address = SocketAddr::new(Lan::SERVICE.parse()?, port);
+    let job = lan.a.spawn(server)?;
+    in_client(lan, "connect", move || {
+        wait_for("the server answering", Duration::from_secs(20), || Ok(S::connect(address).ok().map(drop)))
+    })??;
+    let load = in_client(lan, "fill", move || Load::fill::<S>(address, KEYS, VALUE_BYTES))??;
+
+    let (stop, writes) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
+    let (stopped, counted) = (Arc::clone(&stop), Arc::clone(&writes));
+    let writer = lan.client("writer", move || {
+        let mut load = load;
+        let activity = load.write_until::<S>(address, &stopped, &counted);
+        (load, activity)
+    })?;
+    // Whatever fails from here on, the writer is told to stop.
+    let outcome = under_load(lan, job.pid, moving, &writes);
+    stop.store(true, Ordering::Relaxed);
+    let (load, activity) = writer.join().map_err(|_| "the writer panicked")??;
+    outcome?;
+    let wrong = in_client(lan, "verify", move || load.verify::<S>(address))??;
+    ensure(wrong.is_empty(), || format!("acknowledged writes are missing: {}", wrong.join("; ")))?;
+    ensure(activity.reconnects == u64::from(moving), || format!("{activity:?}"))?;
+    println!(
+        "    {} writes, longest pause {:.1} ms",
+        activity.writes,
+        activity.longest_pause.as_secs_f64() * 1000.0
+    );
+    Ok(())
+}
+
+fn under_load(lan: &Lan, pid: i32, moving: bool, writes: &AtomicU64) -> Result {
+    more_writes(writes)?;
+    if moving {
+        lan.share_identity()?;
+        let service = lan.serve(&lan.b)?;
+        let options = ["--tcp-close", "--move-ip", Lan::MOVE_IP];
+        let outcome = lan.move_to(&lan.a, &service, pid, &options, MOVE)?.expect_moved()?;
+        for field in ["migration_id", "downtime_ms", "rounds", "pages_data", "bytes_wire", "phases"] {
+            ensure(!outcome.report[field].is_null(), || {
+                format!("the report has no {field}: {}", outcome.report)
+            })?;
+        }
+        ensure(lan.b.proc(pid).exists() && !lan.a.proc(pid).exists(), || {
+            "it is on the wrong host".to_owned()
+        })?;
+        ensure(lan.has_service(&lan.b)? && !lan.has_service(&lan.a)?, || {
+            "the address did not move".to_owned()
+        })?;
+    }
+    more_writes(writes)
+}
+
+fn more_writes(writes: &AtomicU64) -> Result {
+    let before = writes.load(Ordering::Relaxed);
+    wait_for("more acknowledged writes", Duration::from_secs(30), || {
+        Ok((writes.load(Ordering::Relaxed) >= before + SOME_WRITES).then_some(()))
+    })?;
+    Ok(())
+}
+
+fn in_client<T: Send + 'static>(
+    lan: &Lan,
+    name: &str,
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T> {
+    let thread = lan.client(name, work)?;
+    let joined: std::result::Result<T, TestbedError> = thread.join().map_err(|_| "the client panicked")?;
+    Ok(joined?)
+}
