@@ -36,7 +36,6 @@ use crate::proto::files::FileRef;
 pub use build::{Built, build};
 pub use capture::{CapturedFiles, capture, capture_after, check};
 pub use holders::ScannedProcesses;
-pub use holders::ScannedProcesses;
 pub use install::install;
 pub use path::{add_content, compare_here, describe};
 pub use tcp::{ListenPort, close_peers, port_free};
