@@ -1,5 +1,12 @@
 //! Files of /proc/PID, text to types. Pure; never panics on any input.
 
+mod status;
+mod tables;
+
+pub use status::{Status, parse_status};
+pub(crate) use tables::limit_name;
+pub use tables::{ClockOffsets, ProcTimer, parse_cpu_list, parse_limits, parse_timens_offsets, parse_timers};
+
 /// A line that does not have the form that proc(5) promises.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("unexpected line: {line}")]
