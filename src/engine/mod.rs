@@ -4,11 +4,14 @@
 //! a stopped thread of the process ([`remote`]), and its memory read and written from outside. Blocking;
 //! each migration's calls come from the one OS thread that traces the process.
 
+pub mod cpu;
 pub mod dirty;
 pub mod extents;
 pub mod freeze;
 pub mod inject;
 pub mod memory;
+pub mod pids;
+pub mod preflight;
 pub mod procfs;
 pub mod address;
 pub mod alive;

@@ -1,5 +1,13 @@
 //! One kind of kernel state, one file: its preflight check, its capture at the source and its restore at
 //! the destination, side by side.
 
+pub mod attrs;
+pub mod calls;
+pub mod creds;
 pub mod files;
+pub mod limits;
 pub mod mm;
+pub mod sched;
+pub mod signals;
+pub mod threads;
+pub mod timers;

@@ -3,6 +3,7 @@
 
 #![allow(unsafe_code, reason = "this module is the fence")]
 
+pub mod attrs;
 pub mod blob;
 pub mod clone;
 pub mod fds;
