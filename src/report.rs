@@ -50,6 +50,8 @@ pub struct Report {
     pub outcome: Outcome,
     /// What stood in the way, or what the operator has to look after.
     pub reasons: Vec<Reason>,
+    /// What is different after the move, and was no obstacle to it.
+    pub notes: Vec<Reason>,
     /// From the start of the command to its end.
     #[serde(rename = "total_ms", serialize_with = "as_ms")]
     pub total: Duration,
@@ -84,6 +86,7 @@ impl Report {
             mode,
             outcome: Outcome::NotMoved,
             reasons: Vec::new(),
+            notes: Vec::new(),
             total: Duration::ZERO,
             downtime: Duration::ZERO,
             phases: Phases::default(),
@@ -238,6 +241,9 @@ impl fmt::Display for Report {
         writeln!(f, "status: {status}")?;
         for reason in &self.reasons {
             writeln!(f, "  {reason}")?;
+        }
+        for note in &self.notes {
+            writeln!(f, "  note: {note}")?;
         }
         writeln!(f, "total time: {:.1} ms", ms(self.total))?;
         if self.rounds.is_empty() {

@@ -3,8 +3,9 @@
 use super::driver::parse_addresses;
 use crate::engine::address::{self, AddressSet};
 use crate::engine::kernel::{self, Host};
-use crate::engine::preflight;
+use crate::engine::pids;
 use crate::engine::reason::Reason;
+use crate::engine::remote::Tid;
 use crate::engine::state::calls::AttrError;
 use crate::engine::state::files::{self, ListenPort};
 use crate::engine::state::{creds, limits, sched};
@@ -13,7 +14,8 @@ use crate::proto::image::Process;
 
 /// Checks the plan against this host. Also finds the devices of the addresses that move.
 pub(super) fn check(begin: &Begin, host: &Host, same_kernel: bool) -> (Vec<Reason>, Option<AddressSet>) {
-    let mut reasons = preflight::check_pids_free(&begin.tids);
+    let tids: Vec<Tid> = begin.tids.iter().filter_map(|t| Tid::try_from(*t).ok()).collect();
+    let mut reasons = pids::check_pids_free(&tids);
     if let (Some(cpu), Some(needs)) = (&begin.cpu, &begin.kernel) {
         reasons.extend(kernel::missing_here(cpu, needs, host));
     } else {

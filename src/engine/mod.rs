@@ -7,12 +7,14 @@
 pub mod address;
 pub mod alive;
 pub mod capture;
+pub mod cpu;
 pub mod dirty;
 pub mod extents;
 pub mod freeze;
 pub mod inject;
 pub mod kernel;
 pub mod memory;
+pub mod pids;
 pub mod preflight;
 pub mod priority;
 pub mod procfs;

@@ -74,6 +74,7 @@ pub fn run(config: &SourceConfig) -> Result<Report, SourceError> {
     let mut plan = plan::survey(id, config, &host);
     let link = dial.join().unwrap_or_else(|_| Err(Reason::new("destination", "cannot be reached", "")));
     report.memory_bytes = plan.begin.memory_bytes;
+    report.notes = std::mem::take(&mut plan.notes);
     let key = alive::start_ticks(config.pid.unsigned_abs()).ok().flatten();
     let mut link = match link {
         Ok(link) => Some(link),

@@ -4,6 +4,7 @@
 use crate::config::SourceConfig;
 use crate::engine::address;
 use crate::engine::kernel::Host;
+use crate::engine::memory::Memory;
 use crate::engine::preflight;
 use crate::engine::procfs::parse_status;
 use crate::engine::reason::Reason;
@@ -11,7 +12,7 @@ use crate::engine::remote::Tid;
 use crate::engine::state::calls::{AttrError, read_as};
 use crate::engine::state::files::{self, FilesOptions, ScannedProcesses};
 use crate::engine::state::mm::{self, FlagCache};
-use crate::engine::state::{creds, limits, sched, timers};
+use crate::engine::state::{creds, limits, sched};
 use crate::migration::MigrationId;
 use crate::proto::control::{Begin, Port};
 use crate::proto::image::{Process, Thread, VmaKind};
@@ -23,6 +24,8 @@ pub struct Plan {
     pub begin: Begin,
     /// Reasons of this host.
     pub reasons: Vec<Reason>,
+    /// What will be different afterwards, and is no obstacle.
+    pub notes: Vec<Reason>,
     /// Processes that were looked at for shared descriptors: not to be looked at again in the freeze.
     pub scanned: ScannedProcesses,
 }
@@ -30,7 +33,8 @@ pub struct Plan {
 /// Examines the process; nothing of it is touched. What cannot even be examined is a reason too.
 pub fn survey(id: MigrationId, config: &SourceConfig, host: &Host) -> Plan {
     let pid: Tid = config.pid;
-    let mut plan = Plan { reasons: preflight::check(pid, config.shell_job), ..Plan::default() };
+    let found = preflight::check(pid, config.shell_job);
+    let mut plan = Plan { reasons: found.reasons, notes: found.notes, ..Plan::default() };
     plan.begin.migration_id = id.to_string();
     plan.begin.pid = pid.unsigned_abs();
     plan.begin.cpu = Some(host.cpu());
@@ -40,7 +44,8 @@ pub fn survey(id: MigrationId, config: &SourceConfig, host: &Host) -> Plan {
         Ok(reasons) => plan.reasons.extend(reasons),
         Err(error) => plan.reasons.push(unreadable("the addresses that move", &error)),
     }
-    if preflight::is_missing(pid) {
+    if Memory::open(pid).is_err() {
+        // Gone, a zombie, or nothing that has memory: there is nothing more to be found out.
         return plan;
     }
     let options = FilesOptions { tcp_close: config.tcp_close, shell_job: config.shell_job };
@@ -71,10 +76,7 @@ pub fn survey(id: MigrationId, config: &SourceConfig, host: &Host) -> Plan {
         Err(error) => plan.reasons.push(unreadable(format!("memory map of pid {pid}"), &error)),
     }
     match attributes(pid) {
-        Ok((reasons, early)) => {
-            plan.reasons.extend(reasons);
-            plan.begin.early = Some(early);
-        }
+        Ok(early) => plan.begin.early = Some(early),
         Err(error) => plan.reasons.push(unreadable(format!("attributes of pid {pid}"), &error)),
     }
     match crate::engine::freeze::thread_ids(pid) {
@@ -86,9 +88,8 @@ pub fn survey(id: MigrationId, config: &SourceConfig, host: &Host) -> Plan {
     plan
 }
 
-/// Credentials, limits, timers and scheduling: what cannot leave, and what the destination must be able to
-/// give.
-fn attributes(pid: Tid) -> Result<(Vec<Reason>, Process), AttrError> {
+/// Credentials, limits and scheduling: what the destination must be able to give.
+fn attributes(pid: Tid) -> Result<Process, AttrError> {
     let tids = crate::engine::freeze::thread_ids(pid)
         .map_err(|source| AttrError::Read { path: format!("/proc/{pid}/task"), source })?;
     let mut statuses = Vec::with_capacity(tids.len());
@@ -102,17 +103,13 @@ fn attributes(pid: Tid) -> Result<(Vec<Reason>, Process), AttrError> {
             threads.push(Thread { tid: tid.unsigned_abs(), sched: Some(sched), ..Thread::default() });
         }
     }
-    let mut reasons = creds::preflight(pid, &statuses);
-    reasons.extend(limits::preflight(pid)?);
-    reasons.extend(timers::preflight(pid)?);
-    let early = Process {
+    Ok(Process {
         pid: pid.unsigned_abs(),
         attrs: Some(limits::survey(pid)?),
         creds: statuses.first().map(creds::of_status),
         threads,
         ..Process::default()
-    };
-    Ok((reasons, early))
+    })
 }
 
 fn unreadable(object: impl Into<String>, error: &dyn std::error::Error) -> Reason {

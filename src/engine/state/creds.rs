@@ -22,8 +22,6 @@ const CAP_SETGID: u64 = 1 << 6;
 const CAP_SETUID: u64 = 1 << 7;
 const CAP_SETPCAP: u64 = 1 << 8;
 const SECBIT_NO_SETUID_FIXUP: u32 = 1 << 2;
-/// The bits that lock other bits.
-const SECBIT_LOCKS: u32 = 0xaaaa;
 const CAPABILITY_VERSION_3: u32 = 0x2008_0522;
 const PR_CAP_AMBIENT: u64 = 47;
 const PR_CAP_AMBIENT_RAISE: u64 = 2;
@@ -229,16 +227,6 @@ pub fn finish_calls(wanted: &Creds, batch: &mut Batch) -> Named {
     calls
 }
 
-/// Whether what the service has locked about its securebits can be undone in a process: never.
-pub fn locked_here(securebits_here: u32, wanted: u32) -> Option<Reason> {
-    let locks = securebits_here & SECBIT_LOCKS;
-    let bits = locks | locks >> 1;
-    (securebits_here & bits != wanted & bits).then(|| {
-        let why = "are locked to other values on the service here";
-        Reason::new("securebits", why, "run the service without securebits locks")
-    })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -253,7 +241,6 @@ mod tests {
         assert!(check_here(&Creds::default(), &root).is_empty());
         let nnp = Status { no_new_privs: true, ..root };
         assert_eq!(check_here(&Creds::default(), &nnp)[0].object, "no_new_privs");
-        assert!(locked_here(3, 3).is_none() && locked_here(3, 0).is_some() && locked_here(0, 3).is_none());
     }
 
     #[test]

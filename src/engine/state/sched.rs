@@ -146,7 +146,7 @@ mod tests {
         let copied = capture(pid_b, &defaults).unwrap();
         restore(pid_b, &plain).unwrap();
         let mut back = capture(pid_b, &defaults).unwrap();
-        let real_time = Sched { policy: 1, rt_priority: 5, ioprio: 4 << 13 | 4, ..Sched::default() };
+        let real_time = Sched { policy: 1, rt_priority: 5, ioprio: 1 << 13 | 3, ..Sched::default() };
         let fifo = restore(pid_b, &real_time).and_then(|()| capture(pid_b, &defaults));
         for child in [&mut a, &mut b] {
             child.kill().unwrap();

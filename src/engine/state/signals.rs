@@ -1,7 +1,6 @@
 //! Signal dispositions and pending signals. Masks go with the registers, alternate stacks with `threads`.
 
 use super::calls::{AttrError, Named, failed, words};
-use crate::engine::procfs::Status;
 use crate::engine::reason::Reason;
 use crate::engine::remote::{Arg, Batch, InjectError, Outcome, RemoteCalls, Tid};
 use crate::engine::sys::attrs::{SIGINFO_BYTES, traced_pending};
@@ -125,11 +124,6 @@ pub fn caught_and_pending(process: &Process) -> (u64, u64) {
     let private = process.threads.iter().flat_map(|t| &t.pending);
     let pending = process.pending.iter().chain(private).filter_map(|i| signal_of(i));
     (caught, pending.fold(0, |set, s| set | bit(s)))
-}
-
-/// The same for a process of this machine, by its status.
-pub fn caught_and_pending_now(status: &Status) -> (u64, u64) {
-    (status.caught, status.pending | status.shared_pending)
 }
 
 fn bit(signal: i32) -> u64 {

@@ -165,7 +165,8 @@ pub fn restore_calls(image: &Process, elapsed: Duration, batch: &mut Batch) -> R
     let mut calls = Named::new();
     if !image.timers.is_empty() {
         restore_ids(&mut calls, batch, 1);
-        for timer in &image.timers {
+        // The kernel lists the newest first, and counts on from the last id it gave.
+        for timer in image.timers.iter().rev() {
             // struct sigevent: value, signal, notification, thread; 64 bytes.
             let mut event = [0u8; 64];
             event[..8].copy_from_slice(&timer.sigval.to_ne_bytes());

@@ -47,6 +47,7 @@ const _: () = assert!(size_of::<RseqConfig>() == 24);
 #[repr(C)]
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct SchedAttr {
+    /// Filled in by [`set_sched_attr`].
     pub size: u32,
     /// SCHED_*.
     pub policy: u32,

@@ -1,0 +1,150 @@
+use std::io::{BufRead, BufReader};
+use std::process::{Child, Command, Stdio};
+
+use super::*;
+
+/// A child that is killed and reaped at the end.
+struct Victim(Child);
+
+impl Drop for Victim {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+impl Victim {
+    fn pid(&self) -> Tid {
+        Tid::try_from(self.0.id()).unwrap()
+    }
+
+    /// Runs Python code that prints a line when it is ready, and then waits.
+    fn python(code: &str) -> (Self, String) {
+        let code = format!(
+            "import ctypes,os,signal,sys,threading\nlibc=ctypes.CDLL(None)\n{code}\nprint('ready',flush=True)\nsignal.pause()"
+        );
+        let mut child = Command::new("python3").args(["-c", &code]).stdout(Stdio::piped()).spawn().unwrap();
+        let mut line = String::new();
+        BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
+        (Self(child), line)
+    }
+}
+
+fn whys(pid: Tid) -> Vec<String> {
+    check(pid, true).reasons.into_iter().map(|r| r.to_string()).collect()
+}
+
+#[test]
+fn an_ordinary_process_has_nothing_in_the_way() {
+    let (victim, _) = Victim::python("threading.Thread(target=signal.pause, daemon=True).start()");
+    let found = check(victim.pid(), true);
+    assert_eq!(found.reasons, []);
+    // It was started by us, in our session.
+    assert_eq!(found.notes.len(), 2, "{:?}", found.notes);
+}
+
+#[test]
+fn what_is_no_process_to_move() {
+    assert!(whys(Tid::MAX)[0].contains("no such process"));
+    let us = Tid::try_from(std::process::id()).unwrap();
+    assert!(whys(us)[0].contains("this very process"));
+    let parent = nix::unistd::getppid().as_raw();
+    assert!(parent == 0 || whys(parent)[0].contains("ancestor"));
+    if look(2, 2).is_some_and(|(stat, _)| stat.comm == b"kthreadd") {
+        assert!(whys(2)[0].contains("kernel"));
+    }
+    let mut zombie = Victim(Command::new("true").spawn().unwrap());
+    let zombie_pid = zombie.pid();
+    while look(zombie_pid, zombie_pid).unwrap().0.state != b'Z' {
+        std::thread::yield_now();
+    }
+    assert!(whys(zombie_pid)[0].contains("zombie"));
+    zombie.0.wait().unwrap();
+}
+
+#[test]
+fn a_main_thread_that_has_exited() {
+    let (victim, _) = Victim::python(
+        "threading.Thread(target=signal.pause).start()\nprint('ready',flush=True)\nlibc.syscall(60,0)",
+    );
+    let pid = victim.pid();
+    while look(pid, pid).unwrap().0.state != b'Z' {
+        std::thread::yield_now();
+    }
+    assert!(whys(pid)[0].contains("main thread has exited"));
+}
+
+#[test]
+fn children_and_tracers_are_named() {
+    let (victim, _) = Victim::python("import subprocess\nsubprocess.Popen(['sleep','100'])");
+    let pid = victim.pid();
+    let found = whys(pid);
+    assert_eq!(found.len(), 1, "{found:?}");
+    assert!(found[0].contains("child processes"));
+    let text = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap();
+    let child: Tid = text.trim().parse().unwrap();
+    assert!(found[0].contains(&child.to_string()));
+    crate::engine::sys::ptrace::seize(child, 0).unwrap();
+    let traced = whys(child);
+    assert!(traced.iter().any(|w| w.contains("is traced by process")), "{traced:?}");
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(child), nix::sys::signal::Signal::SIGKILL).unwrap();
+    crate::engine::sys::ptrace::wait(child).unwrap();
+}
+
+#[test]
+fn other_namespaces_each_by_name() {
+    // CLONE_NEWUTS, CLONE_NEWIPC, CLONE_NEWNET; chroot.
+    let (victim, _) = Victim::python(
+        "assert libc.unshare(0x04000000|0x08000000|0x40000000)==0\nos.chroot('/proc')\nos.chdir('/')",
+    );
+    let found = whys(victim.pid());
+    for name in ["uts", "ipc", "net"] {
+        assert!(found.iter().any(|w| w.contains(&format!("another {name} namespace"))), "{found:?}");
+    }
+    assert!(found.iter().any(|w| w.contains("root directory")), "{found:?}");
+    assert!(!found.iter().any(|w| w.contains("mnt")), "{found:?}");
+}
+
+#[test]
+fn threads_that_share_too_little_and_processes_that_share_too_much() {
+    // CLONE_FILES | CLONE_FS, in a thread.
+    let (victim, _) = Victim::python(
+        "e=threading.Event()\ndef f():\n  assert libc.unshare(0x600)==0\n  e.set()\n  signal.pause()\n\
+         threading.Thread(target=f,daemon=True).start()\ne.wait()",
+    );
+    let found = whys(victim.pid());
+    assert_eq!(found.len(), 2, "{found:?}");
+    assert!(found.iter().all(|w| w.starts_with("thread ")), "{found:?}");
+    // clone(CLONE_FILES | SIGCHLD): a child with the same table of descriptors.
+    let (victim, _) = Victim::python("pid=libc.syscall(56,0x400|17,0,0,0,0)\nif pid==0: signal.pause()");
+    let found = whys(victim.pid());
+    assert!(found.iter().any(|w| w.contains("shares its table of descriptors")), "{found:?}");
+    let text = std::fs::read_to_string(format!("/proc/{0}/task/{0}/children", victim.pid())).unwrap();
+    let child = text.trim().parse().unwrap();
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(child), nix::sys::signal::Signal::SIGKILL).unwrap();
+}
+
+#[test]
+fn a_parent_that_waits_for_vfork() {
+    // clone(CLONE_VFORK): the child says ready, the parent waits in the kernel.
+    let (victim, _) =
+        Victim::python("pid=libc.syscall(56,0x4000|17,0,0,0,0)\nif pid==0: libc.prctl(1,9,0,0,0)");
+    let found = whys(victim.pid());
+    assert!(found.iter().any(|w| w.contains("uninterruptible")), "{found:?}");
+    assert!(found.iter().any(|w| w.contains("child processes")), "{found:?}");
+}
+
+#[test]
+fn filters_and_threads_with_other_ids() {
+    let (victim, _) = Victim::python(
+        "import struct\ne=threading.Event()\ndef f():\n  assert libc.syscall(117,65534,65534,65534)==0\n  e.set()\n  \
+         signal.pause()\nthreading.Thread(target=f,daemon=True).start()\ne.wait()\n\
+         rule=ctypes.create_string_buffer(struct.pack('HBBI',6,0,0,0x7fff0000))\n\
+         prog=ctypes.create_string_buffer(struct.pack('HxxxxxxQ',1,ctypes.addressof(rule)))\n\
+         assert libc.prctl(22,2,prog,0,0)==0",
+    );
+    let found = whys(victim.pid());
+    assert_eq!(found.len(), 2, "{found:?}");
+    assert!(found[0].contains("seccomp"), "{found:?}");
+    assert!(found[1].contains("other credentials"), "{found:?}");
+}
