@@ -99,6 +99,12 @@ pub trait Tracker {
     /// See [`TrackError`].
     fn final_scan(&mut self, layout: &mut Layout, sent: &Extents) -> Result<FinalScan, TrackError>;
 
+    /// Which pages of a file mapping are the file's own and mapped.
+    ///
+    /// # Errors
+    /// See [`TrackError`].
+    fn file_pages(&mut self, vma: &Vma) -> Result<Vec<Range>, TrackError>;
+
     /// Which parts of these runs are the kernel's shared zero page: read, never written.
     ///
     /// # Errors
@@ -404,6 +410,15 @@ impl Tracker for UffdTracker {
         }
         let guards = out.guards.runs.iter().map(|r| Range { start: r.start, end: r.start + r.len as u64 });
         Ok(FinalScan { guards: guards.collect(), written: out.written.runs, gone: out.gone })
+    }
+
+    fn file_pages(&mut self, vma: &Vma) -> Result<Vec<Range>, TrackError> {
+        let both = pagemap::PRESENT | pagemap::FILE;
+        let query = Query { all: both, report: pagemap::FILE, ..Query::default() };
+        let mut runs = Runs::default();
+        self.query(vma.start, vma.end, query, |r| runs.push(r.start, r.end))?;
+        let range = |r: &RemoteRange| Range { start: r.start, end: r.start + r.len as u64 };
+        Ok(runs.runs.iter().map(range).collect())
     }
 
     fn untouched(&mut self, runs: &[RemoteRange]) -> Result<Extents, TrackError> {

@@ -25,6 +25,10 @@ use crate::proto::image::{Layout, Process, Range};
 /// 6.7 GB/s at 256 KiB).
 const READ_BYTES: usize = 256 * 1024;
 
+/// Runs of resident pages that are told of one file mapping, at most: it is about the resident size and a
+/// warm start, not about contents.
+const MAX_RESIDENT_RANGES: usize = 4096;
+
 /// Why a round could not be completed. `E` is the error of the link.
 #[derive(Debug, thiserror::Error)]
 pub enum PrecopyError<E: std::error::Error + 'static> {
@@ -74,6 +78,8 @@ pub struct Precopy {
     placed: Layout,
     /// Pages that the destination has.
     sent: Extents,
+    /// File mappings whose resident pages the destination has been told.
+    shown: Extents,
     /// The result of the last scan: sent by the next round.
     pending: Option<(Layout, Vec<RemoteRange>)>,
     buffer: Vec<u8>,
@@ -105,6 +111,7 @@ impl Precopy {
             flags: FlagCache::default(),
             placed: Layout::default(),
             sent: Extents::new(),
+            shown: Extents::new(),
             pending: None,
             buffer: vec![0; READ_BYTES],
             extra_bytes: 0,
@@ -128,6 +135,13 @@ impl Precopy {
         }
         map.layout.tids = self.tids()?;
         let runs = self.tracker.scan(&mut map.layout)?;
+        for vma in &mut map.layout.vmas {
+            let known = self.shown.overlap(vma.start, vma.end).map(|(s, e)| e - s).sum::<u64>();
+            if vma.file.is_some() && (vma.fresh || known < vma.end - vma.start) {
+                vma.resident = self.tracker.file_pages(vma)?;
+                vma.resident.truncate(MAX_RESIDENT_RANGES);
+            }
+        }
         self.pending = Some((map.layout, runs));
         Ok(())
     }
@@ -274,7 +288,14 @@ impl Precopy {
         }
         self.placed = layout;
         // What is fresh now is known to the destination from here on.
-        self.placed.vmas.iter_mut().for_each(|v| v.fresh = false);
+        clip(&mut self.shown, &self.placed);
+        for vma in &mut self.placed.vmas {
+            vma.fresh = false;
+            vma.resident.clear();
+            if vma.file.is_some() {
+                self.shown.insert(vma.start, vma.end);
+            }
+        }
         Ok(())
     }
 

@@ -194,6 +194,8 @@ pub fn capture(pid: Tid, flags: &FlagCache) -> Result<CapturedMap, MapError> {
             advice: ADVICE.iter().filter(|(f, ..)| has(f)).map(|(_, on, _)| on.unsigned_abs()).collect(),
             shm_inode: if kind == VmaKind::VmaAnonShared { m.inode } else { 0 },
             fresh: false,
+            resident: Vec::new(),
+            accounted: has(b"ac") && !m.write && !m.shared,
         });
     }
     map.layout.files = files;
@@ -314,6 +316,7 @@ fn same_backing(a: &Vma, b: &Vma, a_files: &[FileRef], b_files: &[FileRef]) -> b
     a.kind == b.kind
         && a.grows_down == b.grows_down
         && a.noreserve == b.noreserve
+        && (a.accounted || !b.accounted)
         && match b.kind() {
             VmaKind::VmaAnonPrivate | VmaKind::VmaVdso => true,
             VmaKind::VmaAnonShared => a.shm_inode == b.shm_inode && object(a) == object(b),
@@ -391,7 +394,7 @@ pub fn reconcile(process: &mut dyn RemoteCalls, now: &Layout, wanted: &Layout) -
     let mut batch = Batch::new();
     let mut expected: Vec<Option<u64>> = Vec::new();
     let mut shared = Vec::new();
-    let mut open: Option<u32> = None;
+    let mut open: Option<(u32, i32)> = None;
     let mut push = |batch: &mut Batch, number, args: &[Arg], result: Option<u64>| {
         batch.call(number, args);
         expected.push(result);
@@ -407,7 +410,7 @@ pub fn reconcile(process: &mut dyn RemoteCalls, now: &Layout, wanted: &Layout) -
         }
     }
     // By file, so that each is opened once; the descriptor is always 0, the skeleton has none below.
-    maps.sort_by_key(|(start, _, w)| (wanted.vmas[*w].file, *start));
+    maps.sort_by_key(|(start, _, w)| (wanted.vmas[*w].file, wanted.vmas[*w].kind, *start));
     for (start, end, w) in maps {
         let vma = &wanted.vmas[w];
         let Ok(kind) = VmaKind::try_from(vma.kind) else { continue };
@@ -429,21 +432,27 @@ pub fn reconcile(process: &mut dyn RemoteCalls, now: &Layout, wanted: &Layout) -
         if vma.noreserve {
             flags |= libc::MAP_NORESERVE;
         }
-        if vma.file.is_some() && open != vma.file {
+        let how = if kind == VmaKind::VmaFileShared { libc::O_RDWR } else { libc::O_RDONLY };
+        let needed = vma.file.map(|file| (file, how));
+        if needed.is_some() && open != needed {
             if open.is_some() {
                 push(&mut batch, libc::SYS_close, &[0u64.into()], Some(0));
             }
-            open = vma.file;
+            open = needed;
             let path = vma.file.and_then(|i| wanted.files.get(i as usize)).map(|f| f.path.as_slice());
             let path = batch.input_c_string(path.unwrap_or_default());
-            let how = if kind == VmaKind::VmaFileShared { libc::O_RDWR } else { libc::O_RDONLY };
             let at = libc::AT_FDCWD;
             push(&mut batch, libc::SYS_openat, &[at.into(), path, (how | libc::O_CLOEXEC).into()], Some(0));
         }
         let fd: Arg = if vma.file.is_some() { 0u64.into() } else { (-1i64).into() };
         let offset = if vma.file.is_some() { vma.offset + (start - vma.start) } else { 0 };
-        let args = [start.into(), len.into(), vma.prot.into(), flags.into(), fd, offset.into()];
+        // What has been writable once counts as memory of its own, and stays apart from neighbours.
+        let writable = if vma.accounted { libc::PROT_WRITE.unsigned_abs() } else { 0 };
+        let args = [start.into(), len.into(), (vma.prot | writable).into(), flags.into(), fd, offset.into()];
         push(&mut batch, libc::SYS_mmap, &args, Some(start));
+        if vma.accounted {
+            push(&mut batch, libc::SYS_mprotect, &[start.into(), len.into(), vma.prot.into()], Some(0));
+        }
         for advice in &vma.advice {
             push(&mut batch, libc::SYS_madvise, &[start.into(), len.into(), (*advice).into()], Some(0));
         }
@@ -472,7 +481,23 @@ pub fn reconcile(process: &mut dyn RemoteCalls, now: &Layout, wanted: &Layout) -
         expected.push(None);
     }
     run_expecting(process, "building the memory map", &batch, &expected)?;
-    map_shared(process, now, wanted, &shared)
+    map_shared(process, now, wanted, &shared)?;
+    show_file_pages(process, wanted)
+}
+
+/// Maps the pages of files that the source has mapped: they count in the resident size, and the process
+/// finds them without a fault. Which is all they are for, so failing is no error.
+fn show_file_pages(process: &mut dyn RemoteCalls, wanted: &Layout) -> Result<(), InjectError> {
+    const MADV_POPULATE_READ: i32 = 22;
+    let mut batch = Batch::new();
+    for range in wanted.vmas.iter().flat_map(|v| &v.resident) {
+        let len = range.end.saturating_sub(range.start);
+        batch.call(libc::SYS_madvise, &[range.start.into(), len.into(), MADV_POPULATE_READ.into()]);
+    }
+    if !batch.is_empty() {
+        process.run(&batch)?;
+    }
+    Ok(())
 }
 
 fn run_expecting(
