@@ -262,9 +262,10 @@ impl Host {
         }
     }
 
-    /// How a child of the agent ended, if it did.
+    /// How a child of the agent ended, if it did. A process that was moved away and came back lives.
     pub fn exit_of(&self, pid: i32) -> Option<Exit> {
-        locked(&self.exits).get(&pid).copied()
+        let exit = locked(&self.exits).get(&pid).copied()?;
+        (!self.proc(pid).exists()).then_some(exit)
     }
 
     /// Waits until a child of the agent has ended.

@@ -4,7 +4,7 @@
 use std::process::Command;
 use std::time::Duration;
 
-use migrate::testbed::{Host, Lan};
+use migrate::testbed::{Host, Lan, Service};
 
 use crate::case::{Case, Need, Result, ensure};
 use crate::visible::Snapshot;
@@ -23,10 +23,15 @@ struct Kind {
     name: String,
     start: Start,
     need: Option<Need>,
+    /// Looks the same from outside at any time: it maps nothing and starts no thread on its own.
+    steady: bool,
 }
 
 fn kinds() -> Vec<Kind> {
-    let own = |name: &str, start: Start, need| Kind { name: name.to_owned(), start, need };
+    let own = |name: &str, start: Start, need| {
+        let steady = !name.starts_with("writer") && name != "python";
+        Kind { name: name.to_owned(), start, need, steady }
+    };
     let writer = |shared: &'static str| -> Start {
         let words = ["4", "64", "/run/shared/writer", "4", shared];
         let words: Vec<&str> = words.into_iter().filter(|word| !word.is_empty()).collect();
@@ -56,14 +61,14 @@ fn list(program: &str) -> Result<Vec<String>> {
 }
 
 pub(crate) fn unmoved() -> Vec<Case> {
-    let builds = Case::new("unmoved/builds", |_| ZOO.iter().try_for_each(|program| build(program).map(drop)));
+    let builds = Case::new("still/builds", |_| ZOO.iter().try_for_each(|program| build(program).map(drop)));
     let case = |kind: Kind| {
         let need = kind.need;
         let run = move |lan: &Lan| (kind.start)(&lan.a)?.check_going_on(&lan.a);
-        with_need(Case::new(format!("unmoved/{}", kind.name), run), need)
+        with_need(Case::new(format!("still/{}", kind.name), run), need)
     };
     // What is refused is harmless where it is.
-    let refused = Case::new("unmoved/refused_states", |lan| {
+    let refused = Case::new("still/refused_states", |lan| {
         super::refusals::STATES
             .iter()
             .try_for_each(|(_, states, _)| Workload::start(&lan.a, "counter", states)?.check_going_on(&lan.a))
@@ -92,11 +97,31 @@ fn there_and_back(lan: &Lan, kind: &Kind) -> Result {
     let mut workload = (kind.start)(&lan.a)?;
     workload.check(&lan.a)?;
     for (from, to, service) in [(&lan.a, &lan.b, &services[1]), (&lan.b, &lan.a, &services[0])] {
-        let before = Snapshot::take(from, workload.pid())?;
-        lan.move_to(from, service, workload.pid(), &[], MOVE)?.expect_moved()?;
-        ensure(!from.proc(workload.pid()).exists(), || "the process is still at the source".to_owned())?;
-        Snapshot::take(to, workload.pid())?.compare(&before)?;
-        workload.check_going_on(to)?;
+        one_way(lan, kind, &mut workload, from, to, service).map_err(|error| {
+            let log = to.stderr(&service.job);
+            let start = log.char_indices().rev().nth(2000).map_or(0, |(at, _)| at);
+            format!("from {} to {}: {error}\nthe service: {}", from.name(), to.name(), &log[start..])
+        })?;
     }
     Ok(())
+}
+
+fn one_way(
+    lan: &Lan,
+    kind: &Kind,
+    workload: &mut Workload,
+    from: &Host,
+    to: &Host,
+    service: &Service,
+) -> Result {
+    let pid = workload.pid();
+    let before = Snapshot::take(from, pid).map_err(|error| format!("the look before: {error}"))?;
+    lan.move_to(from, service, pid, &[], MOVE)?.expect_moved()?;
+    ensure(!from.proc(pid).exists(), || "the process is still at the source".to_owned())?;
+    let after = Snapshot::take(to, pid)
+        .map_err(|error| format!("the process is gone ({error}); it wrote: {}", to.stdout(&workload.job)))?;
+    if kind.steady {
+        after.compare(&before)?;
+    }
+    workload.check_going_on(to)
 }

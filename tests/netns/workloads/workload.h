@@ -32,10 +32,10 @@ __attribute__((noreturn, format(printf, 1, 2))) static inline void fail(const ch
     _exit(1);
 }
 
-#define CHECK(condition, ...) \
+#define CHECK(condition, format, ...) \
     do { \
         if (!(condition)) \
-            fail(#condition ": " __VA_ARGS__); \
+            fail("%s: " format, #condition, ##__VA_ARGS__); \
     } while (0)
 
 static inline int64_t now_ns(clockid_t clock)
