@@ -233,6 +233,14 @@ impl Frozen {
         result
     }
 
+    /// For tests that play the destination inside a frozen process.
+    #[cfg(test)]
+    pub(super) fn parts(&mut self) -> Option<(&mut Injector, &mut [StoppedThread])> {
+        self.inject().ok()?;
+        let (injector, _) = self.injection.as_mut()?;
+        Some((injector, &mut self.threads))
+    }
+
     /// Makes room for injected calls, once.
     fn inject(&mut self) -> Result<(), InjectError> {
         if self.injection.is_some() {
@@ -357,7 +365,7 @@ impl Drop for Seized {
 }
 
 /// Waits until an interrupted thread has stopped; false if it is gone.
-fn wait_for_stop(tid: Tid, deadline: Instant, patience: Duration) -> Result<bool, FreezeError> {
+pub(super) fn wait_for_stop(tid: Tid, deadline: Instant, patience: Duration) -> Result<bool, FreezeError> {
     let mut tries = 0u32;
     loop {
         match ptrace::poll(tid).map_err(|e| FreezeError::Inject(sys("waiting", tid, e)))? {

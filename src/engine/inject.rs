@@ -122,6 +122,11 @@ impl Injector {
         self.lane_count
     }
 
+    /// The process.
+    pub(super) fn pid(&self) -> Tid {
+        self.pid
+    }
+
     /// Address of the area, 0 while there is none.
     pub fn area(&self) -> u64 {
         self.area
@@ -178,6 +183,19 @@ impl Injector {
         args: [u64; 4],
     ) -> Result<i64, InjectError> {
         let tid = thread.tid;
+        let rang_at = self.start_one(thread, number, args)?;
+        self.wait_for_bell(tid, rang_at)?;
+        let after = ptrace::regs(tid).map_err(|e| sys("reading the registers", tid, e))?;
+        Ok(regs::signed(after.rbx))
+    }
+
+    /// Starts what [`Injector::one_call`] runs and does not wait; where the thread will ring.
+    pub(super) fn start_one(
+        &self,
+        thread: &mut StoppedThread,
+        number: i64,
+        args: [u64; 4],
+    ) -> Result<u64, InjectError> {
         let lane = self.write_lane(0, thread)?;
         let mut r = thread.regs;
         r.rip = self.code;
@@ -187,9 +205,14 @@ impl Injector {
         r.r9 = 0;
         r.r15 = lane;
         self.launch(thread, &r)?;
-        self.wait_for_bell(tid, self.code + blob::blob().boot_rang)?;
-        let after = ptrace::regs(tid).map_err(|e| sys("reading the registers", tid, e))?;
-        Ok(regs::signed(after.rbx))
+        Ok(self.code + blob::blob().boot_rang)
+    }
+
+    /// Writes bytes where the next batch will have its table; their address.
+    pub(super) fn write_scratch(&self, bytes: &[u8]) -> Result<u64, InjectError> {
+        let at = self.area + HEADER_BYTES as u64;
+        self.write_area(at, bytes)?;
+        Ok(at)
     }
 
     /// Runs `batch` in one thread, in as few stops as its size allows.

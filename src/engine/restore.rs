@@ -228,15 +228,19 @@ fn registers(skeleton: &mut Skeleton, process: &Process) -> Result<(), RestoreEr
     let wrap = |source| RestoreError::Skeleton { stage, source };
     let bad =
         |tid, step, errno| RestoreError::Inject { stage, source: InjectError::Sys { step, tid, errno } };
-    skeleton.remove_stub().map_err(wrap)?;
+    let mut ready = Vec::with_capacity(process.threads.len());
     for thread in &process.threads {
         let tid = Tid::try_from(thread.tid).unwrap_or(0);
         let template = ptrace::regs(tid).map_err(|e| bad(tid, "reading registers", e))?;
         let mut r = regs::from_bytes(&thread.gpregs, &template)
             .ok_or_else(|| bad(tid, "decoding registers", Errno::EINVAL))?;
+        sleep::arm(skeleton, thread, &mut r).map_err(|source| RestoreError::Inject { stage, source })?;
+        ready.push((tid, r, thread));
+    }
+    skeleton.remove_stub().map_err(wrap)?;
+    for (tid, r, thread) in ready {
         let mut xstate = thread.xstate.clone();
         ptrace::set_xstate(tid, &mut xstate).map_err(|e| bad(tid, "setting extended registers", e))?;
-        sleep::arm(skeleton, thread, &mut r).map_err(|source| RestoreError::Inject { stage, source })?;
         ptrace::set_regs(tid, &r).map_err(|e| bad(tid, "setting registers", e))?;
         ptrace::set_sigmask(tid, thread.sigmask).map_err(|e| bad(tid, "setting the signal mask", e))?;
     }

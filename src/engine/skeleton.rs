@@ -388,6 +388,11 @@ impl Skeleton {
         self.injector.set_signal(signal);
     }
 
+    /// The injector and the threads, leader first, for what is done to one thread at a time.
+    pub(super) fn parts(&mut self) -> (&mut Injector, &mut [StoppedThread]) {
+        (&mut self.injector, &mut self.threads)
+    }
+
     /// Ids of its threads.
     pub fn tids(&self) -> Vec<Tid> {
         self.threads.iter().map(|t| t.tid).collect()

@@ -253,9 +253,10 @@ impl Driver<'_> {
                 tracing::info!(?reason, "freezing");
                 priority::urgent();
                 clock.begin("freeze");
-                self.state.frozen_at = Some(Instant::now());
                 self.state.sleeps.look(self.config.pid);
+                self.state.frozen_at = Some(Instant::now());
                 let frozen = Frozen::freeze(self.pid(), FREEZE_PATIENCE)?;
+                self.state.sleeps.note(frozen.threads());
                 self.state.was_stopped = frozen.group_stopped;
                 self.state.frozen = Some(frozen);
                 Ok(Some(Event::Frozen))

@@ -8,7 +8,8 @@ use crate::engine::sys::ptrace::Regs;
 /// (include/linux/errno.h).
 const ERESTARTSYS: i64 = -512;
 const ERESTARTNOINTR: i64 = -513;
-const ERESTARTNOHAND: i64 = -514;
+/// To be made again from the start, unless a handler runs first: then EINTR.
+pub const ERESTARTNOHAND: i64 = -514;
 /// To be gone on with by restart_syscall(2): the kernel keeps the remaining time in the task.
 pub const ERESTART_RESTARTBLOCK: i64 = -516;
 

@@ -1,0 +1,255 @@
+//! Threads that sleep in every way that leaves a restart block, stopped in the middle.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "tests may panic")]
+
+use std::io::{BufRead, BufReader, Write};
+use std::process::{Child, ChildStdout, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use super::arm::arm_thread;
+use super::*;
+use crate::engine::freeze::Frozen;
+use crate::engine::remote::{Batch, RemoteCalls};
+use crate::engine::skeleton::ReservedPid;
+use crate::engine::sys::ptrace::{self, Regs};
+use crate::proto::image::{Layout, Thread};
+
+/// Each thread says what its call returned and how long it took.
+const PROGRAM: &str = r#"
+#define _GNU_SOURCE
+#include <errno.h>
+#include <poll.h>
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+static int word; static int fds[2]; static pthread_mutex_t out = PTHREAD_MUTEX_INITIALIZER;
+static double now(void) { struct timespec t; clock_gettime(CLOCK_MONOTONIC, &t); return t.tv_sec + t.tv_nsec / 1e9; }
+static void *sleeper(void *which) {
+    struct timespec t = { 3, 0 }, rem = { 77, 77 }, until; long r = 0, got; double start = now();
+    struct pollfd p = { fds[0], POLLIN, 0 };
+    clock_gettime(CLOCK_MONOTONIC, &until); until.tv_sec += 3;
+    errno = 0;
+    switch ((long)which) {
+    case 0: r = syscall(SYS_nanosleep, &t, NULL); break;
+    case 1: r = syscall(SYS_nanosleep, &t, &rem); break;
+    case 2: r = syscall(SYS_nanosleep, &t, &t); break;
+    case 3: r = syscall(SYS_clock_nanosleep, CLOCK_MONOTONIC, 0, &t, NULL); break;
+    case 4: r = syscall(SYS_poll, NULL, 0, 3000); break;
+    case 5: r = syscall(SYS_futex, &word, 128, 0, &t, NULL, 0); break;
+    case 6: r = syscall(SYS_futex, &word, 128 | 9, 0, &until, NULL, -1); break;
+    case 7: r = syscall(SYS_poll, &p, 1, -1); break;
+    }
+    got = now() * 1000 - start * 1000;
+    pthread_mutex_lock(&out); printf("%ld %ld %d %ld\n", (long)which, r, errno, got); fflush(stdout);
+    pthread_mutex_unlock(&out); return 0;
+}
+int main(void) {
+    pthread_t t[8]; if (pipe(fds)) return 1;
+    for (long i = 0; i < 8; i++) pthread_create(t + i, 0, sleeper, (void *)i);
+    char c; if (read(0, &c, 1) == 1 && write(fds[1], &c, 1) != 1) return 1;
+    for (int i = 0; i < 8; i++) pthread_join(t[i], 0);
+    return 0;
+}
+"#;
+
+struct Program {
+    child: Child,
+    out: BufReader<ChildStdout>,
+    started: Instant,
+}
+
+impl Program {
+    fn start(dir: &std::path::Path) -> Self {
+        let (exe, source) = (dir.join("sleeps"), dir.join("sleeps.c"));
+        std::fs::write(&source, PROGRAM).unwrap();
+        let mut cc = Command::new("cc");
+        cc.args(["-o".as_ref(), exe.as_os_str(), source.as_ref(), "-pthread".as_ref()]);
+        assert!(cc.status().unwrap().success());
+        let mut child = Command::new(exe).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+        let out = BufReader::new(child.stdout.take().unwrap());
+        let mut program = Self { child, out, started: Instant::now() };
+        while program.asleep() != 8 {
+            std::thread::yield_now();
+        }
+        program.started = Instant::now();
+        program
+    }
+    fn pid(&self) -> Tid {
+        self.child.id().try_into().unwrap()
+    }
+    fn asleep(&self) -> usize {
+        let pid = self.pid();
+        thread_ids(pid)
+            .unwrap()
+            .into_iter()
+            .filter(|tid| Target { pid, tid: *tid }.asleep().is_some())
+            .count()
+    }
+    /// The test is about time: here it passes.
+    fn at(&self, ms: u64) {
+        std::thread::sleep(Duration::from_millis(ms).saturating_sub(self.started.elapsed()));
+    }
+    fn freeze(&self, book: &mut SleepBook) -> Frozen {
+        book.look(self.pid());
+        let frozen = Frozen::freeze(self.pid(), Duration::from_secs(5)).unwrap();
+        book.note(frozen.threads());
+        frozen
+    }
+    /// The calls of the sleepers are known, with what is left of three seconds.
+    fn check(&self, book: &SleepBook, frozen: &Frozen) {
+        let numbers = [35, 35, 35, 230, 7, 202, 202, 7];
+        assert_eq!(frozen.threads().len(), 9);
+        for (i, thread) in frozen.threads()[1..].iter().enumerate() {
+            let call =
+                book.remaining(thread).unwrap_or_else(|| panic!("thread {i} in no call: {:?}", thread.regs));
+            assert_eq!(call.number, numbers[i], "thread {i}");
+            if i >= 6 {
+                assert_eq!(call.remaining_ns, -1, "thread {i}");
+                continue;
+            }
+            let left = call.remaining_ns / 1_000_000;
+            let wanted = 3000 - i64::try_from(self.started.elapsed().as_millis()).unwrap();
+            assert!((left - wanted).abs() < 60, "thread {i}: {left} ms are left, not {wanted}");
+        }
+        assert_eq!(book.remaining(&frozen.threads()[0]), None);
+    }
+    fn finish(mut self) {
+        assert_eq!(self.child.stdin.as_mut().map(|i| i.write(b"x").unwrap()), Some(1));
+        let mut line = String::new();
+        let mut count = 0;
+        while self.out.read_line(&mut line).unwrap() > 0 {
+            let words: Vec<i64> = line.split_whitespace().map(|w| w.parse().unwrap()).collect();
+            let [which, returned, errno, ms] = words[..] else { panic!("{line}") };
+            match which {
+                5 | 6 => assert_eq!((returned, errno), (-1, i64::from(libc::ETIMEDOUT)), "{line}"),
+                7 => assert_eq!((returned, errno), (1, 0), "{line}"),
+                _ => assert_eq!((returned, errno), (0, 0), "{line}"),
+            }
+            assert!(which == 7 || (3000..3300).contains(&ms), "{line}");
+            line.clear();
+            count += 1;
+        }
+        assert_eq!(count, 8);
+    }
+}
+
+impl Drop for Program {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// What the destination does, in the threads of the frozen process: their restart blocks are first replaced
+/// by another, long one, as a new thread's would be none.
+fn arm_all(frozen: &mut Frozen, book: &SleepBook) {
+    let (injector, threads) = frozen.parts().unwrap();
+    for thread in &mut threads[1..] {
+        let mut other = thread.regs;
+        other.orig_rax = regs::unsigned(libc::SYS_poll);
+        [other.rdi, other.rsi, other.rdx] = [0, 0, 1000];
+        arm_thread(injector, thread, &mut other, 1_000_000_000_000).unwrap();
+        assert_eq!(regs::signed(other.rax), regs::ERESTART_RESTARTBLOCK);
+        let call = book.remaining(thread).unwrap();
+        let mut r = thread.regs;
+        r.orig_rax = regs::unsigned(call.number);
+        arm_thread(injector, thread, &mut r, call.remaining_ns).unwrap();
+        thread.regs = r;
+    }
+}
+
+#[test]
+fn sleeps_go_on_through_stops_and_moves() {
+    let dir = tempfile::tempdir().unwrap();
+    let program = Program::start(dir.path());
+    let mut book = SleepBook::new();
+
+    program.at(500);
+    let frozen = program.freeze(&mut book);
+    program.check(&book, &frozen);
+    frozen.thaw().unwrap();
+
+    // Stopped again, in restart_syscall; then what a move does to it.
+    program.at(1000);
+    let mut frozen = program.freeze(&mut book);
+    program.check(&book, &frozen);
+    arm_all(&mut frozen, &book);
+    frozen.thaw().unwrap();
+
+    // After a move nobody there has seen the sleeps begin.
+    program.at(1500);
+    let mut book = SleepBook::new();
+    let mut frozen = program.freeze(&mut book);
+    program.check(&book, &frozen);
+    arm_all(&mut frozen, &book);
+    frozen.thaw().unwrap();
+    program.at(2000);
+    program.finish();
+}
+
+/// A skeleton with one page of code: the call that the registers were interrupted in, then an exit with
+/// what it returned.
+fn exit_of_skeleton(number: i64, change: impl FnOnce(&mut Regs, u64), remaining_ns: i64) -> (i32, Duration) {
+    const CODE: [u8; 11] = [0x0f, 0x05, 0x89, 0xc7, 0xb8, 0xe7, 0, 0, 0, 0x0f, 0x05];
+    let reserved = (20_000..30_000).find_map(|pid| ReservedPid::take(pid).ok()).unwrap();
+    let mut skeleton = reserved.execute(&Layout::default()).unwrap();
+    let pid = skeleton.pid();
+    let mut batch = Batch::new();
+    let (protection, flags) =
+        (libc::PROT_READ | libc::PROT_WRITE | libc::PROT_EXEC, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+    let page = batch.call(
+        libc::SYS_mmap,
+        &[0u64.into(), 4096u64.into(), protection.into(), flags.into(), (-1).into(), 0u64.into()],
+    );
+    let page = skeleton.run_all_ok("a page", &batch).unwrap().ret(page).unwrap();
+    let mut bytes = vec![0u8; 4096];
+    bytes[..CODE.len()].copy_from_slice(&CODE);
+    // A timespec of 400 ms.
+    bytes[1032..1040].copy_from_slice(&400_000_000u64.to_ne_bytes());
+    let range = crate::engine::sys::vm::RemoteRange { start: page, len: bytes.len() };
+    assert_eq!(crate::engine::sys::vm::write(pid, &bytes, &[range]), Ok(4096));
+    let mut r = ptrace::regs(pid).unwrap();
+    [r.rdi, r.rsi, r.rdx, r.r10, r.r8, r.r9] = [0; 6];
+    r.rip = page + 2;
+    r.rsp = page + 4096;
+    r.orig_rax = regs::unsigned(number);
+    r.rax = regs::unsigned(regs::ERESTART_RESTARTBLOCK);
+    change(&mut r, page + 1024);
+    let image = Thread { tid: pid.unsigned_abs(), restart_remaining_ns: remaining_ns, ..Thread::default() };
+    arm(&mut skeleton, &image, &mut r).unwrap();
+    ptrace::set_regs(pid, &r).unwrap();
+    ptrace::set_sigmask(pid, 0).unwrap();
+    skeleton.accept().unwrap();
+    let start = Instant::now();
+    skeleton.resume(false).unwrap();
+    let status = nix::sys::wait::waitpid(nix::unistd::Pid::from_raw(pid), None).unwrap();
+    match status {
+        nix::sys::wait::WaitStatus::Exited(_, code) => (code, start.elapsed()),
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn a_skeleton_goes_on_with_the_call() {
+    let ms = Duration::from_millis;
+    let near = |(code, took): (i32, Duration), wanted: (i32, u64)| {
+        assert_eq!(code, wanted.0, "{took:?}");
+        assert!(took >= ms(wanted.1).saturating_sub(ms(30)) && took < ms(wanted.1) + ms(150), "{took:?}");
+    };
+    let sleep = |r: &mut Regs, at| r.rdi = at;
+    let futex = |value| move |r: &mut Regs, at| [r.rdi, r.rsi, r.rdx, r.r10] = [at, 128, value, at];
+    let timed_out = 256 - libc::ETIMEDOUT;
+    near(exit_of_skeleton(libc::SYS_nanosleep, sleep, 250_000_000), (0, 250));
+    near(exit_of_skeleton(libc::SYS_futex, futex(0), 250_000_000), (timed_out, 250));
+    // Over before it was interrupted, or nothing to wait for.
+    near(exit_of_skeleton(libc::SYS_nanosleep, sleep, 0), (0, 0));
+    near(exit_of_skeleton(libc::SYS_futex, futex(5), 250_000_000), (256 - libc::EAGAIN, 0));
+    near(exit_of_skeleton(libc::SYS_poll, |r, _| r.rdx = 7, 0), (0, 0));
+    // Not known how long: the call's own time.
+    near(exit_of_skeleton(libc::SYS_nanosleep, sleep, -1), (0, 400));
+    // Not even the call is known: what the kernel itself says then.
+    near(exit_of_skeleton(libc::SYS_restart_syscall, sleep, -1), (256 - libc::EINTR, 0));
+}
