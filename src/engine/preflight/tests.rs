@@ -92,6 +92,15 @@ fn children_and_tracers_are_named() {
 }
 
 #[test]
+fn a_time_namespace_for_children() {
+    // CLONE_NEWTIME: the children's, for now; ours is needed for both.
+    let (victim, _) = Victim::python("assert libc.unshare(0x80)==0");
+    let found = whys(victim.pid());
+    assert_eq!(found.len(), 1, "{found:?}");
+    assert!(found[0].contains("time_for_children"), "{found:?}");
+}
+
+#[test]
 fn other_namespaces_each_by_name() {
     // CLONE_NEWUTS, CLONE_NEWIPC, CLONE_NEWNET; chroot.
     let (victim, _) = Victim::python(
