@@ -1,3 +1,5 @@
+//! Preflight against real processes, each with one thing in the way.
+
 use std::io::{BufRead, BufReader};
 use std::process::{Child, Command, Stdio};
 
