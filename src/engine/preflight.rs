@@ -29,8 +29,9 @@ const PF_IO_WORKER: u32 = 0x10;
 /// a millisecond apart.
 const LOOKS_AT_A_WAIT: u32 = 20;
 
-/// Namespaces that must be ours. Not among them: the time namespace, whose clocks the move carries.
-const NAMESPACES: [&str; 8] = ["mnt", "pid", "net", "ipc", "uts", "user", "cgroup", "pid_for_children"];
+/// Namespaces that must be ours.
+const NAMESPACES: [&str; 10] =
+    ["mnt", "pid", "net", "ipc", "uts", "user", "cgroup", "time", "pid_for_children", "time_for_children"];
 
 /// Checks the process `pid`. With `shell_job` it may have a controlling terminal, which is left behind.
 ///
@@ -163,11 +164,6 @@ fn namespaces(pid: Tid) -> Vec<Reason> {
                 format!("is in another {name} namespace than this service, which cannot be carried yet");
             reasons.push(Reason::new(format!("pid {pid}"), why, "run the service in that namespace"));
         }
-    }
-    let pid_text = pid.to_string();
-    if link(&pid_text, "time") != link(&pid_text, "time_for_children") {
-        let why = "has another time namespace for its children, which cannot be carried yet";
-        reasons.push(Reason::new(format!("pid {pid}"), why, ""));
     }
     reasons
 }

@@ -1,3 +1,5 @@
+//! Preflight against real processes, each with one thing in the way.
+
 use std::io::{BufRead, BufReader};
 use std::process::{Child, Command, Stdio};
 
@@ -89,6 +91,15 @@ fn children_and_tracers_are_named() {
     assert!(traced.iter().any(|w| w.contains("is traced by process")), "{traced:?}");
     nix::sys::signal::kill(nix::unistd::Pid::from_raw(child), nix::sys::signal::Signal::SIGKILL).unwrap();
     crate::engine::sys::ptrace::wait(child).unwrap();
+}
+
+#[test]
+fn a_time_namespace_for_children() {
+    // CLONE_NEWTIME: the children's, for now; ours is needed for both.
+    let (victim, _) = Victim::python("assert libc.unshare(0x80)==0");
+    let found = whys(victim.pid());
+    assert_eq!(found.len(), 1, "{found:?}");
+    assert!(found[0].contains("time_for_children"), "{found:?}");
 }
 
 #[test]

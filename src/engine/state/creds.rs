@@ -12,7 +12,7 @@
 use super::calls::{AttrError, Named, read, read_as};
 use crate::engine::procfs::{Status, parse_status};
 use crate::engine::reason::Reason;
-use crate::engine::remote::{Batch, InjectError, Outcome, Tid};
+use crate::engine::remote::{Batch, Outcome, Tid};
 use crate::proto::image::Creds;
 
 /// Most supplementary groups that are carried.
@@ -39,7 +39,7 @@ pub fn here() -> Result<Status, AttrError> {
 
 /// Whether two threads have the same credentials, as far as their status tells.
 pub fn same(a: &Status, b: &Status) -> bool {
-    of_status(a) == of_status(b)
+    of_status(a) == of_status(b) && a.seccomp == b.seccomp
 }
 
 /// The credentials as /proc shows them: all but securebits and dumpable.
@@ -67,8 +67,7 @@ pub fn preflight(pid: Tid, threads: &[Status]) -> Vec<Reason> {
     for thread in threads {
         let object = format!("thread {}", thread.pid);
         if thread.seccomp != 0 {
-            let why = "is under a seccomp filter, which cannot be carried yet";
-            reasons.push(Reason::new(&object, why, "start the process without it"));
+            reasons.push(filtered(thread.pid));
         }
         if !same(leader, thread) {
             let why = format!("has other credentials than the leader, thread {}", leader.pid);
@@ -83,6 +82,11 @@ pub fn preflight(pid: Tid, threads: &[Status]) -> Vec<Reason> {
         }
     }
     reasons
+}
+
+fn filtered(tid: Tid) -> Reason {
+    let why = "is under a seccomp filter, which cannot be carried yet";
+    Reason::new(format!("thread {tid}"), why, "start the process without it")
 }
 
 /// The label of a security module, unless it says that there is no confinement. Without any module the
@@ -115,9 +119,12 @@ impl CredsProbe {
     /// The credentials, with `status` being the leader's.
     ///
     /// # Errors
-    /// If a call failed.
-    pub fn read(&self, status: &Status, outcome: &Outcome) -> Result<Creds, InjectError> {
+    /// If a call failed, and for a filter of system calls, which may have come since preflight.
+    pub fn read(&self, status: &Status, outcome: &Outcome) -> Result<Creds, AttrError> {
         self.calls.check(status.pid, outcome)?;
+        if status.seccomp != 0 {
+            return Err(AttrError::Refused(vec![filtered(status.pid)]));
+        }
         let small = |index| outcome.ret(index).ok().and_then(|v| u32::try_from(v).ok()).unwrap_or(0);
         Ok(Creds { securebits: small(self.securebits), dumpable: small(self.dumpable), ..of_status(status) })
     }

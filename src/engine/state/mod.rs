@@ -1,7 +1,6 @@
 //! One kind of kernel state, one file: its preflight check, its capture at the source and its restore at
 //! the destination, side by side.
 
-pub mod attrs;
 pub mod calls;
 pub mod creds;
 pub mod files;

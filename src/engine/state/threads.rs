@@ -103,6 +103,10 @@ impl ThreadProbe {
         if attrs::traced_dispatches_calls(tid).map_err(failed("reading the system call dispatch", tid))? {
             refuse("handles its own system calls (syscall user dispatch), which cannot be carried");
         }
+        if u32_of(outcome.data(self.parent_death, 4)) != 0 {
+            // At the destination the parent is the service, or a thread of it that soon ends.
+            refuse("is to be told when its parent dies (PR_SET_PDEATHSIG), and its parent does not move");
+        }
         if !reasons.is_empty() {
             return Err(AttrError::Refused(reasons));
         }

@@ -7,6 +7,10 @@
     clippy::cast_sign_loss,
     reason = "sizes of kernel structures and ids, all far below the limits of their types"
 )]
+#![allow(
+    clippy::disallowed_methods,
+    reason = "requests of ptrace(2) that the tracer thread makes through here"
+)]
 
 use nix::errno::Errno;
 

@@ -3,6 +3,8 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "tests may panic")]
 
+mod rig;
+
 use std::io::{BufRead, BufReader};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
@@ -10,7 +12,6 @@ use std::time::Duration;
 use migrate::engine::freeze::Frozen;
 use migrate::engine::procfs::{Status, parse_status};
 use migrate::engine::skeleton::{ReservedPid, Skeleton};
-use migrate::engine::state::attrs;
 use migrate::engine::state::calls::AttrError;
 use migrate::engine::state::mm::{self, FlagCache};
 use migrate::proto::image::Process;
@@ -57,18 +58,16 @@ fn moved(child: Child) -> Moved {
     let mut layout = mm::capture(pid, &FlagCache::look(pid).unwrap()).unwrap().layout;
     let mut frozen = Frozen::freeze(pid, Duration::from_secs(5)).unwrap();
     let tids: Vec<i32> = frozen.threads().iter().map(|t| t.tid).collect();
-    let before = attrs::capture(&mut frozen, &tids).unwrap();
+    let before = rig::capture(&mut frozen, &tids).unwrap();
     let there: Vec<Status> = tids.iter().map(|t| status(pid, *t)).collect();
     frozen.close_injection().unwrap();
     frozen.kill();
     layout.tids = tids.iter().map(|t| t.unsigned_abs()).collect();
-    assert_eq!(attrs::check_here(&before).unwrap(), []);
+    assert_eq!(rig::check_here(&before), []);
     let mut skeleton = ReservedPid::take(pid).unwrap().execute(&layout).unwrap();
     skeleton.reconcile(layout).unwrap();
-    attrs::restore(&mut skeleton, &before).unwrap();
-    attrs::restore_pending(&mut skeleton, &before).unwrap();
-    attrs::start_timers(&mut skeleton, &before, Duration::from_millis(100)).unwrap();
-    let after = attrs::capture(&mut skeleton, &tids).unwrap();
+    rig::restore(&mut skeleton, &before, Duration::from_millis(100));
+    let after = rig::capture(&mut skeleton, &tids).unwrap();
     let statuses = there.into_iter().zip(tids.iter().map(|t| status(pid, *t))).collect();
     Moved { before, after, statuses, skeleton }
 }
@@ -342,16 +341,17 @@ fn what_cannot_be_carried_is_refused_by_name() {
             "CPU clock of a thread",
         ),
         (
-            "t = threading.Thread(target=lambda: (libc.personality(0x40000), e.set(), signal.pause()), daemon=True)\n\
-             e = threading.Event(); t.start(); e.wait()",
-            "another personality",
+            "libc.prctl(38, 1, 0, 0, 0); rule = ctypes.create_string_buffer(struct.pack('HBBI', 6, 0, 0, 0x7fff0000))\n\
+             prog = ctypes.create_string_buffer(struct.pack('HxxxxxxQ', 1, ctypes.addressof(rule)))\n\
+             ok(libc.prctl(22, 2, prog, 0, 0))",
+            "seccomp",
         ),
     ] {
         let mut child = start(code);
         let pid = i32::try_from(child.id()).unwrap();
         let mut frozen = Frozen::freeze(pid, Duration::from_secs(5)).unwrap();
         let tids: Vec<i32> = frozen.threads().iter().map(|t| t.tid).collect();
-        let refused = attrs::capture(&mut frozen, &tids);
+        let refused = rig::capture(&mut frozen, &tids);
         frozen.thaw().unwrap();
         child.kill().unwrap();
         child.wait().unwrap();
