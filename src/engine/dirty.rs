@@ -12,6 +12,7 @@
 
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::FileExt;
 
 use nix::errno::Errno;
 
@@ -318,14 +319,24 @@ impl UffdTracker {
                         inverted: own,
                         all: own,
                         any: pagemap::PRESENT | pagemap::SWAPPED,
-                        report: pagemap::GUARD,
+                        report: pagemap::GUARD | pagemap::PRESENT,
                         ..Query::default()
                     };
+                    let mut swapped = Vec::new();
                     self.query(vma.start, vma.end, live, |r| {
-                        if r.categories & pagemap::GUARD == 0 {
+                        if r.categories & pagemap::PRESENT != 0 {
                             left.remove(r.start, r.end);
+                        } else if r.categories & pagemap::GUARD == 0 {
+                            swapped.push((r.start, r.end));
                         }
                     })?;
+                    // A page that was dropped leaves the mark of its protection behind, which looks like
+                    // swap; without swap there is nothing else that does.
+                    if self.swap {
+                        for (start, end) in swapped {
+                            self.really_swapped(start, end, |page| left.remove(page, page + PAGE_BYTES))?;
+                        }
+                    }
                     out.gone.extend(left.iter());
                 }
                 Ok(tracked)
@@ -354,6 +365,26 @@ impl UffdTracker {
             }
             VmaKind::VmaFileShared | VmaKind::VmaVdso | VmaKind::Invalid => Ok(true),
         }
+    }
+
+    /// Which pages of a range are on a swap device, and not a mark of userfaultfd (in pagemap: swap type 31,
+    /// with bit 57; Documentation/admin-guide/mm/pagemap.rst).
+    fn really_swapped(&self, start: u64, end: u64, mut each: impl FnMut(u64)) -> Result<(), TrackError> {
+        const UFFD_WP: u64 = 1 << 57;
+        const SWAP_TYPE: u64 = 0x1f;
+        let mut entry = [0u8; 8];
+        for page in (start..end).step_by(4096) {
+            let at = page / PAGE_BYTES * 8;
+            self.pagemap.read_exact_at(&mut entry, at).map_err(|source| TrackError::Open {
+                path: format!("/proc/{}/pagemap", self.pid),
+                source,
+            })?;
+            let entry = u64::from_ne_bytes(entry);
+            if entry & UFFD_WP == 0 || entry & SWAP_TYPE != SWAP_TYPE {
+                each(page);
+            }
+        }
+        Ok(())
     }
 
     /// The last look at a mapping that appeared since the last round: everything in it.
