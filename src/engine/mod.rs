@@ -22,6 +22,7 @@ pub mod reason;
 pub mod regs;
 pub mod remote;
 pub mod restore;
+mod rseq;
 pub mod skeleton;
 pub mod sleep;
 pub mod state;
