@@ -10,6 +10,7 @@ pub mod capture;
 pub mod cpu;
 pub mod dirty;
 pub mod extents;
+pub mod features;
 pub mod freeze;
 pub mod inject;
 pub mod kernel;
