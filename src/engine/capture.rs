@@ -3,8 +3,7 @@
 use std::os::fd::OwnedFd;
 
 use super::freeze::{Frozen, signal_is_due};
-use super::inject::StoppedThread;
-use super::memory::{Memory, MemoryError};
+use super::memory::MemoryError;
 use super::procfs::{Status, parse_stat, parse_status};
 use super::reason::Reason;
 use super::regs;
@@ -17,10 +16,9 @@ use super::state::limits::LimitsProbe;
 use super::state::mm::{self, MapError};
 use super::state::sched;
 use super::state::signals::{self, ActionsProbe};
-use super::state::threads::{self, ThreadProbe};
+use super::state::threads::ThreadProbe;
 use super::state::timers::TimersProbe;
-use super::sys::vm::RemoteRange;
-use super::sys::{attrs, ptrace};
+use super::sys::ptrace;
 use crate::proto::image::{Process, Range, Thread};
 
 /// Why the state of a process could not be captured.
@@ -182,37 +180,11 @@ fn thread_attributes(frozen: &mut Frozen, process: &mut Process) -> Result<(), C
     Ok(())
 }
 
-/// A thread stopped inside a restartable sequence goes on at its abort handler, as the kernel would have
-/// it; an injected call would make it forget.
-fn leave_rseq_section(memory: &Memory, thread: &mut StoppedThread) {
-    const RSEQ_CS: u64 = 8;
-    let Ok(rseq) = attrs::traced_rseq(thread.tid) else { return };
-    let read = |at: u64, into: &mut [u8]| memory.read_exact(at, into).is_ok();
-    if let Some(ip) = threads::rseq_abort(rseq.area, thread.regs.rip, read) {
-        thread.regs.rip = ip;
-        let pointer = RemoteRange { start: rseq.area + RSEQ_CS, len: 8 };
-        if let Err(error) = memory.write_runs(&[0; 8], &[pointer]) {
-            tracing::warn!(tid = thread.tid, %error, "clearing rseq_cs");
-        }
-    }
-}
-
-/// Takes all threads of a process that has just been frozen out of restartable sequences. Before anything
-/// is injected.
-///
-/// # Errors
-/// If its memory cannot be opened.
-pub fn leave_rseq_sections(frozen: &mut Frozen) -> Result<(), MemoryError> {
-    let memory = Memory::open(frozen.pid())?;
-    frozen.threads_mut().iter_mut().for_each(|t| leave_rseq_section(&memory, t));
-    Ok(())
-}
-
 /// General and extended registers and masks; calls that only our stop has ended are issued again.
 fn registers(frozen: &mut Frozen, sleeps: &SleepBook) -> Result<Vec<Thread>, CaptureError> {
     let pid = frozen.pid();
     let mut threads = Vec::with_capacity(frozen.threads().len());
-    leave_rseq_sections(frozen)?;
+    frozen.leave_rseq_sections()?;
     for thread in frozen.threads() {
         let tid = thread.tid;
         let mut r = thread.regs;

@@ -17,6 +17,7 @@ use super::inject::{CodeRoom, Injector, StoppedThread, choose_doorbell, io, sys}
 use super::procfs;
 use super::regs;
 use super::remote::{Batch, InjectError, Outcome, RemoteCalls, Tid};
+use super::rseq;
 use super::sys::blob;
 use super::sys::ptrace::{self, Stop};
 
@@ -62,6 +63,7 @@ pub struct Frozen {
     /// The process was in a group stop (SIGSTOP) already.
     pub group_stopped: bool,
     stop_seen: bool,
+    left_rseq: bool,
     fenced: bool,
     over: bool,
 }
@@ -91,6 +93,7 @@ impl Frozen {
             injection: None,
             group_stopped,
             stop_seen: false,
+            left_rseq: false,
             fenced: false,
             over: false,
         };
@@ -146,6 +149,28 @@ impl Frozen {
     /// The same, to correct registers before capture and thaw (a call ended by our stop, an rseq section).
     pub fn threads_mut(&mut self) -> &mut [StoppedThread] {
         &mut self.threads
+    }
+
+    /// Takes all threads out of restartable sequences, once. Injection does so by itself; registers that
+    /// are read before it are right after this only.
+    ///
+    /// # Errors
+    /// If memory or registers of a thread cannot be reached.
+    pub fn leave_rseq_sections(&mut self) -> Result<(), InjectError> {
+        if !self.left_rseq {
+            let mem = self.open_memory()?;
+            self.threads.iter_mut().try_for_each(|thread| rseq::leave_section(thread, &mem))?;
+            self.left_rseq = true;
+        }
+        Ok(())
+    }
+
+    fn open_memory(&self) -> Result<File, InjectError> {
+        File::options()
+            .read(true)
+            .write(true)
+            .open(format!("/proc/{}/mem", self.pid))
+            .map_err(|e| io("opening its memory", self.pid, &e))
     }
 
     /// Puts everything injected away; the process stays stopped.
@@ -247,11 +272,8 @@ impl Frozen {
             return Ok(());
         }
         let pid = self.pid;
-        let mem = File::options()
-            .read(true)
-            .write(true)
-            .open(format!("/proc/{pid}/mem"))
-            .map_err(|e| io("opening its memory", pid, &e))?;
+        self.leave_rseq_sections()?;
+        let mem = self.open_memory()?;
         let room = vdso_tail(pid, &mem)?;
         let (caught, pending) = signal_sets(pid)?;
         let signal = choose_doorbell(caught, pending).ok_or(InjectError::NoRoom {

@@ -95,6 +95,7 @@ pub fn check(pid: Tid, shell_job: bool) -> Findings {
     found.reasons.extend(namespaces(pid));
     found.reasons.extend(groups::frozen(pid));
     found.reasons.extend(sharing::with_other_processes(pid));
+    found.reasons.extend(sharing::semaphore_undo(pid, status.threads));
     found.reasons.extend(children(pid));
     threads(pid, &mut found);
     for part in [limits::preflight(pid), timers::preflight(pid)] {

@@ -41,5 +41,34 @@ pub(super) fn within(pid: Tid, tid: Tid) -> Vec<Reason> {
             reasons.push(Reason::new(format!("thread {tid}"), why, ""));
         }
     }
+    for name in ["mnt", "net", "ipc", "uts", "cgroup", "pid_for_children", "time_for_children"] {
+        let link = |tid: Tid| std::fs::read_link(format!("/proc/{pid}/task/{tid}/ns/{name}")).ok();
+        // A thread that has ended has none, nor has a PID namespace that nobody has been born in.
+        if let (Some(theirs), Some(leaders)) = (link(tid), link(pid))
+            && theirs != leaders
+        {
+            let why = format!("is in another {name} namespace than its process, which cannot be carried");
+            reasons.push(Reason::new(format!("thread {tid}"), why, ""));
+        }
+    }
     reasons
+}
+
+/// Whether `pid` has System V semaphore adjustments (SEM_UNDO), as far as it shows: its list is then like
+/// nobody else's. A process with threads has a list in any case, which tells nothing.
+pub(super) fn semaphore_undo(pid: Tid, threads: u32) -> Option<Reason> {
+    let semaphores = std::fs::read_to_string("/proc/sysvipc/sem").ok()?;
+    if threads > 1 || semaphores.lines().count() < 2 {
+        return None;
+    }
+    let mut others = std::fs::read_dir("/proc")
+        .ok()?
+        .flatten()
+        .filter_map(|e| e.file_name().to_str()?.parse::<Tid>().ok())
+        .filter(|other| *other != pid);
+    if others.any(|other| share(pid, other, Shared::SemaphoreUndo) == Ok(true)) {
+        return None;
+    }
+    let why = "may have System V semaphore adjustments (SEM_UNDO), which cannot be carried yet";
+    Some(Reason::new(format!("pid {pid}"), why, ""))
 }

@@ -159,3 +159,40 @@ fn filters_and_threads_with_other_ids() {
     assert!(found[0].contains("seccomp"), "{found:?}");
     assert!(found[1].contains("other credentials"), "{found:?}");
 }
+
+#[test]
+fn a_thread_in_a_namespace_of_its_own() {
+    let code = "
+def lone():
+    assert libc.unshare(0x40000000) == 0
+    done.set(); signal.pause()
+done = threading.Event()
+threading.Thread(target=lone, daemon=True).start()
+done.wait()";
+    let (victim, _) = Victim::python(code);
+    let found = whys(victim.pid());
+    assert!(found.len() == 1 && found[0].contains("another net namespace than its process"), "{found:?}");
+}
+
+#[test]
+fn semaphore_adjustments() {
+    let code = "
+import struct
+sem = libc.semget(os.getpid(), 1, 0o600 | 0o1000)
+assert sem >= 0
+SEM_UNDO = 0x1000
+assert libc.semop(sem, struct.pack('Hhh', 0, 1, FLAGS), 1) == 0";
+    let found = |flags: &str| {
+        let (victim, _) = Victim::python(&code.replace("FLAGS", flags));
+        let found = whys(victim.pid());
+        let remove = format!(
+            "import ctypes; l = ctypes.CDLL(None); assert l.semctl(l.semget({}, 0, 0), 0, 0) == 0",
+            victim.pid()
+        );
+        assert!(Command::new("python3").args(["-c", &remove]).status().unwrap().success());
+        found
+    };
+    assert_eq!(found("0"), [""; 0]);
+    let with = found("SEM_UNDO");
+    assert!(with.len() == 1 && with[0].contains("SEM_UNDO"), "{with:?}");
+}

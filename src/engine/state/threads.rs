@@ -32,6 +32,7 @@ pub struct ThreadProbe {
     personality: usize,
     securebits: usize,
     tsc: Arg,
+    machine_checks: usize,
     policy_call: usize,
     policy: Arg,
 }
@@ -66,6 +67,8 @@ impl ThreadProbe {
         let securebits = c.add(batch, "reading securebits", prctl, &[libc::PR_GET_SECUREBITS.into()]);
         let tsc = batch.output(4);
         c.add(batch, "reading the TSC switch", prctl, &[libc::PR_GET_TSC.into(), tsc]);
+        // Not on every machine.
+        let machine_checks = batch.call(prctl, &[libc::PR_MCE_KILL_GET.into()]);
         // A kernel without NUMA has no such call.
         let policy = batch.output(4);
         let args = [policy, 0u64.into(), 0u64.into(), 0u64.into(), 0u64.into()];
@@ -80,6 +83,7 @@ impl ThreadProbe {
             personality,
             securebits,
             tsc,
+            machine_checks,
             policy_call,
             policy,
         }
@@ -96,6 +100,10 @@ impl ThreadProbe {
         let mut refuse = |why| reasons.push(Reason::new(format!("thread {tid}"), why, ""));
         if u32_of(outcome.data(self.tsc, 4)) != PR_TSC_ENABLE {
             refuse("may not read the time stamp counter (PR_SET_TSC), which cannot be carried");
+        }
+        let default = libc::PR_MCE_KILL_DEFAULT.unsigned_abs();
+        if outcome.ret(self.machine_checks).is_ok_and(|policy| policy != u64::from(default)) {
+            refuse("has a policy for memory failures (PR_MCE_KILL), which cannot be carried");
         }
         if outcome.ret(self.policy_call).is_ok() && u32_of(outcome.data(self.policy, 4)) != MPOL_DEFAULT {
             refuse("has a NUMA memory policy (set_mempolicy), which cannot be carried");

@@ -182,6 +182,8 @@ pub enum Shared {
     Directories = 3,
     /// Signal handlers.
     Handlers = 4,
+    /// The list of System V semaphore adjustments; those that have none are alike.
+    SemaphoreUndo = 6,
 }
 
 /// Whether two tasks share this object.

@@ -10,6 +10,7 @@ pub mod fds;
 pub mod pagemap;
 pub mod pidfd;
 pub mod priority;
+pub mod probe;
 pub mod ptrace;
 pub mod socket;
 pub mod uffd;
