@@ -131,7 +131,7 @@ enum SubCommand {
         action: TrustAction,
     },
     /// Move a real workload between two nodes on this machine, and show the report
-    Demo,
+    Demo(crate::demo::Args),
     /// Part of the program's own machinery.
     #[command(name = "__sentinel", hide = true)]
     Sentinel {
@@ -174,7 +174,7 @@ pub enum Request {
     /// Manage trust.
     Trust(TrustAction),
     /// Show it all on one machine.
-    Demo,
+    Demo(crate::demo::Args),
     /// Hidden: watches over something for another process of this program.
     Sentinel(Vec<String>),
 }
@@ -212,7 +212,7 @@ where
             }
             Request::Trust(action)
         }
-        Some(SubCommand::Demo) => Request::Demo,
+        Some(SubCommand::Demo(args)) => Request::Demo(args),
         Some(SubCommand::Sentinel { args }) => Request::Sentinel(args),
     };
     Ok((global, request))
@@ -315,7 +315,7 @@ mod tests {
     #[test]
     fn commands() {
         assert!(matches!(parsed("id").unwrap().1, Request::Id));
-        assert!(matches!(parsed("demo").unwrap().1, Request::Demo));
+        assert!(matches!(parsed("demo").unwrap().1, Request::Demo(_)));
         assert!(matches!(parsed("trust list").unwrap().1, Request::Trust(TrustAction::List)));
         let Request::Check(check) = parsed("check 5 --to a:1").unwrap().1 else { panic!() };
         assert_eq!((check.pid, check.to.unwrap().to_string()), (Some(5), "a:1".to_owned()));

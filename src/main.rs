@@ -33,7 +33,8 @@ fn run(global: &Global, request: Request) -> Result<ExitCode> {
         Request::Move(config) => return migrate_process(global, &config),
         Request::Serve(config) => migrate::dest::serve(config).context("serving")?,
         Request::Sentinel(args) => sentinel(global, &args)?,
-        Request::Check(_) | Request::Demo => {
+        Request::Demo(args) => migrate::demo::run(&args)?,
+        Request::Check(_) => {
             bail!("not built yet");
         }
     }

@@ -172,7 +172,6 @@ fn start(
 
 /// Reaps what has ended. The children of others come to the first process too, so "any child" is right
 /// here, and only here.
-#[allow(clippy::disallowed_methods, reason = "the first process of a PID namespace reaps everything")]
 fn reap() -> io::Result<()> {
     loop {
         let (pid, code, signal) = match waitpid(None, Some(WaitPidFlag::WNOHANG)) {

@@ -45,8 +45,11 @@ fn untrusted(lan: &Lan, source_is_unknown: bool) -> Result {
     workload.check_going_on(&lan.a)?;
     ensure(lan.b.processes()? == before, || format!("left: {:?}", lan.b.processes()))?;
 
-    trust(lan, &lan.a, "b", &of_b)?;
-    trust(lan, &lan.b, "a", &of_a)?;
+    if source_is_unknown {
+        trust(lan, &lan.b, "a", &of_a)?;
+    } else {
+        trust(lan, &lan.a, "b", &of_b)?;
+    }
     lan.move_to(&lan.a, &service, workload.pid(), &[], MOVE)?.expect_moved()?;
     workload.check_going_on(&lan.b)
 }
@@ -58,7 +61,6 @@ fn fingerprint(lan: &Lan, host: &Host) -> Result<String> {
 }
 
 fn trust(lan: &Lan, host: &Host, name: &str, fingerprint: &str) -> Result {
-    // Adding what is there already is no error of ours to judge.
     let outcome =
         lan.run(host, &["trust", "add", name, fingerprint, "--state-dir", STATE], Duration::from_secs(20))?;
     ensure(outcome.exit.code == Some(0), || format!("{:?} {}", outcome.exit, outcome.stderr))
@@ -93,7 +95,13 @@ fn through(lan: &Lan, weather: Weather) -> Result {
     lan.serve(&lan.b)?;
     let relay = Relay::start(lan, weather)?;
     let job = lan.start_move(&lan.a, &relay.address, workload.pid(), &[])?;
-    lan.finish_move(&lan.a, &job, MOVE)?.expect_moved()?;
+    lan.finish_move(&lan.a, &job, MOVE)?.expect_moved().map_err(|error| {
+        format!(
+            "{error}\nthe writer ended {:?}, it wrote: {}",
+            lan.a.exit_of(workload.pid()),
+            lan.a.stdout(&workload.job)
+        )
+    })?;
     workload.check_going_on(&lan.b)
 }
 
@@ -103,6 +111,12 @@ fn slow(lan: &Lan) -> Result {
     lan.share_identity()?;
     let service = lan.serve(&lan.b)?;
     lan.limit_rate(&lan.a, 200)?;
-    lan.move_to(&lan.a, &service, workload.pid(), &[], MOVE)?.expect_moved()?;
+    lan.move_to(&lan.a, &service, workload.pid(), &[], MOVE)?.expect_moved().map_err(|error| {
+        format!(
+            "{error}\nthe writer ended {:?}, it wrote: {}",
+            lan.a.exit_of(workload.pid()),
+            lan.a.stdout(&workload.job)
+        )
+    })?;
     workload.check_going_on(&lan.b)
 }

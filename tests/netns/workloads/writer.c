@@ -19,6 +19,7 @@ struct region {
     char *base;
     uint32_t pages;
     uint32_t first;     /* page of the file where it begins */
+    int pieces;         /* mapped in pieces: mremap takes one mapping, and these need not have merged */
     uint32_t *sequence; /* 0: never stamped since it was mapped or dropped */
 };
 
@@ -115,6 +116,7 @@ static void make(struct worker *w, struct region *r)
     r->kind = (enum kind)pick(w, (uint64_t)kinds);
     r->id = mix(((uint64_t)w->number << 48) | ++w->next_id);
     r->pages = region_pages / 2 + (uint32_t)pick(w, region_pages / 2);
+    r->pieces = 0;
     r->first = r->kind == FROM_FILE ? (uint32_t)pick(w, file_pages - r->pages) : 0;
     r->base = map(r, NULL, 0, r->pages);
     r->sequence = calloc(region_pages * 2, sizeof *r->sequence);
@@ -156,6 +158,7 @@ static void punch(struct worker *w, struct region *r)
     } else {
         CHECK(munmap(at, (size_t)pages * PAGE) == 0, "munmap");
         map(r, at, start, pages);
+        r->pieces = 1;
     }
     memset(r->sequence + start, 0, pages * sizeof *r->sequence);
 }
@@ -163,14 +166,11 @@ static void punch(struct worker *w, struct region *r)
 static void move(struct worker *w, struct region *r)
 {
     size_t length = (size_t)r->pages * PAGE;
+    if (r->pieces)
+        return;
     char *to = mmap(NULL, length, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     CHECK(to != MAP_FAILED, "mmap");
     char *got = mremap(r->base, length, length, MREMAP_MAYMOVE | MREMAP_FIXED, to);
-    if (got == MAP_FAILED && errno == EFAULT) {
-        /* Pieces that did not merge do not move in one call on older kernels. */
-        CHECK(munmap(to, length) == 0, "munmap");
-        return;
-    }
     CHECK(got == to, "mremap");
     r->base = got;
     verify(w, r, (uint32_t)pick(w, r->pages));
@@ -179,11 +179,9 @@ static void move(struct worker *w, struct region *r)
 static void resize(struct worker *w, struct region *r)
 {
     uint32_t pages = region_pages / 2 + (uint32_t)pick(w, region_pages);
-    if (r->kind != ANON)
+    if (r->kind != ANON || r->pieces)
         return;
     char *got = mremap(r->base, (size_t)r->pages * PAGE, (size_t)pages * PAGE, MREMAP_MAYMOVE);
-    if (got == MAP_FAILED && errno == EFAULT)
-        return;
     CHECK(got != MAP_FAILED, "mremap");
     r->base = got;
     if (pages > r->pages)
