@@ -10,9 +10,10 @@
 //! (new, moved, mapped over) is *fresh*: it is registered, everything in it is reported, and the
 //! destination starts it over.
 
+use std::collections::{HashMap, HashSet};
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 
 use nix::errno::Errno;
 
@@ -87,8 +88,8 @@ pub struct FinalScan {
 /// A backend that knows which pages were written.
 pub trait Tracker {
     /// Reports what was written in the mappings of `layout` since the last scan, and starts over. Marks
-    /// mappings that it has not followed since then as fresh: everything in them is reported. The process
-    /// runs.
+    /// mappings that it has not followed since then as fresh: everything in them is reported, as in those
+    /// that are marked so already. The process runs.
     ///
     /// # Errors
     /// See [`TrackError`].
@@ -121,6 +122,12 @@ pub struct UffdTracker {
     pagemap: File,
     found: Vec<PageRegion>,
     swap: bool,
+    /// Ranges whose contents no scan has reported yet, although they may be protected.
+    owed: Extents,
+    /// Of each shared memory object, by inode: when it was last changed otherwise than by a store (ns).
+    changed_at: HashMap<u64, i64>,
+    /// Objects that have been changed so since the last scan.
+    punched: HashSet<u64>,
 }
 
 /// How many regions one ioctl can report.
@@ -153,7 +160,16 @@ impl UffdTracker {
         let path = format!("/proc/{pid}/pagemap");
         let pagemap = File::open(&path).map_err(|source| TrackError::Open { path, source })?;
         let swap = std::fs::read_to_string("/proc/swaps").is_ok_and(|s| s.lines().count() > 1);
-        Ok(Self { pid, uffd: ours, pagemap, found: vec![PageRegion::default(); FOUND_REGIONS], swap })
+        Ok(Self {
+            pid,
+            uffd: ours,
+            pagemap,
+            found: vec![PageRegion::default(); FOUND_REGIONS],
+            swap,
+            owed: Extents::new(),
+            changed_at: HashMap::new(),
+            punched: HashSet::new(),
+        })
     }
 
     /// One query over a range, in as many ioctls as it takes. `false`: a mapping is not registered.
@@ -215,46 +231,86 @@ impl UffdTracker {
         }
     }
 
-    /// Scans one mapping of the running process; registers it first if it was not.
+    /// Scans one mapping of the running process. One that has not been followed without a gap starts over:
+    /// it is registered, and everything in it is protected and reported.
     fn scan_vma(&mut self, vma: &mut Vma, runs: &mut Runs) -> Result<(), TrackError> {
-        let Some(query) = self.round_query(vma.kind()) else { return Ok(()) };
+        let Some(mut query) = self.round_query(vma.kind()) else { return Ok(()) };
         runs.begin();
         let push = |r: PageRegion, runs: &mut Runs| {
             if r.categories & pagemap::GUARD == 0 {
                 runs.push(r.start, r.end);
             }
         };
-        if self.query(vma.start, vma.end, query, |r| push(r, runs))? {
-            return Ok(());
+        let owed = self.owed.overlap(vma.start, vma.end).next().is_some();
+        if !vma.fresh && !owed && self.punched.contains(&vma.shm_inode) {
+            if self.query(vma.start, vma.end, query, |_| {})?
+                && self.object_data(vma, |start, end| runs.push(start, end))?
+            {
+                return Ok(());
+            }
+            runs.forget();
+        } else if !vma.fresh && !owed {
+            if self.query(vma.start, vma.end, query, |r| push(r, runs))? {
+                return Ok(());
+            }
+            runs.forget();
         }
-        // What an aborted scan has protected already is lost to the next one: the mapping starts over.
-        runs.forget();
+        // Until a scan goes through, everything in the range is owed to the destination: an aborted scan
+        // has protected pages that it did not report, and if the mapping changes under our hands, the next
+        // scan may meet a part of it that looks as if it had been followed all along.
         vma.fresh = true;
+        self.owed.insert(vma.start, vma.end);
         match uffd::register_wp(self.uffd.as_fd(), vma.start, vma.end - vma.start) {
             Ok(()) => {}
-            // It changed under our hands; the next round sees what has become of it.
+            // It is gone; the next round sees what has become of it.
             Err(Errno::ENOMEM | Errno::ESRCH) => return Ok(()),
             Err(errno) => return Err(TrackError::Untrackable { start: vma.start, end: vma.end, errno }),
         }
-        if vma.kind() == VmaKind::VmaAnonShared {
+        let done = if vma.kind() == VmaKind::VmaAnonShared {
             // Protect all of it, and report what the object holds, in this page table or not.
-            let _ = self.query(vma.start, vma.end, query, |_| {})?;
-            return self.object_data(vma, |start, end| runs.push(start, end));
-        }
-        let tracked = self.query(vma.start, vma.end, query, |r| push(r, runs))?;
-        if !tracked {
+            self.query(vma.start, vma.end, query, |_| {})?
+                && self.object_data(vma, |start, end| runs.push(start, end))?
+        } else {
+            query.all &= !pagemap::WRITTEN;
+            self.query(vma.start, vma.end, query, |r| push(r, runs))?
+        };
+        if done {
+            self.owed.remove(vma.start, vma.end);
+        } else {
             runs.forget();
         }
         Ok(())
     }
 
-    /// The pages that a shared memory object holds, as addresses in this mapping of it.
-    fn object_data(&self, vma: &Vma, mut each: impl FnMut(u64, u64)) -> Result<(), TrackError> {
+    /// Finds out which shared memory objects had holes punched (MADV_REMOVE) since the last scan. A page
+    /// that is read again behind such a hole is a new one, full of zeros, that no scan reports; but the
+    /// object's change time tells, which stores do not touch. Before the scan, so that a hole that comes
+    /// later is found by the next one.
+    fn look_for_holes(&mut self, layout: &Layout) {
+        self.punched.clear();
+        let mut seen = HashSet::new();
+        for vma in layout.vmas.iter().filter(|v| v.kind() == VmaKind::VmaAnonShared) {
+            if !seen.insert(vma.shm_inode) {
+                continue;
+            }
+            let path = format!("/proc/{}/map_files/{:x}-{:x}", self.pid, vma.start, vma.end);
+            // Gone meanwhile: whatever is there now is scanned as new.
+            let Ok(meta) = std::fs::metadata(&path) else { continue };
+            let changed = meta.ctime() * 1_000_000_000 + meta.ctime_nsec();
+            if self.changed_at.insert(vma.shm_inode, changed).is_some_and(|before| before != changed) {
+                self.punched.insert(vma.shm_inode);
+            }
+        }
+        self.changed_at.retain(|inode, _| seen.contains(inode));
+    }
+
+    /// The pages that a shared memory object holds, as addresses in this mapping of it. `false`: there is no
+    /// such mapping any more.
+    fn object_data(&self, vma: &Vma, mut each: impl FnMut(u64, u64)) -> Result<bool, TrackError> {
         let path = format!("/proc/{}/map_files/{:x}-{:x}", self.pid, vma.start, vma.end);
         let object = match File::open(&path) {
             Ok(object) => object,
-            // Unmapped meanwhile: the next round sees it.
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(false),
             Err(source) => return Err(TrackError::Open { path, source }),
         };
         let end = vma.offset + (vma.end - vma.start);
@@ -273,7 +329,7 @@ impl UffdTracker {
             each(vma.start + (from - vma.offset), vma.start + (to.min(end) - vma.offset));
             at = hole.max(data + 1);
         }
-        Ok(())
+        Ok(true)
     }
 
     /// The last look at one mapping that rounds have followed. `false`: they have not.
@@ -349,6 +405,9 @@ impl UffdTracker {
                     ..Query::default()
                 };
                 let mut written = Extents::new();
+                if self.punched.contains(&vma.shm_inode) {
+                    written.insert(vma.start, vma.end);
+                }
                 if !self.query(vma.start, vma.end, query, |r| written.insert(r.start, r.end))? {
                     return Ok(false);
                 }
@@ -375,10 +434,9 @@ impl UffdTracker {
         let mut entry = [0u8; 8];
         for page in (start..end).step_by(4096) {
             let at = page / PAGE_BYTES * 8;
-            self.pagemap.read_exact_at(&mut entry, at).map_err(|source| TrackError::Open {
-                path: format!("/proc/{}/pagemap", self.pid),
-                source,
-            })?;
+            self.pagemap
+                .read_exact_at(&mut entry, at)
+                .map_err(|source| TrackError::Open { path: format!("/proc/{}/pagemap", self.pid), source })?;
             let entry = u64::from_ne_bytes(entry);
             if entry & UFFD_WP == 0 || entry & SWAP_TYPE != SWAP_TYPE {
                 each(page);
@@ -397,7 +455,7 @@ impl UffdTracker {
         match vma.kind() {
             VmaKind::VmaAnonShared => {
                 let runs = &mut out.written;
-                return self.object_data(vma, |s, e| runs.push(s, e));
+                return self.object_data(vma, |s, e| runs.push(s, e)).map(drop);
             }
             VmaKind::VmaFilePrivate => {
                 query.inverted = pagemap::FILE | pagemap::PFNZERO;
@@ -419,6 +477,7 @@ impl UffdTracker {
 impl Tracker for UffdTracker {
     fn scan(&mut self, layout: &mut Layout) -> Result<Vec<RemoteRange>, TrackError> {
         let mut runs = Runs::default();
+        self.look_for_holes(layout);
         for vma in &mut layout.vmas {
             self.scan_vma(vma, &mut runs)?;
         }
@@ -427,11 +486,13 @@ impl Tracker for UffdTracker {
 
     fn final_scan(&mut self, layout: &mut Layout, sent: &Extents) -> Result<FinalScan, TrackError> {
         let mut out = Final::default();
+        self.look_for_holes(layout);
         for vma in &mut layout.vmas {
             let gone = out.gone.len();
             out.written.begin();
             out.guards.begin();
-            if !self.final_tracked(vma, sent, &mut out)? {
+            let owed = vma.fresh || self.owed.overlap(vma.start, vma.end).next().is_some();
+            if owed || !self.final_tracked(vma, sent, &mut out)? {
                 out.written.forget();
                 out.guards.forget();
                 out.gone.truncate(gone);

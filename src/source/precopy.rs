@@ -76,6 +76,8 @@ pub struct Precopy {
     flags: FlagCache,
     /// The map that the destination has, as far as it was sent.
     placed: Layout,
+    /// The map that was scanned last.
+    scanned: Layout,
     /// Pages that the destination has.
     sent: Extents,
     /// File mappings whose resident pages the destination has been told.
@@ -110,6 +112,7 @@ impl Precopy {
             packer: Packer::new(compression, true),
             flags: FlagCache::default(),
             placed: Layout::default(),
+            scanned: Layout::default(),
             sent: Extents::new(),
             shown: Extents::new(),
             pending: None,
@@ -134,7 +137,9 @@ impl Precopy {
             return Err(PrecopyError::Refused(map.reasons));
         }
         map.layout.tids = self.tids()?;
+        mm::mark_replaced(&mut map.layout, &self.scanned);
         let runs = self.tracker.scan(&mut map.layout)?;
+        self.scanned = map.layout.clone();
         for vma in &mut map.layout.vmas {
             let known = self.shown.overlap(vma.start, vma.end).map(|(s, e)| e - s).sum::<u64>();
             if vma.file.is_some() && (vma.fresh || known < vma.end - vma.start) {
@@ -206,6 +211,7 @@ impl Precopy {
             return Err(PrecopyError::Refused(map.reasons));
         }
         map.layout.tids = self.tids()?;
+        mm::mark_replaced(&mut map.layout, &self.scanned);
         let FinalScan { written, gone, guards } = self.tracker.final_scan(&mut map.layout, &self.sent)?;
         let mut dirty = Extents::new();
         let earlier = self.pending.take().map(|(layout, runs)| {

@@ -324,6 +324,24 @@ fn same_backing(a: &Vma, b: &Vma, a_files: &[FileRef], b_files: &[FileRef]) -> b
         }
 }
 
+/// Marks those mappings fresh that have another backing than what was there at the last look: the
+/// destination will map them anew, whatever the tracker has seen.
+pub fn mark_replaced(now: &mut Layout, before: &Layout) {
+    let mut from = 0;
+    let Layout { vmas, files, .. } = now;
+    for vma in vmas {
+        while before.vmas.get(from).is_some_and(|b| b.end <= vma.start) {
+            from += 1;
+        }
+        let overlapping = before.vmas.iter().skip(from).take_while(|b| b.start < vma.end);
+        let mut replaced = false;
+        for b in overlapping {
+            replaced |= !same_backing(b, vma, &before.files, files);
+        }
+        vma.fresh |= replaced;
+    }
+}
+
 /// What leads from one map to another: all unmappings first, then the rest. Both sorted by address.
 fn changes(now: &Layout, wanted: &Layout) -> Vec<Change> {
     let mut kept: Vec<(u64, u64)> = Vec::new();
