@@ -58,7 +58,11 @@ int main(void) {
 struct Program {
     child: Child,
     out: BufReader<ChildStdout>,
+    /// Before the first sleep began, and when all had.
+    spawned: Instant,
     started: Instant,
+    /// Before and after the last stop.
+    stop: (Instant, Instant),
 }
 
 impl Program {
@@ -68,9 +72,10 @@ impl Program {
         let mut cc = Command::new("cc");
         cc.args(["-o".as_ref(), exe.as_os_str(), source.as_ref(), "-pthread".as_ref()]);
         assert!(cc.status().unwrap().success());
+        let now = Instant::now();
         let mut child = Command::new(exe).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
         let out = BufReader::new(child.stdout.take().unwrap());
-        let mut program = Self { child, out, started: Instant::now() };
+        let mut program = Self { child, out, spawned: now, started: now, stop: (now, now) };
         while program.asleep() != 8 {
             std::thread::yield_now();
         }
@@ -92,10 +97,12 @@ impl Program {
     fn at(&self, ms: u64) {
         std::thread::sleep(Duration::from_millis(ms).saturating_sub(self.started.elapsed()));
     }
-    fn freeze(&self, book: &mut SleepBook) -> Frozen {
+    fn freeze(&mut self, book: &mut SleepBook) -> Frozen {
         book.look(self.pid());
+        self.stop.0 = Instant::now();
         let frozen = Frozen::freeze(self.pid(), Duration::from_secs(5)).unwrap();
         book.note(frozen.threads());
+        self.stop.1 = Instant::now();
         frozen
     }
     /// The calls of the sleepers are known, with what is left of three seconds.
@@ -110,9 +117,11 @@ impl Program {
                 assert_eq!(call.remaining_ns, -1, "thread {i}");
                 continue;
             }
-            let left = call.remaining_ns / 1_000_000;
-            let wanted = 3000 - i64::try_from(self.started.elapsed().as_millis()).unwrap();
-            assert!((left - wanted).abs() < 60, "thread {i}: {left} ms are left, not {wanted}");
+            let left = Duration::from_nanos(call.remaining_ns.try_into().unwrap());
+            let (all, slack) = (Duration::from_secs(3), Duration::from_millis(20));
+            let least = all.saturating_sub(self.stop.1 - self.spawned + slack);
+            let most = all.saturating_sub(self.stop.0 - self.started) + slack;
+            assert!(left >= least && left <= most, "thread {i}: {least:?} <= {left:?} <= {most:?}");
         }
         assert_eq!(book.remaining(&frozen.threads()[0]), None);
     }
@@ -164,7 +173,7 @@ fn arm_all(frozen: &mut Frozen, book: &SleepBook) {
 #[test]
 fn sleeps_go_on_through_stops_and_moves() {
     let dir = tempfile::tempdir().unwrap();
-    let program = Program::start(dir.path());
+    let mut program = Program::start(dir.path());
     let mut book = SleepBook::new();
 
     program.at(500);
