@@ -154,7 +154,7 @@ pub fn restore(
     run(skeleton, stage, &batch, &named)?;
     in_threads(skeleton, stage, process, |thread, batch| Ok(threads::finish_calls(thread, batch)))?;
 
-    registers(skeleton, process)
+    registers(skeleton, process, elapsed)
 }
 
 fn state(stage: Stage) -> impl Fn(AttrError) -> RestoreError {
@@ -223,7 +223,7 @@ fn in_threads(
 }
 
 /// The last stage: interrupted sleeps are begun again, our code goes, the registers come back.
-fn registers(skeleton: &mut Skeleton, process: &Process) -> Result<(), RestoreError> {
+fn registers(skeleton: &mut Skeleton, process: &Process, elapsed: Duration) -> Result<(), RestoreError> {
     let stage = Stage::Registers;
     let wrap = |source| RestoreError::Skeleton { stage, source };
     let bad =
@@ -234,7 +234,8 @@ fn registers(skeleton: &mut Skeleton, process: &Process) -> Result<(), RestoreEr
         let template = ptrace::regs(tid).map_err(|e| bad(tid, "reading registers", e))?;
         let mut r = regs::from_bytes(&thread.gpregs, &template)
             .ok_or_else(|| bad(tid, "decoding registers", Errno::EINVAL))?;
-        sleep::arm(skeleton, thread, &mut r).map_err(|source| RestoreError::Inject { stage, source })?;
+        sleep::arm(skeleton, thread, elapsed, &mut r)
+            .map_err(|source| RestoreError::Inject { stage, source })?;
         ready.push((tid, r, thread));
     }
     skeleton.remove_stub().map_err(wrap)?;

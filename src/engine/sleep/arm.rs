@@ -18,7 +18,8 @@ const NS_PER_MS: u64 = 1_000_000;
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Prepares a thread to go on with the call that its final registers `r` were interrupted in, with what
-/// the image says is left of its timeout, and changes `r` to what it must then get.
+/// the image says is left of its timeout less `elapsed` since the capture, and changes `r` to what it must
+/// then get.
 ///
 /// The last calls that are run in the process: a restart block is overwritten by the next call that leaves
 /// one. Memory and descriptors are complete by then, for the call looks at them: it may also find that it
@@ -26,11 +27,21 @@ const PATIENCE: Duration = Duration::from_secs(10);
 ///
 /// # Errors
 /// If the thread is gone or cannot be driven.
-pub fn arm(skeleton: &mut Skeleton, image: &Thread, r: &mut Regs) -> Result<(), InjectError> {
+pub fn arm(
+    skeleton: &mut Skeleton,
+    image: &Thread,
+    elapsed: Duration,
+    r: &mut Regs,
+) -> Result<(), InjectError> {
     let (injector, threads) = skeleton.parts();
     let tid = Tid::try_from(image.tid).unwrap_or(0);
     let thread = threads.iter_mut().find(|t| t.tid == tid).ok_or(InjectError::Gone(tid))?;
-    arm_thread(injector, thread, r, image.restart_remaining_ns)
+    let elapsed = i64::try_from(elapsed.as_nanos()).unwrap_or(i64::MAX);
+    let remaining = match image.restart_remaining_ns {
+        unknown if unknown < 0 => unknown,
+        left => left.saturating_sub(elapsed).max(0),
+    };
+    arm_thread(injector, thread, r, remaining)
 }
 
 pub(super) fn arm_thread(

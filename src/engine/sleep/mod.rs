@@ -164,9 +164,10 @@ fn settle(pid: Tid, thread: &StoppedThread, seen: Option<Sleep>, now: u64) -> Op
         let whole = || look::relative_timeout(pid, number, &place.args).map(|t| now.saturating_add(t));
         (number, same.map_or_else(whole, |s| s.deadline))
     };
-    // Where the program asked for the remaining time, the kernel has just written it.
+    // Where the program asked for the remaining time, the kernel has written it as the thread stopped: a
+    // little before now.
     let written = look::written_remainder(pid, number, &place.args).map(|left| now.saturating_add(left));
-    let deadline = written.or(deadline);
+    let deadline = deadline.into_iter().chain(written).min();
     Some(Sleep { place, number, deadline, switches })
 }
 
