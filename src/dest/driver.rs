@@ -16,6 +16,7 @@ use super::reaper;
 use super::wire::{to_control, to_message};
 use crate::engine::address::{Address, AddressSet};
 use crate::engine::alive;
+use crate::engine::clocks::{self, ClockError, Shift};
 use crate::engine::kernel::Host;
 use crate::engine::reason::Reason;
 use crate::engine::remote::Tid;
@@ -25,7 +26,7 @@ use crate::engine::state::files;
 use crate::journal::{self, Incoming, IncomingState, Journal, JournalError};
 use crate::migration::{MigrationId, ProcessKey};
 use crate::proto::control::{Begin, Timings};
-use crate::proto::image::Process;
+use crate::proto::image::{Clocks, Process};
 use crate::report::PhaseClock;
 use crate::transport::{self, Link, LinkSender};
 
@@ -55,6 +56,8 @@ enum ActionError {
     #[error(transparent)]
     Files(#[from] files::RestoreFilesError),
     #[error(transparent)]
+    Clocks(#[from] ClockError),
+    #[error(transparent)]
     Journal(#[from] JournalError),
     #[error(transparent)]
     Skeleton(#[from] SkeletonError),
@@ -68,6 +71,10 @@ enum ActionError {
 pub(super) struct Driver {
     pub id: MigrationId,
     pub begin: Begin,
+    /// What our clocks read when the plan came.
+    pub received: Option<Clocks>,
+    /// How much more the process's clocks will read than ours.
+    pub shift: Shift,
     pub link: Option<Link>,
     pub inbox: Inbox,
     pub state_dir: PathBuf,
@@ -201,14 +208,14 @@ impl Driver {
 
     /// The last frame has come: the rest of the state goes into the skeleton.
     fn restore(&mut self, process: &Process) -> Result<ProcessKey, ActionError> {
-        let arrived = Instant::now();
         self.clock.begin("build");
         let mut skeleton = self.assembly.take().ok_or(ActionError::Order)?.into_skeleton()?;
         let log = self.state_dir.join("logs").join(format!("{}-{}.log", process.pid, self.id));
         let descriptors = process.files.clone().unwrap_or_default();
-        let built = files::build(&descriptors, Some(&log))?;
+        let built = files::build(&descriptors, Some(&log), &self.shift)?;
         self.clock.begin("restore");
-        restore::restore(&mut skeleton, process, built, arrived.elapsed())?;
+        let elapsed = clocks::catch_up(process.clocks.as_ref(), &self.shift)?;
+        restore::restore(&mut skeleton, process, built, elapsed)?;
         self.clock.end();
         self.stopped = process.stopped;
         let start_ticks = alive::start_ticks(process.pid)?.ok_or(ActionError::Order)?;
@@ -275,6 +282,14 @@ impl Driver {
         let same_kernel = self.same_kernel();
         let (mut reasons, addresses) = super::preflight::check(&self.begin, &self.host, same_kernel);
         self.addresses = addresses;
+        // Here and not in preflight: only children of this very thread are born into the namespace.
+        match clocks::prepare(&self.begin, same_kernel, self.received.as_ref()) {
+            Ok(shift) => self.shift = shift,
+            Err(error) => {
+                let why = format!("cannot go on at the destination: {}", chain(&error));
+                reasons.push(Reason::new(format!("clocks of pid {}", self.begin.pid), why, ""));
+            }
+        }
         if reasons.is_empty() && !self.begin.check_only {
             match ReservedPid::take(Tid::try_from(self.begin.pid).unwrap_or(0)) {
                 Ok(reserved) => self.assembly = Some(Assembly::new(reserved)),

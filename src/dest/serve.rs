@@ -12,6 +12,7 @@ use super::protocol::Message;
 use super::recover;
 use super::wire::{migration_of, to_control, to_message};
 use crate::config::ServeConfig;
+use crate::engine::clocks::{self, Shift};
 use crate::engine::kernel::Host;
 use crate::identity::{IdentityError, Node};
 use crate::journal::JournalError;
@@ -155,6 +156,7 @@ impl Service {
     }
 
     fn migration(&self, id: MigrationId, begin: crate::proto::control::Begin, link: Link) {
+        let received = clocks::here();
         let peer = link.peer().fingerprint.to_string();
         let (inbox, asks) = channel();
         {
@@ -169,6 +171,8 @@ impl Service {
         let driver = Driver {
             id,
             begin,
+            received: received.ok(),
+            shift: Shift::default(),
             link: Some(link),
             inbox: asks,
             state_dir: self.config.state_dir.clone(),

@@ -2,6 +2,7 @@
 
 use std::os::fd::OwnedFd;
 
+use super::clocks::ClocksProbe;
 use super::freeze::{Frozen, signal_is_due};
 use super::memory::MemoryError;
 use super::procfs::{Status, parse_stat, parse_status};
@@ -97,6 +98,7 @@ pub fn capture(
     let mut batch = Batch::new();
     let brk = mm::ask_brk(&mut batch);
     let actions = ActionsProbe::ask(&mut batch);
+    let time = ClocksProbe::ask(&mut batch);
     let clocks = TimersProbe::ask(pid, &mut batch)?;
     let rights = CredsProbe::ask(&mut batch);
     let bounds = LimitsProbe::ask(&mut batch);
@@ -110,6 +112,7 @@ pub fn capture(
     memory.guards = guards;
     process.mm = Some(memory);
     process.actions = actions.read(pid, &outcome)?;
+    process.clocks = Some(time.read(pid, &outcome)?);
     (process.itimers, process.timers) = clocks.read(pid, &outcome)?;
     process.creds = Some(rights.read(leader, &outcome)?);
     let stat = read_as(format!("/proc/{pid}/stat"), parse_stat)?;

@@ -7,6 +7,7 @@
 pub mod address;
 pub mod alive;
 pub mod capture;
+pub mod clocks;
 pub mod cpu;
 pub mod dirty;
 pub mod extents;

@@ -19,6 +19,7 @@ use super::wire::{to_control, to_message};
 use crate::config::SourceConfig;
 use crate::engine::address::AddressSet;
 use crate::engine::capture::{self, CaptureError};
+use crate::engine::clocks::{self, ClockError};
 use crate::engine::dirty::{TrackError, UffdTracker};
 use crate::engine::freeze::{FreezeError, Frozen};
 use crate::engine::memory::MemoryError;
@@ -57,6 +58,8 @@ enum ActionError {
     Precopy(#[from] PrecopyError<TransportError>),
     #[error(transparent)]
     Capture(#[from] CaptureError),
+    #[error(transparent)]
+    Clocks(#[from] ClockError),
     #[error(transparent)]
     Journal(#[from] JournalError),
     #[error(transparent)]
@@ -246,7 +249,13 @@ impl Driver<'_> {
     ) -> Result<Option<Event>, ActionError> {
         match action {
             Action::Arm(_) | Action::Finish(_) => Ok(None),
-            Action::Send(tell) => Ok(self.send(tell)),
+            Action::Send(tell) => {
+                if tell == Tell::Begin {
+                    // Not before now: on another machine the clocks go on from here.
+                    self.begin.clocks = Some(clocks::look(self.pid())?.now);
+                }
+                Ok(self.send(tell))
+            }
             Action::StartSentinel => self.start_sentinel().map(|()| None),
             Action::StartRound(round) => self.round(round, machine, limits, clock).map(Some),
             Action::Freeze(reason) => {

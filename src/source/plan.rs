@@ -3,6 +3,7 @@
 
 use crate::config::SourceConfig;
 use crate::engine::address;
+use crate::engine::clocks;
 use crate::engine::kernel::Host;
 use crate::engine::memory::Memory;
 use crate::engine::preflight;
@@ -78,6 +79,10 @@ pub fn survey(id: MigrationId, config: &SourceConfig, host: &Host) -> Plan {
     match attributes(pid) {
         Ok(early) => plan.begin.early = Some(early),
         Err(error) => plan.reasons.push(unreadable(format!("attributes of pid {pid}"), &error)),
+    }
+    match clocks::look(pid) {
+        Ok(view) => (plan.begin.clocks, plan.begin.clock_offsets) = (Some(view.now), Some(view.offsets)),
+        Err(error) => plan.reasons.push(unreadable(format!("clocks of pid {pid}"), &error)),
     }
     match crate::engine::freeze::thread_ids(pid) {
         Ok(tids) => plan.begin.tids = tids.into_iter().filter_map(|t| u32::try_from(t).ok()).collect(),

@@ -13,6 +13,7 @@ pub mod priority;
 pub mod probe;
 pub mod ptrace;
 pub mod socket;
+pub mod timens;
 pub mod uffd;
 pub mod vm;
 

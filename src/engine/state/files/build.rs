@@ -7,6 +7,7 @@ use std::path::Path;
 
 use super::capture::boot_id;
 use super::{RestoreFilesError, Trouble, errno_of, eventfd, path, pipe, signalfd, tcp, timerfd, unix};
+use crate::engine::clocks::Shift;
 use crate::engine::sys::fds;
 use crate::proto::files::description::Kind;
 use crate::proto::files::{Description, Files};
@@ -34,11 +35,12 @@ fn number_of(files: &Files, description: usize) -> u32 {
 }
 
 /// Makes the descriptions. Listening sockets are bound but do not listen before [`super::install`].
-/// Standard streams that were left behind lead to `stdio_log`, or to /dev/null.
+/// Standard streams that were left behind lead to `stdio_log`, or to /dev/null. The clocks of the process
+/// will read `shift` more than ours.
 ///
 /// # Errors
 /// If something cannot be made as it was, or the description is not valid.
-pub fn build(files: &Files, stdio_log: Option<&Path>) -> Result<Built, RestoreFilesError> {
+pub fn build(files: &Files, stdio_log: Option<&Path>, shift: &Shift) -> Result<Built, RestoreFilesError> {
     validate(files)?;
     let same_kernel = !files.boot_id.is_empty() && files.boot_id == boot_id();
     let mut pipes = Vec::with_capacity(files.pipes.len());
@@ -51,7 +53,8 @@ pub fn build(files: &Files, stdio_log: Option<&Path>) -> Result<Built, RestoreFi
     let mut made = Vec::with_capacity(files.descriptions.len());
     for (index, description) in files.descriptions.iter().enumerate() {
         let number = number_of(files, index);
-        let fd = make(description, same_kernel, stdio_log, &mut pipes).map_err(|t| t.for_fd(number))?;
+        let fd =
+            make(description, same_kernel, shift, stdio_log, &mut pipes).map_err(|t| t.for_fd(number))?;
         made.push(fd);
     }
     Ok(Built { files: files.clone(), made })
@@ -92,6 +95,7 @@ fn validate(files: &Files) -> Result<(), RestoreFilesError> {
 fn make(
     description: &Description,
     same_kernel: bool,
+    shift: &Shift,
     stdio_log: Option<&Path>,
     pipes: &mut [[Option<OwnedFd>; 2]],
 ) -> Result<Option<OwnedFd>, Trouble> {
@@ -104,7 +108,7 @@ fn make(
             end.and_then(Option::take).ok_or(Trouble::Invalid("a pipe's end"))?
         }
         Kind::Eventfd(image) => eventfd::make(image)?,
-        Kind::Timerfd(image) => timerfd::make(image, same_kernel)?,
+        Kind::Timerfd(image) => timerfd::make(image, same_kernel, shift)?,
         Kind::Signalfd(image) => signalfd::make(image)?,
         Kind::Epoll(_) => fds::epoll().map_err(Trouble::step("making an epoll"))?,
         Kind::Tcp(image) => tcp::make(image)?,

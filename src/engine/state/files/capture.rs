@@ -16,6 +16,7 @@ use super::{
     CaptureFilesError, FilesCheck, FilesOptions, Stop, epoll, eventfd, path, pipe, signalfd, timerfd, unix,
     unix_diag,
 };
+use crate::engine::clocks::{self, Shift};
 use crate::engine::reason::Reason;
 use crate::engine::remote::Tid;
 use crate::engine::sys::{fds, socket};
@@ -110,6 +111,8 @@ struct Collector<'a> {
     contents: bool,
     holders: Holders,
     other_network: bool,
+    /// How much more its clocks read than ours; nothing if that cannot be found out.
+    shift: Option<Shift>,
     pipes: Vec<Pipe>,
     /// By link text: the pipe's index and whether it is all inside.
     pipe_index: HashMap<OsString, Result<u32, Stop>>,
@@ -132,6 +135,7 @@ impl<'a> Collector<'a> {
             contents,
             holders: Holders::find(table, known),
             other_network: network(&table.pid.to_string()) != network("self"),
+            shift: clocks::shift_of(table.pid).ok(),
             pipes: Vec::new(),
             pipe_index: HashMap::new(),
             pairs: Vec::new(),
@@ -193,7 +197,11 @@ impl<'a> Collector<'a> {
         if let Some(name) = open.link.to_str().and_then(|l| l.strip_prefix("anon_inode:")) {
             return match name.trim_matches(['[', ']']) {
                 "eventfd" => eventfd::capture(open).map(Kind::Eventfd),
-                "timerfd" => timerfd::capture(open).map(Kind::Timerfd),
+                "timerfd" => {
+                    let unknown =
+                        || Stop::refuse("is a timerfd, and the clocks of its process cannot be told");
+                    timerfd::capture(open, &self.shift.ok_or_else(unknown)?).map(Kind::Timerfd)
+                }
                 "signalfd" => signalfd::capture(open).map(Kind::Signalfd),
                 "eventpoll" => epoll::capture(self.table, open).map(Kind::Epoll),
                 other => {

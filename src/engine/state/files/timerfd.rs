@@ -5,13 +5,15 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
 use super::scan::Open;
 use super::{Stop, Trouble, errno_of};
+use crate::engine::clocks::Shift;
 use crate::engine::sys::fds;
 use crate::proto::files::TimerFd;
 
 const NS: i64 = 1_000_000_000;
 const ABSOLUTE: i32 = libc::TFD_TIMER_ABSTIME;
 
-pub(super) fn capture(open: &Open) -> Result<TimerFd, Stop> {
+/// `shift` is how much more the process's clocks read than ours, whose timerfd it is for this moment.
+pub(super) fn capture(open: &Open, shift: &Shift) -> Result<TimerFd, Stop> {
     let failed = Stop::failed;
     // Asking for the time first makes the kernel count overdue periods into the ticks.
     let spec = fds::timerfd_gettime(open.fd()).map_err(failed("reading a timerfd"))?;
@@ -35,22 +37,23 @@ pub(super) fn capture(open: &Open) -> Result<TimerFd, Stop> {
         // Zero is what a disarmed timer shows; an armed one shows at least a nanosecond.
         armed: remaining_ns != 0,
         remaining_ns,
-        deadline_ns: now.saturating_add(remaining_ns),
+        deadline_ns: now.saturating_add(remaining_ns).saturating_add(shift.of(clock)),
     })
 }
 
-/// Makes a timerfd. Where the clock is the source's own (the same kernel, or the time of day), it goes
-/// off at the same instant; else after the time that was left.
-pub(super) fn make(image: &TimerFd, same_kernel: bool) -> Result<OwnedFd, Trouble> {
+/// Makes a timerfd. It goes off at the same instant of the process's clock, which reads `shift` more than
+/// ours; only where the time of day may differ, and the time was to pass whatever the day, after the time
+/// that was left.
+pub(super) fn make(image: &TimerFd, same_kernel: bool, shift: &Shift) -> Result<OwnedFd, Trouble> {
     let fd = fds::timerfd(image.clock).map_err(Trouble::step("making a timerfd"))?;
     let flags = i32::try_from(image.settime_flags).map_err(|_| Trouble::Invalid("timerfd flags"))?;
     let interval = i64::try_from(image.interval_ns).map_err(|_| Trouble::Invalid("timerfd interval"))?;
     let now = fds::clock_ns(image.clock).map_err(Trouble::step("reading a timerfd's clock"))?;
     let of_day = matches!(image.clock, libc::CLOCK_REALTIME | libc::CLOCK_REALTIME_ALARM);
     let absolute = flags & ABSOLUTE != 0;
-    let mut deadline = match same_kernel || (absolute && of_day) {
-        true => image.deadline_ns,
-        false => now.saturating_add(image.remaining_ns),
+    let mut deadline = match of_day && !absolute && !same_kernel {
+        true => now.saturating_add(image.remaining_ns),
+        false => image.deadline_ns.saturating_sub(shift.of(image.clock)),
     };
     let mut ticks = image.ticks;
     if image.armed && ticks > 0 && interval > 0 && deadline <= now {

@@ -17,6 +17,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use super::{CapturedFiles, FilesOptions, build, capture, install};
+use crate::engine::clocks::Shift;
 use crate::engine::freeze::Frozen;
 use crate::engine::remote::{Arg, Batch, RemoteCalls};
 use crate::engine::sys::pidfd;
@@ -203,7 +204,7 @@ pub(super) fn moved(source: Held, options: &FilesOptions) -> Held {
 pub(super) fn arrive(image: &crate::proto::files::Files, log: Option<&std::path::Path>) -> Held {
     let (ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
     let mut there = Held::start(Stdio::from(OwnedFd::from(theirs)));
-    let built = build(image, log).unwrap();
+    let built = build(image, log, &Shift::default()).unwrap();
     install(there.calls(), 0, ours.as_fd(), built).unwrap();
     there
 }
