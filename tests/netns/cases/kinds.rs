@@ -14,8 +14,16 @@ use crate::workload::{Workload, build};
 const MOVE: Duration = Duration::from_secs(60);
 
 /// The zoo: programs with a table of kinds each.
-const ZOO: &[&str] =
-    &["zoo_signals", "zoo_timers", "zoo_blocked", "zoo_fds", "zoo_process", "zoo_memory", "zoo_threads"];
+const ZOO: &[&str] = &[
+    "zoo_signals",
+    "zoo_timers",
+    "zoo_clocks",
+    "zoo_blocked",
+    "zoo_fds",
+    "zoo_process",
+    "zoo_memory",
+    "zoo_threads",
+];
 
 type Start = Box<dyn Fn(&Host) -> Result<Workload>>;
 

@@ -1,5 +1,6 @@
 //! The cases, by what they show.
 
+mod clocks;
 mod crash;
 mod grounds;
 mod kinds;
@@ -19,6 +20,7 @@ pub(crate) fn all() -> Vec<Case> {
         kinds::moved(),
         servers::cases(),
         network::cases(),
+        clocks::cases(),
         moves::cases(),
         crash::cases(),
     ];
