@@ -29,9 +29,8 @@ const PF_IO_WORKER: u32 = 0x10;
 /// a millisecond apart.
 const LOOKS_AT_A_WAIT: u32 = 20;
 
-/// Namespaces that must be ours.
-const NAMESPACES: [&str; 10] =
-    ["mnt", "pid", "net", "ipc", "uts", "user", "cgroup", "time", "pid_for_children", "time_for_children"];
+/// Namespaces that must be ours. Not among them: the time namespace, whose clocks the move carries.
+const NAMESPACES: [&str; 8] = ["mnt", "pid", "net", "ipc", "uts", "user", "cgroup", "pid_for_children"];
 
 /// Checks the process `pid`. With `shell_job` it may have a controlling terminal, which is left behind.
 ///
@@ -164,6 +163,15 @@ fn namespaces(pid: Tid) -> Vec<Reason> {
             let why =
                 format!("is in another {name} namespace than this service, which cannot be carried yet");
             reasons.push(Reason::new(format!("pid {pid}"), why, "run the service in that namespace"));
+        }
+    }
+    let time = link(&pid.to_string(), "time");
+    for tid in thread_ids(pid).unwrap_or_default() {
+        // Its children would be born into other clocks, which it cannot be given from outside.
+        let children = link(&format!("{pid}/task/{tid}"), "time_for_children");
+        if children.is_some() && children != time {
+            let why = "has another time namespace for its children (time_for_children), which cannot be carried yet";
+            reasons.push(Reason::new(format!("thread {tid}"), why, ""));
         }
     }
     reasons

@@ -95,7 +95,7 @@ fn children_and_tracers_are_named() {
 
 #[test]
 fn a_time_namespace_for_children() {
-    // CLONE_NEWTIME: the children's, for now; ours is needed for both.
+    // CLONE_NEWTIME: the children's, for now.
     let (victim, _) = Victim::python("assert libc.unshare(0x80)==0");
     let found = whys(victim.pid());
     assert_eq!(found.len(), 1, "{found:?}");

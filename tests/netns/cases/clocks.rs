@@ -17,6 +17,7 @@ pub(crate) fn cases() -> Vec<Case> {
     vec![
         Case::new("clocks/time_namespace", time_namespace).needs(Need::Program("unshare")),
         Case::new("clocks/another_machine", another_machine).needs(Need::Program("unshare")),
+        Case::new("clocks/refused", refused).needs(Need::Program("unshare")).needs(Need::Program("setpriv")),
     ]
 }
 
@@ -75,6 +76,28 @@ fn another_machine(lan: &Lan) -> Result {
     lan.finish_move(&lan.b, &job, MOVE)?.expect_moved()?;
     workload.check_going_on(&lan.a)?;
     close_to(PROCESS, &offsets(&lan.a, workload.pid())?)
+}
+
+/// A service that may not set clocks refuses those of a time namespace by name, and has nothing against others.
+fn refused(lan: &Lan) -> Result {
+    lan.share_identity()?;
+    let address = format!("{}:7077", Lan::B);
+    let without = ["setpriv", "--bounding-set=-sys_time", env!("CARGO_BIN_EXE_migrate")];
+    let words = without.into_iter().chain(["serve", "--listen", &address, "--state-dir", STATE]);
+    let job = lan.b.spawn(&Spawn::new(words).in_agents_session().private_output())?;
+    lan.b.wait_line(&job, "listening on", 0, SOON)?;
+    let service = Service { job, address };
+    let mut ordinary = Workload::start(&lan.a, "zoo_clocks", &["go_on"])?;
+    let mut workload = start(&lan.a)?;
+    for (process, named) in [(&mut workload, true), (&mut ordinary, false)] {
+        let outcome = lan.move_to(&lan.a, &service, process.pid(), &[], MOVE)?;
+        let reasons = outcome.reasons();
+        // It cannot give the right to set clocks either, which is a reason of its own.
+        ensure(outcome.exit.code == Some(1), || format!("{:?} {}", outcome.exit, outcome.report))?;
+        ensure(reasons.contains("time namespace") == named, || reasons.clone())?;
+        process.check_going_on(&lan.a)?;
+    }
+    Ok(())
 }
 
 fn on_b(words: &[&str]) -> Spawn {
