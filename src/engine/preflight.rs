@@ -165,14 +165,11 @@ fn namespaces(pid: Tid) -> Vec<Reason> {
             reasons.push(Reason::new(format!("pid {pid}"), why, "run the service in that namespace"));
         }
     }
-    let time = link(&pid.to_string(), "time");
-    for tid in thread_ids(pid).unwrap_or_default() {
+    let time = |name| link(&pid.to_string(), name);
+    if time("time") != time("time_for_children") {
         // Its children would be born into other clocks, which it cannot be given from outside.
-        let children = link(&format!("{pid}/task/{tid}"), "time_for_children");
-        if children.is_some() && children != time {
-            let why = "has another time namespace for its children (time_for_children), which cannot be carried yet";
-            reasons.push(Reason::new(format!("thread {tid}"), why, ""));
-        }
+        let why = "has another time namespace for its children, which cannot be carried yet";
+        reasons.push(Reason::new(format!("pid {pid}"), why, ""));
     }
     reasons
 }

@@ -99,7 +99,7 @@ fn a_time_namespace_for_children() {
     let (victim, _) = Victim::python("assert libc.unshare(0x80)==0");
     let found = whys(victim.pid());
     assert_eq!(found.len(), 1, "{found:?}");
-    assert!(found[0].contains("time_for_children"), "{found:?}");
+    assert!(found[0].contains("time namespace for its children"), "{found:?}");
 }
 
 #[test]
