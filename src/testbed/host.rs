@@ -155,6 +155,11 @@ impl Host {
                             locked(&seen).insert(pid, Exit { code, signal });
                         }
                         answer => {
+                            // An earlier process with this number is forgotten here, in the order of the
+                            // events: the new one may have ended before anybody reads this answer.
+                            if let Event::Started(Ok(pid)) = &answer {
+                                locked(&seen).remove(pid);
+                            }
                             if sender.send(answer).is_err() {
                                 return;
                             }
@@ -223,10 +228,7 @@ impl Host {
             stderr: stderr.clone(),
         };
         match self.ask(&mut control, &request)? {
-            Event::Started(Ok(pid)) => {
-                locked(&self.exits).remove(&pid);
-                Ok(Job { pid, stdout, stderr })
-            }
+            Event::Started(Ok(pid)) => Ok(Job { pid, stdout, stderr }),
             Event::Started(Err(why)) => Err(self.trouble(format!("cannot start {:?}: {why}", spawn.argv))),
             other => Err(self.trouble(format!("said {other:?} to a start"))),
         }
