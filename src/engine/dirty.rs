@@ -20,6 +20,7 @@ use nix::errno::Errno;
 use super::extents::Extents;
 use super::freeze::Frozen;
 use super::memory::PAGE_BYTES;
+use super::procfs::parse_maps;
 use super::remote::{Batch, InjectError, RemoteCalls, Tid};
 use super::sys::pagemap::{self, PageRegion, Query};
 use super::sys::vm::RemoteRange;
@@ -264,6 +265,7 @@ impl UffdTracker {
             Ok(()) => {}
             // It is gone; the next round sees what has become of it.
             Err(Errno::ENOMEM | Errno::ESRCH) => return Ok(()),
+            Err(Errno::EINVAL) if !self.still_maps(vma) => return Ok(()),
             Err(errno) => return Err(TrackError::Untrackable { start: vma.start, end: vma.end, errno }),
         }
         let done = if vma.kind() == VmaKind::VmaAnonShared {
@@ -280,6 +282,13 @@ impl UffdTracker {
             runs.forget();
         }
         Ok(())
+    }
+
+    /// Whether the process still has a mapping with these borders.
+    fn still_maps(&self, vma: &Vma) -> bool {
+        let text = std::fs::read(format!("/proc/{}/maps", self.pid)).unwrap_or_default();
+        let maps = parse_maps(&text).unwrap_or_default();
+        maps.iter().any(|m| m.start == vma.start && m.end == vma.end)
     }
 
     /// Finds out which shared memory objects had holes punched (MADV_REMOVE) since the last scan. A page
