@@ -1,134 +1,38 @@
-//! Which pages of a process have been written: one trait, one backend so far.
-//!
-//! The backend is userfaultfd write-protection in asynchronous mode with the PAGEMAP_SCAN ioctl
-//! (Linux 6.7): the process needs one brief stop to make the userfaultfd; from then on "report what was
-//! written and protect it again" is one atomic ioctl per mapping on the running process. Scan first, read
-//! second: a write between the two is in what is read, one after it is reported by the next scan.
-//!
-//! What no scan reports, the freeze finds out: pages that were sent and are no longer there
-//! (MADV_DONTNEED, hole punches), and mappings that were replaced. A mapping that is not tracked yet
-//! (new, moved, mapped over) is *fresh*: it is registered, everything in it is reported, and the
-//! destination starts it over.
+//! The backend by userfaultfd: rounds over the running process.
 
 use std::collections::{HashMap, HashSet};
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::fs::MetadataExt;
 
 use nix::errno::Errno;
 
-use super::extents::Extents;
-use super::freeze::Frozen;
-use super::memory::PAGE_BYTES;
-use super::procfs::parse_maps;
-use super::remote::{Batch, InjectError, RemoteCalls, Tid};
-use super::sys::pagemap::{self, PageRegion, Query};
-use super::sys::vm::RemoteRange;
-use super::sys::{pidfd, uffd};
+use super::last::Final;
+use super::{FinalScan, TrackError, Tracker};
+use crate::engine::extents::Extents;
+use crate::engine::freeze::Frozen;
+use crate::engine::memory::PAGE_BYTES;
+use crate::engine::procfs::parse_maps;
+use crate::engine::remote::{Batch, RemoteCalls, Tid};
+use crate::engine::sys::pagemap::{self, PageRegion, Query};
+use crate::engine::sys::vm::RemoteRange;
+use crate::engine::sys::{pidfd, uffd};
 use crate::proto::image::{Layout, Range, Vma, VmaKind};
-
-/// Why pages could not be tracked.
-#[derive(Debug, thiserror::Error)]
-pub enum TrackError {
-    /// The kernel lacks what the backend needs.
-    #[error("this kernel cannot track writes by userfaultfd ({what}); Linux 6.7 or newer is needed")]
-    Unsupported {
-        /// The missing feature.
-        what: &'static str,
-        /// The kernel's answer.
-        #[source]
-        errno: Errno,
-    },
-    /// A mapping refuses to be tracked.
-    #[error("mapping {start:x}-{end:x} cannot be tracked")]
-    Untrackable {
-        /// Where it starts.
-        start: u64,
-        /// Where it ends.
-        end: u64,
-        /// The kernel's answer.
-        #[source]
-        errno: Errno,
-    },
-    /// A scan failed.
-    #[error("scanning {start:x}-{end:x} for written pages")]
-    Scan {
-        /// Where it starts.
-        start: u64,
-        /// Where it ends.
-        end: u64,
-        /// The kernel's answer.
-        #[source]
-        errno: Errno,
-    },
-    /// A file of /proc could not be opened or searched.
-    #[error("opening {path}")]
-    Open {
-        /// Which.
-        path: String,
-        /// Why.
-        #[source]
-        source: std::io::Error,
-    },
-    /// The process could not be made to create its userfaultfd.
-    #[error("creating a userfaultfd in the process")]
-    Inject(#[from] InjectError),
-}
-
-/// What the last look at a stopped process found.
-#[derive(Debug, Default)]
-pub struct FinalScan {
-    /// Written since the last scan, or never sent: to be read and sent.
-    pub written: Vec<RemoteRange>,
-    /// Sent earlier and no longer there.
-    pub gone: Vec<(u64, u64)>,
-    /// Guard pages (MADV_GUARD_INSTALL).
-    pub guards: Vec<Range>,
-}
-
-/// A backend that knows which pages were written.
-pub trait Tracker {
-    /// Reports what was written in the mappings of `layout` since the last scan, and starts over. Marks
-    /// mappings that it has not followed since then as fresh: everything in them is reported, as in those
-    /// that are marked so already. The process runs.
-    ///
-    /// # Errors
-    /// See [`TrackError`].
-    fn scan(&mut self, layout: &mut Layout) -> Result<Vec<RemoteRange>, TrackError>;
-
-    /// The last scan, of the stopped process; `sent` is what the destination has.
-    ///
-    /// # Errors
-    /// See [`TrackError`].
-    fn final_scan(&mut self, layout: &mut Layout, sent: &Extents) -> Result<FinalScan, TrackError>;
-
-    /// Which pages of a file mapping are the file's own and mapped.
-    ///
-    /// # Errors
-    /// See [`TrackError`].
-    fn file_pages(&mut self, vma: &Vma) -> Result<Vec<Range>, TrackError>;
-
-    /// Which parts of these runs are the kernel's shared zero page: read, never written.
-    ///
-    /// # Errors
-    /// See [`TrackError`].
-    fn untouched(&mut self, runs: &[RemoteRange]) -> Result<Extents, TrackError>;
-}
 
 /// userfaultfd write-protection, asynchronous.
 #[derive(Debug)]
 pub struct UffdTracker {
-    pid: Tid,
+    pub(super) pid: Tid,
     uffd: OwnedFd,
-    pagemap: File,
+    pub(super) pagemap: File,
     found: Vec<PageRegion>,
-    swap: bool,
+    pub(super) swap: bool,
     /// Ranges whose contents no scan has reported yet, although they may be protected.
     owed: Extents,
     /// Of each shared memory object, by inode: when it was last changed otherwise than by a store (ns).
     changed_at: HashMap<u64, i64>,
     /// Objects that have been changed so since the last scan.
-    punched: HashSet<u64>,
+    pub(super) punched: HashSet<u64>,
 }
 
 /// How many regions one ioctl can report.
@@ -174,7 +78,7 @@ impl UffdTracker {
     }
 
     /// One query over a range, in as many ioctls as it takes. `false`: a mapping is not registered.
-    fn query(
+    pub(super) fn query(
         &mut self,
         start: u64,
         end: u64,
@@ -199,7 +103,7 @@ impl UffdTracker {
     }
 
     /// The query of a round for this kind of mapping; `None`: its contents are not ours to send.
-    fn round_query(&self, kind: VmaKind) -> Option<Query> {
+    pub(super) fn round_query(&self, kind: VmaKind) -> Option<Query> {
         let flags = pagemap::WP_MATCHING | pagemap::CHECK_WPASYNC;
         match kind {
             // The condition that the kernel's fast path knows; swap makes it a little slower.
@@ -315,7 +219,7 @@ impl UffdTracker {
 
     /// The pages that a shared memory object holds, as addresses in this mapping of it. `false`: there is no
     /// such mapping any more.
-    fn object_data(&self, vma: &Vma, mut each: impl FnMut(u64, u64)) -> Result<bool, TrackError> {
+    pub(super) fn object_data(&self, vma: &Vma, mut each: impl FnMut(u64, u64)) -> Result<bool, TrackError> {
         let path = format!("/proc/{}/map_files/{:x}-{:x}", self.pid, vma.start, vma.end);
         let object = match File::open(&path) {
             Ok(object) => object,
@@ -339,147 +243,6 @@ impl UffdTracker {
             at = hole.max(data + 1);
         }
         Ok(true)
-    }
-
-    /// The last look at one mapping that rounds have followed. `false`: they have not.
-    fn final_tracked(&mut self, vma: &Vma, sent: &Extents, out: &mut Final) -> Result<bool, TrackError> {
-        let kind = vma.kind();
-        match kind {
-            VmaKind::VmaAnonPrivate => {
-                let query = Query {
-                    flags: pagemap::CHECK_WPASYNC,
-                    all: pagemap::WRITTEN,
-                    report: pagemap::PRESENT | pagemap::SWAPPED | pagemap::GUARD,
-                    ..Query::default()
-                };
-                self.query(vma.start, vma.end, query, |r| {
-                    if r.categories & pagemap::GUARD != 0 {
-                        out.guards.push(r.start, r.end);
-                        out.gone.extend(sent.overlap(r.start, r.end));
-                    } else if r.categories & (pagemap::PRESENT | pagemap::SWAPPED) != 0 {
-                        out.written.push(r.start, r.end);
-                    } else {
-                        out.gone.extend(sent.overlap(r.start, r.end));
-                    }
-                })
-            }
-            VmaKind::VmaFilePrivate => {
-                let Some(mut query) = self.round_query(kind) else { return Ok(true) };
-                query.flags = pagemap::CHECK_WPASYNC;
-                let written = &mut out.written;
-                let guards = &mut out.guards;
-                let tracked = self.query(vma.start, vma.end, query, |r| {
-                    if r.categories & pagemap::GUARD != 0 {
-                        guards.push(r.start, r.end);
-                    } else {
-                        written.push(r.start, r.end);
-                    }
-                })?;
-                // A page dropped from a private file mapping shows the file again, and is not reported.
-                let mut left = Extents::new();
-                sent.overlap(vma.start, vma.end).for_each(|(s, e)| left.insert(s, e));
-                if tracked && !left.is_empty() {
-                    let own = pagemap::FILE | pagemap::PFNZERO;
-                    let live = Query {
-                        inverted: own,
-                        all: own,
-                        any: pagemap::PRESENT | pagemap::SWAPPED,
-                        report: pagemap::GUARD | pagemap::PRESENT,
-                        ..Query::default()
-                    };
-                    let mut swapped = Vec::new();
-                    self.query(vma.start, vma.end, live, |r| {
-                        if r.categories & pagemap::PRESENT != 0 {
-                            left.remove(r.start, r.end);
-                        } else if r.categories & pagemap::GUARD == 0 {
-                            swapped.push((r.start, r.end));
-                        }
-                    })?;
-                    // A page that was dropped leaves the mark of its protection behind, which looks like
-                    // swap; without swap there is nothing else that does.
-                    if self.swap {
-                        for (start, end) in swapped {
-                            self.really_swapped(start, end, |page| left.remove(page, page + PAGE_BYTES))?;
-                        }
-                    }
-                    out.gone.extend(left.iter());
-                }
-                Ok(tracked)
-            }
-            VmaKind::VmaAnonShared => {
-                let query = Query {
-                    flags: pagemap::CHECK_WPASYNC,
-                    all: pagemap::WRITTEN,
-                    report: pagemap::WRITTEN,
-                    ..Query::default()
-                };
-                let mut written = Extents::new();
-                if self.punched.contains(&vma.shm_inode) {
-                    written.insert(vma.start, vma.end);
-                }
-                if !self.query(vma.start, vma.end, query, |r| written.insert(r.start, r.end))? {
-                    return Ok(false);
-                }
-                // Holes punched since are not reported; holes that were never filled are not to be read.
-                let mut left = Extents::new();
-                sent.overlap(vma.start, vma.end).for_each(|(s, e)| left.insert(s, e));
-                let runs = &mut out.written;
-                self.object_data(vma, |s, e| {
-                    left.remove(s, e);
-                    written.overlap(s, e).for_each(|(s, e)| runs.push(s, e));
-                })?;
-                out.gone.extend(left.iter());
-                Ok(true)
-            }
-            VmaKind::VmaFileShared | VmaKind::VmaVdso | VmaKind::Invalid => Ok(true),
-        }
-    }
-
-    /// Which pages of a range are on a swap device, and not a mark of userfaultfd (in pagemap: swap type 31,
-    /// with bit 57; Documentation/admin-guide/mm/pagemap.rst).
-    fn really_swapped(&self, start: u64, end: u64, mut each: impl FnMut(u64)) -> Result<(), TrackError> {
-        const UFFD_WP: u64 = 1 << 57;
-        const SWAP_TYPE: u64 = 0x1f;
-        let mut entry = [0u8; 8];
-        for page in (start..end).step_by(4096) {
-            let at = page / PAGE_BYTES * 8;
-            self.pagemap
-                .read_exact_at(&mut entry, at)
-                .map_err(|source| TrackError::Open { path: format!("/proc/{}/pagemap", self.pid), source })?;
-            let entry = u64::from_ne_bytes(entry);
-            if entry & UFFD_WP == 0 || entry & SWAP_TYPE != SWAP_TYPE {
-                each(page);
-            }
-        }
-        Ok(())
-    }
-
-    /// The last look at a mapping that appeared since the last round: everything in it.
-    fn final_fresh(&mut self, vma: &Vma, out: &mut Final) -> Result<(), TrackError> {
-        let mut query = Query {
-            any: pagemap::PRESENT | pagemap::SWAPPED,
-            report: pagemap::GUARD | pagemap::PRESENT,
-            ..Query::default()
-        };
-        match vma.kind() {
-            VmaKind::VmaAnonShared => {
-                let runs = &mut out.written;
-                return self.object_data(vma, |s, e| runs.push(s, e)).map(drop);
-            }
-            VmaKind::VmaFilePrivate => {
-                query.inverted = pagemap::FILE | pagemap::PFNZERO;
-                query.all = query.inverted;
-            }
-            _ => {}
-        }
-        self.query(vma.start, vma.end, query, |r| {
-            if r.categories & pagemap::GUARD != 0 {
-                out.guards.push(r.start, r.end);
-            } else {
-                out.written.push(r.start, r.end);
-            }
-        })?;
-        Ok(())
     }
 }
 
@@ -532,23 +295,16 @@ impl Tracker for UffdTracker {
     }
 }
 
-#[derive(Debug, Default)]
-struct Final {
-    written: Runs,
-    guards: Runs,
-    gone: Vec<(u64, u64)>,
-}
-
 /// Page runs in order of address, merged where they touch within one mapping.
 #[derive(Debug, Default)]
-struct Runs {
-    runs: Vec<RemoteRange>,
+pub(super) struct Runs {
+    pub(super) runs: Vec<RemoteRange>,
     /// Runs before this one belong to other mappings.
     sealed: usize,
 }
 
 impl Runs {
-    fn push(&mut self, start: u64, end: u64) {
+    pub(super) fn push(&mut self, start: u64, end: u64) {
         let len = usize::try_from(end - start).unwrap_or(0);
         let own = self.runs.len() > self.sealed;
         match self.runs.last_mut() {
@@ -557,10 +313,10 @@ impl Runs {
         }
     }
     /// Begins a mapping; [`Runs::forget`] takes back what is pushed from here on.
-    fn begin(&mut self) {
+    pub(super) fn begin(&mut self) {
         self.sealed = self.runs.len();
     }
-    fn forget(&mut self) {
+    pub(super) fn forget(&mut self) {
         self.runs.truncate(self.sealed);
     }
 }

@@ -1,0 +1,296 @@
+//! Performs what the source's machine asks for: the engine, the journal, the sentinel, the connection.
+//!
+//! Runs on one thread, which is the tracer of the process. The network has a thread of its own (see
+//! `transport`), so frames leave while the next ones are read.
+
+mod perform;
+
+use std::collections::VecDeque;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use super::machine::SourceMachine;
+use super::policy::Limits;
+use super::precopy::{Precopy, PrecopyError};
+use super::protocol::{Action, Event, Message, Outcome};
+use super::sentinel::{self, Sentinel};
+use super::wire::to_message;
+use crate::config::SourceConfig;
+use crate::engine::address::AddressSet;
+use crate::engine::capture::CaptureError;
+use crate::engine::clocks::ClockError;
+use crate::engine::dirty::TrackError;
+use crate::engine::freeze::{FreezeError, Frozen};
+use crate::engine::memory::MemoryError;
+use crate::engine::reason::Reason;
+use crate::engine::remote::{InjectError, Tid};
+use crate::engine::sleep::SleepBook;
+use crate::engine::state::files::ScannedProcesses;
+use crate::identity::Node;
+use crate::journal::{Journal, JournalError, Outgoing};
+use crate::migration::{MigrationId, ProcessKey};
+use crate::proto::control::{Begin, Timings};
+use crate::report::{PhaseClock, Report};
+use crate::transport::{Incoming, Link, Settings, TransportError};
+use crate::wire::Hello;
+
+/// How long threads may take to stop.
+const FREEZE_PATIENCE: Duration = Duration::from_secs(2);
+/// How often the operator's wish to cancel is looked for.
+const CANCEL_POLL: Duration = Duration::from_millis(100);
+/// How long the goodbye may take.
+const FINISH_PATIENCE: Duration = Duration::from_secs(2);
+
+/// Why an action could not be performed.
+#[derive(Debug, thiserror::Error)]
+enum ActionError {
+    #[error(transparent)]
+    Freeze(#[from] FreezeError),
+    #[error(transparent)]
+    Inject(#[from] InjectError),
+    #[error(transparent)]
+    Track(#[from] TrackError),
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    #[error(transparent)]
+    Precopy(#[from] PrecopyError<TransportError>),
+    #[error(transparent)]
+    Capture(#[from] CaptureError),
+    #[error(transparent)]
+    Clocks(#[from] ClockError),
+    #[error(transparent)]
+    Journal(#[from] JournalError),
+    #[error(transparent)]
+    Sentinel(#[from] sentinel::SentinelError),
+    #[error(transparent)]
+    Address(#[from] crate::engine::address::AddressError),
+    #[error("the sentinel has ended")]
+    NoSentinel,
+    #[error("this step came before the one that it needs")]
+    Order,
+}
+
+/// Everything that one outgoing migration holds.
+pub(super) struct Driver<'a> {
+    pub config: &'a SourceConfig,
+    pub id: MigrationId,
+    pub process: ProcessKey,
+    pub node: Arc<Node>,
+    pub hello: Hello,
+    pub settings: Settings,
+    pub begin: Begin,
+    pub link: Option<Link>,
+    pub cancelled: Arc<AtomicBool>,
+    pub report: Report,
+    /// Processes that preflight has looked at for shared descriptors.
+    pub scanned: ScannedProcesses,
+    pub state: Held,
+}
+
+/// What is held of the process and of this host.
+#[derive(Default)]
+pub(super) struct Held {
+    precopy: Option<Precopy>,
+    frozen: Option<Frozen>,
+    sleeps: SleepBook,
+    closing: Vec<OwnedFd>,
+    addresses: Option<AddressSet>,
+    taken: bool,
+    journal: Option<Journal<Outgoing>>,
+    sentinel: Option<Sentinel>,
+    was_stopped: bool,
+    frozen_at: Option<Instant>,
+    reasons: Vec<Reason>,
+}
+
+impl Driver<'_> {
+    fn pid(&self) -> Tid {
+        self.config.pid
+    }
+
+    /// Runs the machine to its end and completes the report.
+    pub(super) fn run(mut self) -> Report {
+        let limits = Limits { max_downtime: self.config.max_downtime, max_rounds: self.config.max_rounds };
+        let started = Instant::now();
+        let mut clock = PhaseClock::start();
+        clock.begin("prepare");
+        let (mut machine, actions) = SourceMachine::start(self.process, limits);
+        let mut events = VecDeque::new();
+        let mut timer: Option<Instant> = None;
+        let mut outcome = None;
+        let mut todo: VecDeque<Action> = actions.into();
+        let mut cancel_told = false;
+        loop {
+            while let Some(action) = todo.pop_front() {
+                match action {
+                    Action::Arm(after) => timer = Some(Instant::now() + after),
+                    Action::Finish(end) => outcome = Some(end),
+                    action => {
+                        let step = step_name(&action);
+                        match self.perform(action, &mut machine, &limits, &mut clock) {
+                            Ok(event) => events.extend(event),
+                            Err(error) => {
+                                tracing::warn!(step, error = chain(&error), "failed");
+                                todo.clear();
+                                if let Some(reasons) = refusals(&error) {
+                                    self.state.reasons.extend(reasons);
+                                }
+                                events.push_back(self.failure(step, &error));
+                            }
+                        }
+                    }
+                }
+            }
+            if let Some(outcome) = outcome.take() {
+                return self.conclude(outcome, clock, started);
+            }
+            let event = match events.pop_front() {
+                Some(event) => event,
+                None => {
+                    if self.cancelled.load(Ordering::Relaxed) && !cancel_told {
+                        cancel_told = true;
+                        Event::Cancel
+                    } else {
+                        self.wait(&mut timer, &mut clock)
+                    }
+                }
+            };
+            match machine.handle(started.elapsed(), event) {
+                Ok(actions) => todo.extend(actions),
+                Err(error) => tracing::error!(%error, "a defect of the driver"),
+            }
+        }
+    }
+
+    /// The next event from outside.
+    fn wait(&mut self, timer: &mut Option<Instant>, clock: &mut PhaseClock) -> Event {
+        loop {
+            let now = Instant::now();
+            if timer.is_some_and(|t| t <= now) {
+                *timer = None;
+                return Event::Timeout;
+            }
+            if self.cancelled.load(Ordering::Relaxed) {
+                return Event::Cancel;
+            }
+            let wait = timer.map_or(CANCEL_POLL, |t| (t - now).min(CANCEL_POLL));
+            let Some(link) = self.link.as_mut() else {
+                std::thread::sleep(wait);
+                continue;
+            };
+            match link.recv_timeout(wait) {
+                None => {}
+                Some(Incoming::Control(message)) => match to_message(*message) {
+                    Ok((message, timings)) => {
+                        self.take_timings(&message, timings, clock);
+                        return Event::Message(message);
+                    }
+                    Err(error) => {
+                        tracing::warn!(%error, "the destination broke the protocol");
+                        self.link = None;
+                        return Event::LinkLost;
+                    }
+                },
+                Some(Incoming::Frame(_)) => {}
+                Some(Incoming::Lost(error)) => {
+                    tracing::info!(error = &error as &dyn std::error::Error, "connection ended");
+                    self.link = None;
+                    return Event::LinkLost;
+                }
+            }
+        }
+    }
+
+    fn take_timings(&mut self, message: &Message, timings: Option<Timings>, clock: &mut PhaseClock) {
+        match message {
+            Message::Prepared => clock.begin("commit"),
+            Message::Committed => {
+                if let Some(since) = self.state.frozen_at {
+                    self.report.downtime = since.elapsed();
+                }
+                clock.end();
+            }
+            _ => {}
+        }
+        if let Some(timings) = timings {
+            self.report.phases.add_remote("dest_", &timings.phase_us);
+        }
+    }
+
+    fn failure(&mut self, step: &'static str, error: &ActionError) -> Event {
+        // A broken link while frames are sent is the link's fault, not the step's.
+        if let ActionError::Precopy(PrecopyError::Cancelled) = error {
+            return Event::Cancel;
+        }
+        if matches!(error, ActionError::Precopy(PrecopyError::Pack(_))) && self.link_is_lost() {
+            return Event::LinkLost;
+        }
+        Event::Failed { step, error: chain(error) }
+    }
+
+    fn link_is_lost(&mut self) -> bool {
+        match self.link.as_mut().map(|l| l.recv_timeout(Duration::from_millis(1))) {
+            Some(Some(Incoming::Lost(_))) | None => {
+                self.link = None;
+                true
+            }
+            _ => false,
+        }
+    }
+
+    fn conclude(mut self, outcome: Outcome, clock: PhaseClock, started: Instant) -> Report {
+        let stats = self.state.precopy.as_ref().map(Precopy::stats).unwrap_or_default();
+        self.report.pages_zero = stats.pages_zero;
+        self.report.pages_data = stats.pages_data;
+        self.report.bytes_wire = stats.bytes_wire;
+        if stats.bytes_wire > 0 && stats.pages_data > 0 {
+            #[allow(clippy::cast_precision_loss, reason = "a ratio for people")]
+            let ratio = stats.bytes_raw as f64 / stats.bytes_wire as f64;
+            self.report.compression_ratio = ratio;
+        }
+        if let Some(link) = self.link.take() {
+            let _ = link.finish(FINISH_PATIENCE);
+        }
+        let remote = std::mem::take(&mut self.report.phases);
+        self.report.phases = clock.finish();
+        self.report.phases.merge(remote);
+        self.report.total = started.elapsed();
+        super::outcome::describe(&mut self.report, outcome, std::mem::take(&mut self.state.reasons));
+        self.report
+    }
+}
+
+fn step_name(action: &Action) -> &'static str {
+    match action {
+        Action::StartSentinel => "starting the sentinel",
+        Action::StartRound(_) => "copying memory",
+        Action::Freeze(_) => "freezing the process",
+        Action::TakeAddresses => "taking the addresses",
+        Action::SendFinal => "sending the final state",
+        Action::EnterLimbo => "preparing the commit",
+        _ => "switching over",
+    }
+}
+
+/// Reasons that an error carries, to be shown one by one.
+fn refusals(error: &ActionError) -> Option<Vec<Reason>> {
+    match error {
+        ActionError::Precopy(PrecopyError::Refused(reasons)) => Some(reasons.clone()),
+        ActionError::Capture(error) => error.reasons(),
+        _ => None,
+    }
+}
+
+/// An error and its causes, in one line.
+pub(super) fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text.push_str(": ");
+        text.push_str(&error.to_string());
+        cause = error.source();
+    }
+    text
+}

@@ -1,0 +1,271 @@
+//! The single actions.
+
+use std::path::PathBuf;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use crate::engine::address::AddressSet;
+use crate::engine::capture::{self};
+use crate::engine::clocks::{self};
+use crate::engine::dirty::UffdTracker;
+use crate::engine::freeze::Frozen;
+use crate::engine::priority;
+use crate::engine::reason::Reason;
+use crate::engine::state::files::{self, FilesOptions};
+use crate::journal::{self, Journal, JournalError, Outgoing, OutgoingState};
+use crate::migration::ProcessKey;
+use crate::report::{PhaseClock, Round, RoundProgress};
+use crate::source::machine::SourceMachine;
+use crate::source::policy::{self, Limits};
+use crate::source::precopy::Precopy;
+use crate::source::protocol::{Action, Event, Tell};
+use crate::source::sentinel::Sentinel;
+use crate::source::wire::to_control;
+use crate::transport::{self, Settings};
+
+use super::{ActionError, Driver, FREEZE_PATIENCE, chain};
+
+impl Driver<'_> {
+    pub(super) fn perform(
+        &mut self,
+        action: Action,
+        machine: &mut SourceMachine,
+        limits: &Limits,
+        clock: &mut PhaseClock,
+    ) -> Result<Option<Event>, ActionError> {
+        match action {
+            Action::Arm(_) | Action::Finish(_) => Ok(None),
+            Action::Send(tell) => {
+                if tell == Tell::Begin {
+                    // Not before now: on another machine the clocks go on from here.
+                    self.begin.clocks = Some(clocks::look(self.pid())?.now);
+                }
+                Ok(self.send(tell))
+            }
+            Action::StartSentinel => self.start_sentinel().map(|()| None),
+            Action::StartRound(round) => self.round(round, machine, limits, clock).map(Some),
+            Action::Freeze(reason) => {
+                tracing::info!(?reason, "freezing");
+                priority::urgent();
+                clock.begin("freeze");
+                self.state.sleeps.look(self.config.pid);
+                self.state.frozen_at = Some(Instant::now());
+                let frozen = Frozen::freeze(self.pid(), FREEZE_PATIENCE)?;
+                self.state.sleeps.note(frozen.threads());
+                self.state.was_stopped = frozen.group_stopped;
+                self.state.frozen = Some(frozen);
+                Ok(Some(Event::Frozen))
+            }
+            Action::TakeAddresses => self.take_addresses(clock).map(|()| None),
+            Action::SendFinal => self.send_final(clock).map(|()| None),
+            Action::EnterLimbo => self.enter_limbo(),
+            Action::Connect => Ok(Some(self.reconnect())),
+            Action::LowerFence => {
+                if let Some(frozen) = self.state.frozen.as_mut()
+                    && let Err(error) = frozen.lift_fence()
+                {
+                    tracing::error!(%error, "lowering the fence");
+                }
+                Ok(None)
+            }
+            Action::ReturnAddresses => {
+                if self.state.taken
+                    && let Some(addresses) = self.state.addresses.as_mut()
+                    && let Err(error) = addresses.add()
+                {
+                    tracing::error!(error = &error as &dyn std::error::Error, "giving addresses back");
+                    self.state.reasons.push(Reason::new("addresses", chain(&error), "add them by hand"));
+                }
+                self.state.taken = false;
+                Ok(None)
+            }
+            Action::Thaw(_right) => {
+                self.state.precopy = None;
+                if let Some(frozen) = self.state.frozen.take()
+                    && let Err(error) = frozen.thaw()
+                {
+                    tracing::error!(%error, "letting the process go");
+                }
+                Ok(None)
+            }
+            Action::Conclude(_right) => {
+                let recorded = self.record(OutgoingState::Moved).is_ok();
+                if let Some(frozen) = self.state.frozen.take() {
+                    frozen.kill();
+                }
+                files::close_peers(std::mem::take(&mut self.state.closing));
+                Ok(Some(Event::Killed { recorded }))
+            }
+            Action::LeaveHeld(_right) => {
+                if let Some(frozen) = self.state.frozen.take() {
+                    frozen.leave_held();
+                }
+                Ok(None)
+            }
+            Action::Forget => {
+                if let Some(journal) = &self.state.journal
+                    && let Err(error) = journal.remove(self.id)
+                {
+                    tracing::error!(error = &error as &dyn std::error::Error, "removing the journal entry");
+                }
+                if let Some(sentinel) = self.state.sentinel.take() {
+                    sentinel.dismiss();
+                }
+                Ok(None)
+            }
+        }
+    }
+
+    fn send(&mut self, tell: Tell) -> Option<Event> {
+        let message = to_control(&tell, self.id, &self.begin);
+        match self.link.as_ref().map(|l| l.send_control(&message)) {
+            Some(Ok(())) => None,
+            _ => Some(Event::LinkLost),
+        }
+    }
+
+    fn start_sentinel(&mut self) -> Result<(), ActionError> {
+        let state_dir = std::path::absolute(&self.config.state_dir).unwrap_or_else(|_| PathBuf::from("/"));
+        self.state.journal = Some(Journal::open(&state_dir)?);
+        let mut command = std::process::Command::new("/proc/self/exe");
+        command.arg("--state-dir").arg(&state_dir).arg("__sentinel").arg(self.id.to_string());
+        self.state.sentinel = Some(Sentinel::spawn(command)?);
+        if !self.config.move_ips.is_empty() {
+            self.state.addresses = Some(AddressSet::at_source(&self.config.move_ips)?);
+        }
+        Ok(())
+    }
+
+    /// The first round begins with the one brief stop that creates the userfaultfd.
+    fn start_tracking(&mut self, clock: &mut PhaseClock) -> Result<(), ActionError> {
+        clock.begin("track");
+        self.state.sleeps.look(self.config.pid);
+        let mut frozen = Frozen::freeze(self.pid(), FREEZE_PATIENCE)?;
+        self.state.sleeps.note(frozen.threads());
+        let tracker = UffdTracker::start(&mut frozen);
+        frozen.thaw()?;
+        let tracker = tracker?;
+        self.state.precopy = Some(Precopy::new(self.pid(), Box::new(tracker), self.config.compression)?);
+        Ok(())
+    }
+
+    fn round(
+        &mut self,
+        number: u32,
+        machine: &SourceMachine,
+        limits: &Limits,
+        clock: &mut PhaseClock,
+    ) -> Result<Event, ActionError> {
+        if self.state.precopy.is_none() {
+            self.start_tracking(clock)?;
+            priority::background();
+        }
+        clock.begin("precopy");
+        let start = Instant::now();
+        let sender = self.link.as_ref().ok_or(ActionError::Order)?.sender();
+        let precopy = self.state.precopy.as_mut().ok_or(ActionError::Order)?;
+        let cancelled = self.cancelled.clone();
+        let mut sink = |bytes| sender.send_frame_blocking(bytes);
+        let (sent, dirty_after) = precopy.round(number, &mut sink, &|| cancelled.load(Ordering::Relaxed))?;
+        let took = start.elapsed();
+        self.report.rounds.push(Round { pages: sent.pages, bytes_wire: sent.bytes, took, dirty_after });
+        let round = policy::Round { pages: sent.pages, bytes: sent.bytes, duration: took, dirty_after };
+        if self.config.progress {
+            let mut rounds = machine.rounds().to_vec();
+            rounds.push(round);
+            let expected = policy::decide(&rounds, limits).downtime;
+            let per_second = u128::from(dirty_after) * 1_000_000 / took.as_micros().max(1);
+            let line = RoundProgress {
+                number,
+                pages: sent.pages,
+                bytes_wire: sent.bytes,
+                took,
+                dirty_pages_per_second: u64::try_from(per_second).unwrap_or(u64::MAX),
+                expected_downtime: expected,
+            };
+            eprintln!("{line}");
+        }
+        Ok(Event::RoundSent(round))
+    }
+
+    fn take_addresses(&mut self, clock: &mut PhaseClock) -> Result<(), ActionError> {
+        if self.state.addresses.is_none() {
+            return Ok(());
+        }
+        clock.begin("addresses");
+        self.record(OutgoingState::Taking)?;
+        if let Some(addresses) = self.state.addresses.as_mut() {
+            addresses.remove()?;
+            self.state.taken = true;
+        }
+        Ok(())
+    }
+
+    fn send_final(&mut self, clock: &mut PhaseClock) -> Result<(), ActionError> {
+        let round = u32::try_from(self.report.rounds.len() + 1).unwrap_or(u32::MAX);
+        let sender = self.link.as_ref().ok_or(ActionError::Order)?.sender();
+        let precopy = self.state.precopy.as_mut().ok_or(ActionError::Order)?;
+        let frozen = self.state.frozen.as_mut().ok_or(ActionError::Order)?;
+        let mut sink = |bytes| sender.send_frame_blocking(bytes);
+        clock.begin("scan");
+        let mut rest = precopy.final_scan()?;
+        self.report.pages_after_freeze = rest.pages();
+        let guards = std::mem::take(&mut rest.guards);
+        clock.begin("pages");
+        precopy.send_rest(round, rest, &mut sink)?;
+        clock.begin("capture");
+        let options = FilesOptions { tcp_close: self.config.tcp_close, shell_job: self.config.shell_job };
+        let captured = capture::capture(frozen, &options, &self.state.sleeps, guards, &self.scanned)?;
+        self.state.closing = captured.closing;
+        precopy.send_state(round, &captured.process, &mut sink)?;
+        clock.begin("apply");
+        Ok(())
+    }
+
+    fn enter_limbo(&mut self) -> Result<Option<Event>, ActionError> {
+        if !self.state.sentinel.as_mut().is_some_and(Sentinel::is_alive) {
+            return Err(ActionError::NoSentinel);
+        }
+        self.record(OutgoingState::Limbo)?;
+        self.state.frozen.as_mut().ok_or(ActionError::Order)?.fence()?;
+        Ok(Some(Event::LimboEntered))
+    }
+
+    fn record(&self, state: OutgoingState) -> Result<(), JournalError> {
+        let Some(journal) = &self.state.journal else { return Ok(()) };
+        let peer = self.link.as_ref().map(|l| l.peer().fingerprint.to_string()).unwrap_or_default();
+        journal.write(&Outgoing {
+            id: self.id,
+            process: self.process,
+            boot: journal::boot_id()?,
+            owner: own_key(),
+            destination: self.config.to.to_string(),
+            peer,
+            state,
+            was_stopped: self.state.was_stopped,
+            addresses: self.state.addresses.as_ref().map(AddressSet::records).unwrap_or_default(),
+        })
+    }
+
+    fn reconnect(&mut self) -> Event {
+        self.link = None;
+        let addrs = self.config.to.resolve().unwrap_or_default();
+        let settings = Settings { handshake_timeout: Duration::from_secs(2), ..self.settings.clone() };
+        match transport::connect(self.node.clone(), addrs, self.hello.clone(), settings) {
+            Ok(link) => {
+                self.link = Some(link);
+                Event::Connected
+            }
+            Err(error) => {
+                tracing::info!(error = &error as &dyn std::error::Error, "the destination is not reached");
+                Event::LinkLost
+            }
+        }
+    }
+}
+
+/// Ourselves, as the journal names the owner of a migration.
+fn own_key() -> ProcessKey {
+    let pid = std::process::id();
+    ProcessKey { pid, start_ticks: crate::engine::alive::start_ticks(pid).ok().flatten().unwrap_or(0) }
+}
