@@ -42,7 +42,7 @@ const CODE_BYTES: u64 = {
 pub(super) const STUB_BYTES: u64 = CODE_BYTES + AREA_BYTES as u64;
 
 impl ReservedPid {
-    /// Takes the PID: a child of ours that waits.
+    /// Takes the PID: a child of ours that waits. Must be called on the thread that will drive the skeleton.
     ///
     /// # Errors
     /// See [`SkeletonError`].
@@ -73,7 +73,14 @@ impl ReservedPid {
             },
         )?;
         let channel_in_process = theirs.as_raw_fd();
-        Ok(Self { pid, go: Some(go), exe: File::from(exe), channel: ours, channel_in_process, done: false })
+        let reserved =
+            Self { pid, go: Some(go), exe: File::from(exe), channel: ours, channel_in_process, done: false };
+        // Held and bound to our life from its beginning: whoever looks at it sees that it does not run.
+        let options = libc::PTRACE_O_EXITKILL | libc::PTRACE_O_TRACEEXEC;
+        ptrace::seize(pid, options).map_err(|e| sys("seizing the skeleton", pid, e))?;
+        ptrace::interrupt(pid).map_err(|e| sys("stopping the skeleton", pid, e))?;
+        reserved.wait_for(|stop| matches!(stop, Stop::Event(_)))?;
+        Ok(reserved)
     }
 
     /// Makes it a skeleton with nothing mapped but our code, at a place that `layout` leaves free. Must be
@@ -86,11 +93,10 @@ impl ReservedPid {
         let base = hole(layout).ok_or(SkeletonError::NoHole(pid))?;
         let elf = stub_elf(base);
         self.exe.write_all_at(&elf, 0).map_err(|e| io("writing the stub", pid, &e))?;
-        let options = libc::PTRACE_O_EXITKILL | libc::PTRACE_O_TRACEEXEC;
-        ptrace::seize(pid, options).map_err(|e| sys("seizing the skeleton", pid, e))?;
         if let Some(go) = self.go.take() {
             File::from(go).write_all(&[1]).map_err(|e| io("starting the skeleton", pid, &e))?;
         }
+        ptrace::cont(pid, 0).map_err(|e| sys("starting the skeleton", pid, e))?;
         self.wait_for(|stop| matches!(stop, Stop::Other(libc::PTRACE_EVENT_EXEC)))?;
         let mem = File::options()
             .read(true)
