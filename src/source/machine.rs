@@ -34,8 +34,11 @@ use crate::source::protocol::{Action, Cause, Event, Message, Outcome, Tell, Wron
 
 /// Longest wait for the next message before limbo.
 pub const PEER_TIMEOUT: Duration = Duration::from_secs(30);
-/// Longest wait from the freeze to Prepared: the process stands still meanwhile.
+/// Longest wait from the freeze to Prepared, beyond twice what the last pages should take: the process
+/// stands still meanwhile.
 pub const PREPARE_TIMEOUT: Duration = Duration::from_secs(10);
+/// Longest such wait in any case.
+pub const LONGEST_PREPARE: Duration = Duration::from_secs(120);
 /// Longest wait for the answer to a Commit or Query before we connect again.
 pub const ANSWER_TIMEOUT: Duration = Duration::from_secs(2);
 /// First pause between attempts to connect in limbo; doubled each time.
@@ -166,15 +169,20 @@ impl SourceMachine {
             return (State::Copying { right, round, sent, placed }, Ok(vec![Action::Arm(PEER_TIMEOUT)]));
         };
         self.rounds.push(measured);
-        match policy::decide(&self.rounds, &self.limits).verdict {
+        let decision = policy::decide(&self.rounds, &self.limits);
+        match decision.verdict {
             Verdict::Continue => {
                 let next = State::Copying { right, round: round + 1, sent: None, placed: false };
                 (next, Ok(vec![Action::StartRound(round + 1), Action::Arm(PEER_TIMEOUT)]))
             }
-            Verdict::Freeze(reason) => (
-                State::Freezing { right, give_up: None },
-                Ok(vec![Action::Arm(PREPARE_TIMEOUT), Action::Freeze(reason)]),
-            ),
+            Verdict::Freeze(reason) => {
+                // On a slow link a limit that does not know of its pace would freeze only to give up.
+                let patience = PREPARE_TIMEOUT.saturating_add(decision.downtime.saturating_mul(2));
+                (
+                    State::Freezing { right, give_up: None },
+                    Ok(vec![Action::Arm(patience.min(LONGEST_PREPARE)), Action::Freeze(reason)]),
+                )
+            }
         }
     }
 }

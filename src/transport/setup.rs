@@ -36,6 +36,12 @@ const MAX_UDP_PAYLOAD: u16 = 8952;
 /// good: the peer would wait for the idle timeout.
 const INITIAL_WINDOW_BYTES: u64 = 128 << 10;
 
+/// A packet counts as lost when it is this much of a round trip late: more than the 9/8 that QUIC begins
+/// with, so that a path that changes the order of packets does not look like one that loses them.
+const LATE_ROUND_TRIPS: f32 = 1.5;
+/// And when so many later ones have arrived: so many that time decides, for the same reason.
+const LATER_PACKETS: u32 = 64;
+
 /// A connection with its streams, both Hellos exchanged.
 pub(super) struct Streams {
     pub(super) connection: Connection,
@@ -63,6 +69,8 @@ fn transport_config(settings: &Settings, accept_streams: u8) -> Arc<TransportCon
     let mut discovery = MtuDiscoveryConfig::default();
     discovery.upper_bound(MAX_UDP_PAYLOAD);
     config.mtu_discovery_config(Some(discovery));
+    config.packet_threshold(LATER_PACKETS);
+    config.time_threshold(LATE_ROUND_TRIPS);
     let mut cubic = CubicConfig::default();
     cubic.initial_window(INITIAL_WINDOW_BYTES);
     config.congestion_controller_factory(Arc::new(cubic));

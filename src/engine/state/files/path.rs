@@ -177,10 +177,12 @@ pub fn compare_here(file: &FileRef, same_kernel: bool) -> Option<Reason> {
         let why = format!("differs: {} bytes here, {} at the source", local.size, file.size);
         return Some(Reason::new(object, why, sync));
     }
-    if local.mtime_ns == file.mtime_ns {
+    let same_time = local.mtime_ns == file.mtime_ns;
+    // Two files written within one tick of the clock have one time: it says nothing where contents can.
+    if same_time && file.content.is_none() {
         return None;
     }
-    if file.writable {
+    if file.writable && !same_time {
         let why = "is open for writing and is not shared with the source";
         return Some(Reason::new(object, why, "put it on storage that both machines share"));
     }

@@ -140,6 +140,9 @@ fn files_are_compared_by_what_they_are() {
     assert_eq!(compare_here(&file, false), None);
     std::fs::write(&path, b"SAME").unwrap();
     assert!(compare_here(&file, false).unwrap().why.contains("contents"));
+    let now = describe(&path, &std::fs::metadata(&path).unwrap(), true);
+    let same_tick = crate::proto::files::FileRef { content: file.content, ino: 0, ..now };
+    assert!(compare_here(&same_tick, true).unwrap().why.contains("contents"));
     let shared = crate::proto::files::FileRef { writable: true, ..file.clone() };
     assert!(compare_here(&shared, false).unwrap().why.contains("writing"));
     std::fs::write(&path, b"longer").unwrap();
