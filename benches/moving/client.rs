@@ -24,7 +24,7 @@ const PATIENCE: Duration = Duration::from_secs(10);
 /// Requests in flight of the throughput client.
 const PIPELINE: usize = 16;
 
-/// The longest time between two answers, and what it was made of.
+/// A time between two answers, and what it was made of.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Gap {
     pub(crate) whole: Duration,
@@ -38,7 +38,8 @@ pub(crate) struct Gap {
 #[derive(Debug)]
 pub(crate) struct Seen {
     pub(crate) stop: AtomicBool,
-    longest: Mutex<Option<Gap>>,
+    /// The longest gap in which the connection broke, and the longest of all others.
+    longest: Mutex<[Option<Gap>; 2]>,
     answers: Mutex<Vec<(Instant, usize)>>,
 }
 
@@ -47,9 +48,9 @@ impl Seen {
         Arc::new(Self { stop: AtomicBool::new(false), longest: Mutex::default(), answers: Mutex::default() })
     }
 
-    /// The longest gap since the last call.
-    pub(crate) fn take_gap(&self) -> Option<Gap> {
-        self.longest.lock().unwrap_or_else(PoisonError::into_inner).take()
+    /// The longest gap since the last call in which the connection broke, and the longest of the others.
+    pub(crate) fn take_gaps(&self) -> [Option<Gap>; 2] {
+        std::mem::take(&mut *self.longest.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// Answers per second between two instants.
@@ -61,6 +62,7 @@ impl Seen {
 
     fn note(&self, gap: Gap) {
         let mut longest = self.longest.lock().unwrap_or_else(PoisonError::into_inner);
+        let longest = &mut longest[usize::from(gap.until_closed.is_zero())];
         if longest.is_none_or(|known| known.whole < gap.whole) {
             *longest = Some(gap);
         }

@@ -62,9 +62,14 @@ impl<'a> Grounds<'a> {
 
     /// Moves redis to the other host.
     pub(crate) fn shift(&mut self) -> Result<Moved> {
+        self.shift_with(&[])
+    }
+
+    /// Moves redis to the other host, with more options.
+    pub(crate) fn shift_with(&mut self, more: &[&str]) -> Result<Moved> {
         let (from, service) = (hosts(self.lan)[self.at], &self.services[1 - self.at]);
         let started = Instant::now();
-        let options = ["--tcp-close", "--move-ip", Lan::MOVE_IP];
+        let options = [&["--tcp-close", "--move-ip", Lan::MOVE_IP], more].concat();
         let command = self.lan.start_move(from, &service.address, self.server.pid, &options)?;
         let mut peak_kib = 0;
         while from.exit_of(command.pid).is_none() && started.elapsed() < MOVE {
@@ -73,6 +78,9 @@ impl<'a> Grounds<'a> {
         }
         let outcome = self.lan.finish_move(from, &command, Duration::from_secs(1))?.expect_moved()?;
         self.at = 1 - self.at;
+        if std::env::var_os("REPORTS").is_some() {
+            eprintln!("{}\n{}", outcome.report, outcome.stderr);
+        }
         Ok(Moved { report: outcome.report, started, peak_kib })
     }
 
