@@ -12,7 +12,7 @@ use serde_json::Value;
 use crate::client::Seen;
 use crate::data::Data;
 
-const MOVE: Duration = Duration::from_secs(90);
+const MOVE: Duration = Duration::from_secs(150);
 
 /// One redis, filled, on one of the two hosts.
 pub(crate) struct Grounds<'a> {
