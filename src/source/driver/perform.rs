@@ -90,10 +90,12 @@ impl Driver<'_> {
             }
             Action::Conclude(_right) => {
                 let recorded = self.record(OutgoingState::Moved).is_ok();
+                // Before the kill, which takes the memory apart, and the longer the more there is of it: the
+                // clients wait for the end of their connections.
+                files::close_peers(std::mem::take(&mut self.state.closing));
                 if let Some(frozen) = self.state.frozen.take() {
                     frozen.kill();
                 }
-                files::close_peers(std::mem::take(&mut self.state.closing));
                 Ok(Some(Event::Killed { recorded }))
             }
             Action::LeaveHeld(_right) => {

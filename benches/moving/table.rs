@@ -1,0 +1,26 @@
+//! Medians and tables.
+
+/// The middle of some numbers; 0 if there are none.
+pub(crate) fn median(numbers: &mut [f64]) -> f64 {
+    numbers.sort_by(f64::total_cmp);
+    numbers.get(numbers.len() / 2).copied().unwrap_or_default()
+}
+
+/// Prints rows below a head, in the form of Markdown.
+pub(crate) fn print(head: &[String], rows: &[Vec<String>]) {
+    let width = |column: usize| {
+        let cells = rows.iter().filter_map(|row| row.get(column)).chain(head.get(column));
+        cells.map(|cell| cell.chars().count()).max().unwrap_or(0)
+    };
+    let line = |cells: &[String]| {
+        let padded: Vec<String> =
+            cells.iter().enumerate().map(|(column, cell)| format!("{cell:>w$}", w = width(column))).collect();
+        println!("| {} |", padded.join(" | "));
+    };
+    line(head);
+    let rule: Vec<String> =
+        (0..head.len()).map(|column| format!("{}:", "-".repeat(width(column).max(1) - 1))).collect();
+    line(&rule);
+    rows.iter().for_each(|row| line(row));
+    println!();
+}
