@@ -21,7 +21,7 @@ fn read(path: String) -> Result<(Vec<u8>, String), MapError> {
 /// VmFlags by mapping, as of the last look at smaps.
 #[derive(Debug, Default, Clone)]
 pub struct FlagCache {
-    flags: Vec<(u64, u64, Vec<[u8; 2]>)>,
+    flags: Vec<procfs::MappingFlags>,
 }
 
 impl FlagCache {
