@@ -103,10 +103,10 @@ pub fn run(config: &SourceConfig) -> Result<Report, SourceError> {
     if !plan.reasons.is_empty() || key.is_none() || link.is_none() {
         // Whatever the destination has against it is to be known in the same go.
         plan.begin.check_only = true;
-        if let Some(link) = link.as_mut() {
-            if let Answer::Against(reasons) = ask(link, plan.begin) {
-                plan.reasons.extend(reasons);
-            }
+        if let Some(link) = link.as_mut()
+            && let Answer::Against(reasons) = ask(link, plan.begin)
+        {
+            plan.reasons.extend(reasons);
         }
         if plan.reasons.is_empty() {
             plan.reasons.push(Reason::new(format!("pid {}", config.pid), "has ended", ""));
