@@ -12,6 +12,7 @@ use crate::config::{
     Destination, Mode, MoveIp, ServeConfig, SourceConfig, parse_duration,
 };
 use crate::identity::Fingerprint;
+use crate::migration::MigrationId;
 use crate::pageserver::pack::Compression;
 
 /// Move a running process to another machine.
@@ -122,6 +123,21 @@ enum SubCommand {
         /// Ask this node, too, whether it could take the process
         #[arg(long, value_name = "HOST:PORT", requires = "pid")]
         to: Option<Destination>,
+        /// As for the move
+        #[arg(long, requires = "pid")]
+        tcp_close: bool,
+        /// As for the move
+        #[arg(long, requires = "pid")]
+        shell_job: bool,
+        /// As for the move
+        #[arg(long, value_name = "ADDR/PREFIX@DEV", requires = "pid")]
+        move_ip: Vec<MoveIp>,
+    },
+    /// Find out what became of a migration whose outcome was unknown, and put this side right
+    Resume {
+        /// The migration, as its report names it
+        #[arg(value_name = "ID")]
+        id: MigrationId,
     },
     /// Show the fingerprint that other nodes know this one by
     Id,
@@ -169,6 +185,8 @@ pub enum Request {
     Serve(ServeConfig),
     /// Examine.
     Check(CheckConfig),
+    /// Resolve a migration.
+    Resume(MigrationId),
     /// Show the fingerprint.
     Id,
     /// Manage trust.
@@ -202,7 +220,10 @@ where
     let request = match command {
         None => Request::Move(source_config(moving, state_dir)?),
         Some(SubCommand::Serve { listen }) => Request::Serve(ServeConfig { state_dir, listen }),
-        Some(SubCommand::Check { pid, to }) => Request::Check(CheckConfig { state_dir, pid, to }),
+        Some(SubCommand::Check { pid, to, tcp_close, shell_job, move_ip: move_ips }) => {
+            Request::Check(CheckConfig { state_dir, pid, to, tcp_close, shell_job, move_ips })
+        }
+        Some(SubCommand::Resume { id }) => Request::Resume(id),
         Some(SubCommand::Id) => Request::Id,
         Some(SubCommand::Trust { action }) => {
             if let TrustAction::Add { fingerprint, .. } = &action {
@@ -302,6 +323,9 @@ mod tests {
             "--to node2:7077 id",
             "--tcp-close serve",
             "check --to node2:7077",
+            "check --tcp-close",
+            "resume",
+            "resume 12",
             "trust",
             "trust add name",
             "trust add name sha256:12",
@@ -319,6 +343,9 @@ mod tests {
         assert!(matches!(parsed("trust list").unwrap().1, Request::Trust(TrustAction::List)));
         let Request::Check(check) = parsed("check 5 --to a:1").unwrap().1 else { panic!() };
         assert_eq!((check.pid, check.to.unwrap().to_string()), (Some(5), "a:1".to_owned()));
+        let id = MigrationId::new([7; crate::migration::ID_BYTES]);
+        let Request::Resume(parsed_id) = parsed(&format!("resume {id}")).unwrap().1 else { panic!() };
+        assert_eq!(parsed_id, id);
         let Request::Sentinel(args) = parsed("__sentinel --fd 3 x").unwrap().1 else { panic!() };
         assert_eq!(args, ["--fd", "3", "x"]);
     }

@@ -66,6 +66,12 @@ pub struct CheckConfig {
     pub pid: Option<i32>,
     /// The destination to ask, too.
     pub to: Option<Destination>,
+    /// As for the move.
+    pub tcp_close: bool,
+    /// As for the move.
+    pub shell_job: bool,
+    /// As for the move.
+    pub move_ips: Vec<MoveIp>,
 }
 
 /// When the memory of the process travels.

@@ -4,12 +4,15 @@
 
 use std::process::ExitCode;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use migrate::cli::{self, Global, Request, TrustAction};
-use migrate::config::SourceConfig;
+use migrate::config::{CheckConfig, SourceConfig};
 use migrate::identity::Node;
 use migrate::identity::trust::TrustStore;
+use migrate::journal::{Journal, Outgoing};
+use migrate::migration::MigrationId;
 use migrate::source::OverQuic;
+use migrate::source::resolve::{Patience, Resolution, resolve};
 use migrate::source::sentinel::run_sentinel;
 use migrate::telemetry;
 use serde_json::json;
@@ -34,9 +37,8 @@ fn run(global: &Global, request: Request) -> Result<ExitCode> {
         Request::Serve(config) => migrate::dest::serve(config).context("serving")?,
         Request::Sentinel(args) => sentinel(global, &args)?,
         Request::Demo(args) => migrate::demo::run(&args)?,
-        Request::Check(_) => {
-            bail!("not built yet");
-        }
+        Request::Check(config) => return check(global, &config),
+        Request::Resume(id) => return resume(global, id),
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -49,6 +51,66 @@ fn migrate_process(global: &Global, config: &SourceConfig) -> Result<ExitCode> {
         print!("{report}");
     }
     Ok(ExitCode::from(report.exit_status()))
+}
+
+/// The exit status of an outcome that needs a look.
+const UNKNOWN: u8 = 3;
+
+fn check(global: &Global, config: &CheckConfig) -> Result<ExitCode> {
+    let Some(pid) = config.pid else { return Ok(check_host(global)) };
+    let verdict = migrate::source::check(config, pid)?;
+    if global.json {
+        println!("{}", serde_json::to_string(&verdict)?);
+    } else {
+        verdict.reasons.iter().for_each(|reason| println!("{reason}"));
+        verdict.notes.iter().for_each(|note| println!("note: {note}"));
+        match (verdict.reasons.is_empty(), &config.to) {
+            (true, Some(to)) => println!("pid {pid} can be moved to {to}."),
+            (true, None) => println!("Nothing here stands against moving pid {pid}."),
+            (false, _) => println!("pid {pid} cannot be moved."),
+        }
+    }
+    Ok(if verdict.reasons.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+fn check_host(global: &Global) -> ExitCode {
+    let features = migrate::engine::features::features();
+    let good = features.iter().all(|feature| feature.available || !feature.required);
+    if global.json {
+        println!("{}", json!({ "good": good, "features": features }));
+    } else {
+        features.iter().for_each(|feature| println!("{feature}"));
+        let all = features.iter().all(|feature| feature.available);
+        println!(
+            "{}",
+            match (good, all) {
+                (true, true) => "Looks good.",
+                (true, false) => "Looks good. Processes that need what is missing are refused.",
+                (false, _) => "Nothing can be moved from or to this host.",
+            }
+        );
+    }
+    if good { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+fn resume(global: &Global, id: MigrationId) -> Result<ExitCode> {
+    let journal = Journal::<Outgoing>::open(&global.state_dir)?;
+    let mut destination = OverQuic::new(global.state_dir.clone());
+    let (word, text) = match resolve(&journal, id, &mut destination, Patience::Once) {
+        Ok(Some(Resolution::Moved)) => ("moved", "the destination has the process".to_owned()),
+        Ok(Some(Resolution::NotMoved)) => ("not_moved", "the process runs here as before".to_owned()),
+        Ok(Some(Resolution::Nothing)) => ("nothing", "there is nothing (left) to resolve here".to_owned()),
+        Ok(None) => {
+            ("unknown", "the destination cannot be asked: the process stays here, stopped".to_owned())
+        }
+        Err(error) => ("unknown", format!("{:#}", anyhow::Error::new(error))),
+    };
+    if global.json {
+        println!("{}", json!({ "migration_id": id.to_string(), "outcome": word, "text": text }));
+    } else {
+        println!("migration {id}: {text}");
+    }
+    Ok(if word == "unknown" { ExitCode::from(UNKNOWN) } else { ExitCode::SUCCESS })
 }
 
 fn sentinel(global: &Global, args: &[String]) -> Result<()> {

@@ -9,7 +9,7 @@
 //! into one waits.
 //!
 //! A peer that is not trusted gets nothing: the TLS handshake fails on the side that does not trust, before
-//! any stream exists (see [`tls`]). Peers that are slow, stuck or hostile meet deadlines and limits and never
+//! any stream exists (see `tls`). Peers that are slow, stuck or hostile meet deadlines and limits and never
 //! hold up the acceptance of others.
 
 mod budget;

@@ -57,7 +57,7 @@ pub enum Applied {
 const MAX_VMAS: usize = 131_072;
 /// Threads of a process, at most.
 const MAX_THREADS: usize = 65_536;
-const ZEROES: [u8; 64 * 1024] = [0; 64 * 1024];
+static ZEROES: [u8; 64 * 1024] = [0; 64 * 1024];
 
 /// A skeleton and what is needed to go on with it.
 #[derive(Debug)]

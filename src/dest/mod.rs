@@ -1,6 +1,6 @@
 //! The incoming side, behind `migrate serve`.
 //!
-//! [`serve`] accepts connections; each migration has a thread, on which `driver` performs what [`machine`]
+//! [`serve()`] accepts connections; each migration has a thread, on which `driver` performs what [`machine`]
 //! decides: frames become a skeleton ([`assemble`]), the skeleton a process.
 
 pub mod assemble;

@@ -40,13 +40,13 @@ impl Extents {
         if start >= end {
             return;
         }
-        if let Some((&s, &e)) = self.by_start.range(..start).next_back() {
-            if e > start {
-                self.by_start.insert(s, start);
-                if e > end {
-                    self.by_start.insert(end, e);
-                    return;
-                }
+        if let Some((&s, &e)) = self.by_start.range(..start).next_back()
+            && e > start
+        {
+            self.by_start.insert(s, start);
+            if e > end {
+                self.by_start.insert(end, e);
+                return;
             }
         }
         while let Some((&s, &e)) = self.by_start.range(start..end).next() {

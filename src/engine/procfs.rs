@@ -101,12 +101,15 @@ fn unescape(path: &[u8]) -> Vec<u8> {
     out
 }
 
-/// VmFlags of each mapping in /proc/PID/smaps: start, end, two-letter flags (proc_pid_smaps(5)).
+/// Start and end of a mapping, and its two-letter VmFlags.
+pub type MappingFlags = (u64, u64, Vec<[u8; 2]>);
+
+/// VmFlags of each mapping in /proc/PID/smaps (proc_pid_smaps(5)).
 ///
 /// # Errors
 /// On a header line that is not one.
-pub fn parse_smaps_flags(text: &[u8]) -> Result<Vec<(u64, u64, Vec<[u8; 2]>)>, ProcfsError> {
-    let mut all: Vec<(u64, u64, Vec<[u8; 2]>)> = Vec::new();
+pub fn parse_smaps_flags(text: &[u8]) -> Result<Vec<MappingFlags>, ProcfsError> {
+    let mut all: Vec<MappingFlags> = Vec::new();
     for line in text.split(|b| *b == b'\n').filter(|l| !l.is_empty()) {
         if let Some(flags) = line.strip_prefix(b"VmFlags:") {
             if let Some((.., list)) = all.last_mut() {

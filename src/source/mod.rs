@@ -4,7 +4,9 @@
 //! anything against it is the process touched. Then [`machine`] decides and `driver` performs.
 
 mod ask;
+mod check;
 mod driver;
+mod leftovers;
 pub mod machine;
 mod outcome;
 pub mod plan;
@@ -16,6 +18,7 @@ pub mod sentinel;
 mod wire;
 
 pub use ask::OverQuic;
+pub use check::{Verdict, check};
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -29,6 +32,7 @@ use crate::engine::alive;
 use crate::engine::kernel::{Host, HostError};
 use crate::engine::reason::Reason;
 use crate::identity::{IdentityError, Node};
+use crate::journal::JournalError;
 use crate::migration::{MigrationId, ProcessKey};
 use crate::report::{Outcome, Report};
 use crate::transport::{self, Incoming, Link, Settings};
@@ -46,6 +50,9 @@ pub enum SourceError {
     /// What this host has.
     #[error("examining this host")]
     Host(#[from] HostError),
+    /// What earlier migrations have left.
+    #[error("looking for unresolved migrations")]
+    Journal(#[source] JournalError),
     /// The kernel gave no random bytes.
     #[error("making a migration id")]
     Random,
@@ -71,11 +78,21 @@ pub fn run(config: &SourceConfig) -> Result<Report, SourceError> {
         let (node, to, hello, settings) = (node.clone(), config.to.clone(), hello.clone(), settings.clone());
         std::thread::spawn(move || connect(node, &to, hello, settings))
     };
-    let mut plan = plan::survey(id, config, &host);
+    let start_ticks = || alive::start_ticks(config.pid.unsigned_abs()).ok().flatten();
+    let process = start_ticks().map(|start_ticks| ProcessKey { pid: config.pid.unsigned_abs(), start_ticks });
+    let leftovers = leftovers::clear(&config.state_dir, process).map_err(SourceError::Journal)?;
+    let subject = plan::Subject {
+        pid: config.pid,
+        tcp_close: config.tcp_close,
+        shell_job: config.shell_job,
+        move_ips: &config.move_ips,
+    };
+    let mut plan = plan::survey(id, &subject, &host);
+    plan.reasons.extend(leftovers);
     let link = dial.join().unwrap_or_else(|_| Err(Reason::new("destination", "cannot be reached", "")));
     report.memory_bytes = plan.begin.memory_bytes;
     report.notes = std::mem::take(&mut plan.notes);
-    let key = alive::start_ticks(config.pid.unsigned_abs()).ok().flatten();
+    let key = start_ticks();
     let mut link = match link {
         Ok(link) => Some(link),
         Err(reason) => {
@@ -86,8 +103,10 @@ pub fn run(config: &SourceConfig) -> Result<Report, SourceError> {
     if !plan.reasons.is_empty() || key.is_none() || link.is_none() {
         // Whatever the destination has against it is to be known in the same go.
         plan.begin.check_only = true;
-        if let Some(link) = link.as_mut() {
-            plan.reasons.extend(ask(link, plan.begin));
+        if let Some(link) = link.as_mut()
+            && let Answer::Against(reasons) = ask(link, plan.begin)
+        {
+            plan.reasons.extend(reasons);
         }
         if plan.reasons.is_empty() {
             plan.reasons.push(Reason::new(format!("pid {}", config.pid), "has ended", ""));
@@ -132,19 +151,31 @@ fn connect(
     transport::connect(node, addrs, hello, settings).map_err(|e| Reason::new(object, driver::chain(&e), ""))
 }
 
+/// What a destination says of a plan.
+enum Answer {
+    Consent,
+    Against(Vec<Reason>),
+    Silence,
+}
+
 /// Asks the destination what it has against a plan that will not be carried out.
-fn ask(link: &mut Link, begin: crate::proto::control::Begin) -> Vec<Reason> {
+fn ask(link: &mut Link, begin: crate::proto::control::Begin) -> Answer {
     let request = Control { message: Some(Body::Begin(begin)) };
     if let Err(error) = link.send_control(&request) {
-        return vec![Reason::new("destination", driver::chain(&error), "")];
+        return Answer::Against(vec![Reason::new("destination", driver::chain(&error), "")]);
     }
     match link.recv_timeout(CHECK_PATIENCE) {
         Some(Incoming::Control(answer)) => match answer.message {
-            Some(Body::Refused(refused)) => refused.reasons.into_iter().map(Into::into).collect(),
-            _ => Vec::new(),
+            Some(Body::Refused(refused)) => {
+                Answer::Against(refused.reasons.into_iter().map(Into::into).collect())
+            }
+            Some(Body::Ready(_)) => Answer::Consent,
+            _ => Answer::Silence,
         },
-        Some(Incoming::Lost(error)) => vec![Reason::new("destination", driver::chain(&error), "")],
-        _ => Vec::new(),
+        Some(Incoming::Lost(error)) => {
+            Answer::Against(vec![Reason::new("destination", driver::chain(&error), "")])
+        }
+        _ => Answer::Silence,
     }
 }
 

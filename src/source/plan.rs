@@ -1,7 +1,7 @@
 //! What is found out before the process is touched: every reason against the move, and the plan that the
 //! destination checks against its own host.
 
-use crate::config::SourceConfig;
+use crate::config::MoveIp;
 use crate::engine::address;
 use crate::engine::clocks;
 use crate::engine::kernel::Host;
@@ -31,17 +31,30 @@ pub struct Plan {
     pub scanned: ScannedProcesses,
 }
 
+/// What is to be examined, and what the operator allows.
+#[derive(Debug, Clone, Copy)]
+pub struct Subject<'a> {
+    /// The process.
+    pub pid: Tid,
+    /// Established TCP connections may be closed.
+    pub tcp_close: bool,
+    /// Standard streams may be left behind.
+    pub shell_job: bool,
+    /// Addresses that move along.
+    pub move_ips: &'a [MoveIp],
+}
+
 /// Examines the process; nothing of it is touched. What cannot even be examined is a reason too.
-pub fn survey(id: MigrationId, config: &SourceConfig, host: &Host) -> Plan {
-    let pid: Tid = config.pid;
-    let found = preflight::check(pid, config.shell_job);
+pub fn survey(id: MigrationId, subject: &Subject<'_>, host: &Host) -> Plan {
+    let pid: Tid = subject.pid;
+    let found = preflight::check(pid, subject.shell_job);
     let mut plan = Plan { reasons: found.reasons, notes: found.notes, ..Plan::default() };
     plan.begin.migration_id = id.to_string();
     plan.begin.pid = pid.unsigned_abs();
     plan.begin.cpu = Some(host.cpu());
     plan.begin.kernel = Some(host.kernel_needs());
-    plan.begin.move_ips = config.move_ips.iter().map(ToString::to_string).collect();
-    match address::check_source(&config.move_ips) {
+    plan.begin.move_ips = subject.move_ips.iter().map(ToString::to_string).collect();
+    match address::check_source(subject.move_ips) {
         Ok(reasons) => plan.reasons.extend(reasons),
         Err(error) => plan.reasons.push(unreadable("the addresses that move", &error)),
     }
@@ -49,7 +62,7 @@ pub fn survey(id: MigrationId, config: &SourceConfig, host: &Host) -> Plan {
         // Gone, a zombie, or nothing that has memory: there is nothing more to be found out.
         return plan;
     }
-    let options = FilesOptions { tcp_close: config.tcp_close, shell_job: config.shell_job };
+    let options = FilesOptions { tcp_close: subject.tcp_close, shell_job: subject.shell_job };
     match files::check(pid, &options) {
         Ok(check) => {
             plan.reasons.extend(check.reasons);

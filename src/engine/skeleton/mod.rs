@@ -183,12 +183,10 @@ impl Skeleton {
 
     /// A new thread, traced from birth: it reports before its first instruction.
     fn adopt(&mut self, tid: Tid) -> Result<(), SkeletonError> {
-        loop {
-            match ptrace::wait(tid).map_err(|e| sys("waiting for a new thread", tid, e))? {
-                (Stop::Event(_), _) => break,
-                (Stop::Gone, _) => return Err(InjectError::Gone(tid).into()),
-                (_, status) => return Err(InjectError::UnexpectedStop { tid, status }.into()),
-            }
+        match ptrace::wait(tid).map_err(|e| sys("waiting for a new thread", tid, e))? {
+            (Stop::Event(_), _) => {}
+            (Stop::Gone, _) => return Err(InjectError::Gone(tid).into()),
+            (_, status) => return Err(InjectError::UnexpectedStop { tid, status }.into()),
         }
         ptrace::set_options(tid, libc::PTRACE_O_EXITKILL).map_err(|e| sys("binding a thread", tid, e))?;
         self.threads.push(StoppedThread::take(tid)?);

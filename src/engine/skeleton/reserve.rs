@@ -61,7 +61,7 @@ impl ReservedPid {
         // The skeleton opens files at descriptor 0: its channel must be above.
         let theirs = if theirs.as_raw_fd() < 3 {
             nix::fcntl::fcntl(&theirs, nix::fcntl::FcntlArg::F_DUPFD_CLOEXEC(3))
-                .map(|fd| crate::engine::sys::owned_fd(fd))
+                .map(crate::engine::sys::owned_fd)
                 .map_err(own("a descriptor"))?
         } else {
             theirs

@@ -7,7 +7,7 @@
 //!
 //! So the source watches: [`SleepBook::look`] right before a stop notes who sleeps in which call and until
 //! when, [`SleepBook::note`] right after it says what goes for each thread. The destination starts the
-//! same call with the remaining time and interrupts it ([`arm`]), which fills the restart block for real.
+//! same call with the remaining time and interrupts it ([`arm()`]), which fills the restart block for real.
 
 mod arm;
 mod clock;

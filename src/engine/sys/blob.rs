@@ -27,6 +27,11 @@ pub mod lane {
     pub const BYTES: usize = 192;
 
     /// The code at [`STUB`].
+    #[allow(
+        clippy::cast_possible_truncation,
+        clippy::cast_possible_wrap,
+        reason = "offsets below BYTES; there is no try_from in a constant"
+    )]
     pub const STUB_CODE: [u8; 13] = {
         let r15 = (R15 as i32 - (STUB as i32 + 7)).to_le_bytes();
         let rip = (RIP as i32 - (STUB as i32 + 13)).to_le_bytes();
@@ -152,6 +157,6 @@ mod tests {
     fn entries_lie_inside_and_in_order() {
         let b = blob();
         assert!(b.boot_rang < b.table_loop && b.table_loop < b.loop_rang);
-        assert!((b.loop_rang as usize) < b.code.len() && b.code.len() < 320, "{}", b.code.len());
+        assert!(b.loop_rang < b.code.len() as u64 && b.code.len() < 320, "{}", b.code.len());
     }
 }

@@ -1,6 +1,8 @@
 //! ptrace(2) and waitpid(2) on one thread at a time. The caller is the tracer, and the only one that
 //! waits for these threads.
 
+#![allow(clippy::disallowed_methods, reason = "the home of ptrace and waitpid")]
+
 use nix::errno::Errno;
 
 use crate::engine::remote::Tid;
@@ -12,7 +14,7 @@ pub const EVENT_STOP: i32 = 128;
 pub type Regs = libc::user_regs_struct;
 
 /// Note type of the extended state (x87, SSE, AVX...): `NT_X86_XSTATE`.
-const NT_X86_XSTATE: i64 = 0x202;
+const NT_X86_XSTATE: usize = 0x202;
 /// More than any xstate of today (AMX: 11 KiB).
 const XSTATE_MAX_BYTES: usize = 64 * 1024;
 
@@ -86,7 +88,7 @@ pub fn set_regs(tid: Tid, regs: &Regs) -> Result<(), Errno> {
 pub fn xstate(tid: Tid) -> Result<Vec<u8>, Errno> {
     let mut bytes = vec![0u8; XSTATE_MAX_BYTES];
     let mut iov = libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() };
-    request(libc::PTRACE_GETREGSET, tid, NT_X86_XSTATE as usize, (&raw mut iov).addr())?;
+    request(libc::PTRACE_GETREGSET, tid, NT_X86_XSTATE, (&raw mut iov).addr())?;
     bytes.truncate(iov.iov_len);
     Ok(bytes)
 }
@@ -94,7 +96,7 @@ pub fn xstate(tid: Tid) -> Result<Vec<u8>, Errno> {
 /// Sets the extended state; the length must be this CPU's, or EFAULT.
 pub fn set_xstate(tid: Tid, bytes: &mut [u8]) -> Result<(), Errno> {
     let mut iov = libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() };
-    request(libc::PTRACE_SETREGSET, tid, NT_X86_XSTATE as usize, (&raw mut iov).addr()).map(drop)
+    request(libc::PTRACE_SETREGSET, tid, NT_X86_XSTATE, (&raw mut iov).addr()).map(drop)
 }
 
 /// Blocked signals of a stopped thread, bit n-1 for signal n.

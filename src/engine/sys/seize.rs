@@ -1,5 +1,7 @@
 //! Tells a living process from one that is already being killed, by stopping it once.
 
+#![allow(clippy::disallowed_methods, reason = "traces for a moment, on the thread that calls")]
+
 use std::ptr::null_mut;
 
 use nix::errno::Errno;

@@ -34,7 +34,7 @@ fn number_of(files: &Files, description: usize) -> u32 {
     files.fds.iter().find(|f| f.description as usize == description).map_or(u32::MAX, |f| f.number)
 }
 
-/// Makes the descriptions. Listening sockets are bound but do not listen before [`super::install`].
+/// Makes the descriptions. Listening sockets are bound but do not listen before [`super::install()`].
 /// Standard streams that were left behind lead to `stdio_log`, or to /dev/null. The clocks of the process
 /// will read `shift` more than ours.
 ///

@@ -1,8 +1,8 @@
 //! Descriptors: what each leads to, at the source from outside, at the destination in a new process.
 //!
 //! - [`check`] looks at the running process and collects every reason against a move at once.
-//! - [`capture`] reads a stopped process. Nothing is consumed: after a failed move it goes on as before.
-//! - [`build`] makes the open file descriptions as descriptors of ours, [`install`] gives them to the
+//! - [`capture()`] reads a stopped process. Nothing is consumed: after a failed move it goes on as before.
+//! - [`build()`] makes the open file descriptions as descriptors of ours, [`install()`] gives them to the
 //!   process at their numbers.
 //! - [`close_peers`] ends the connections that `--tcp-close` gave up, after the commit.
 //!

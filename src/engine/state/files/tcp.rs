@@ -279,7 +279,7 @@ pub fn port_free(port: &ListenPort) -> Option<Reason> {
 }
 
 /// Ends the connections that were given up, after the commit: each peer gets a clean end at once, although
-/// the local address may be gone already. Takes what [`super::capture`] returned as `closing`.
+/// the local address may be gone already. Takes what [`super::capture()`] returned as `closing`.
 pub fn close_peers(closing: Vec<OwnedFd>) {
     for fd in closing {
         loop {

@@ -21,7 +21,7 @@ fn read(path: String) -> Result<(Vec<u8>, String), MapError> {
 /// VmFlags by mapping, as of the last look at smaps.
 #[derive(Debug, Default, Clone)]
 pub struct FlagCache {
-    flags: Vec<(u64, u64, Vec<[u8; 2]>)>,
+    flags: Vec<procfs::MappingFlags>,
 }
 
 impl FlagCache {
@@ -71,7 +71,7 @@ fn describe(m: &MapsEntry) -> String {
     format!("mapping {:x}-{:x}{}{name}", m.start, m.end, if name.is_empty() { "" } else { " " })
 }
 
-/// The kind of a mapping, or why it cannot be carried. `None`: nothing to carry ([vsyscall]).
+/// The kind of a mapping, or why it cannot be carried. `None`: nothing to carry (vsyscall).
 fn kind_of(m: &MapsEntry) -> Result<Option<VmaKind>, &'static str> {
     let path = m.path.as_slice();
     let has = |prefix: &[u8]| path.starts_with(prefix);

@@ -109,7 +109,7 @@ pub(super) fn changes(now: &Layout, wanted: &Layout) -> Vec<Change> {
     all
 }
 
-/// Where the kernel's own group of mappings ([vvar], [vdso]) begins and ends.
+/// Where the kernel's own group of mappings (vvar, vdso) begins and ends.
 pub fn vdso_group(layout: &Layout) -> Option<(u64, u64)> {
     let mut group = layout.vmas.iter().filter(|v| v.kind() == VmaKind::VmaVdso);
     let first = group.next()?;

@@ -1,0 +1,63 @@
+//! `migrate check PID`: the examination before a move, without the move.
+
+use std::sync::Arc;
+
+use super::{SourceError, ask, connect, new_id, plan};
+use crate::config::{CheckConfig, Destination};
+use crate::engine::kernel::Host;
+use crate::engine::reason::Reason;
+use crate::engine::remote::Tid;
+use crate::identity::Node;
+use crate::transport::Settings;
+
+/// What was found out about a process.
+#[derive(Debug, serde::Serialize)]
+pub struct Verdict {
+    /// The process.
+    pub pid: Tid,
+    /// Everything against the move, here and at the destination that was asked.
+    pub reasons: Vec<Reason>,
+    /// What would be different afterwards, and is no obstacle.
+    pub notes: Vec<Reason>,
+}
+
+/// Examines the process, and asks the destination if there is one. Nothing is touched on either side.
+///
+/// # Errors
+/// [`SourceError`] before anything was even looked at.
+pub fn check(config: &CheckConfig, pid: Tid) -> Result<Verdict, SourceError> {
+    let host = Host::probe()?;
+    let subject = plan::Subject {
+        pid,
+        tcp_close: config.tcp_close,
+        shell_job: config.shell_job,
+        move_ips: &config.move_ips,
+    };
+    let mut plan = plan::survey(new_id()?, &subject, &host);
+    if let Some(to) = &config.to {
+        plan.begin.check_only = true;
+        plan.reasons.extend(destination_says(config, to, plan.begin)?);
+    }
+    Ok(Verdict { pid, reasons: plan.reasons, notes: plan.notes })
+}
+
+fn destination_says(
+    config: &CheckConfig,
+    to: &Destination,
+    begin: crate::proto::control::Begin,
+) -> Result<Vec<Reason>, SourceError> {
+    let node = Arc::new(Node::open(&config.state_dir)?);
+    Ok(match connect(node, to, crate::hello::hello(), Settings::default()) {
+        Ok(mut link) => ask_strictly(&mut link, begin),
+        Err(reason) => vec![reason],
+    })
+}
+
+/// Silence is no consent, where the answer is all that was wanted.
+fn ask_strictly(link: &mut crate::transport::Link, begin: crate::proto::control::Begin) -> Vec<Reason> {
+    match ask(link, begin) {
+        super::Answer::Consent => Vec::new(),
+        super::Answer::Against(reasons) => reasons,
+        super::Answer::Silence => vec![Reason::new("destination", "has not answered in time", "")],
+    }
+}
