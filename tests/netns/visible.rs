@@ -51,8 +51,7 @@ const THREAD_STATUS: &[&str] =
 pub(crate) struct Snapshot {
     /// Everything that must be the same, by what it is.
     facts: BTreeMap<String, String>,
-    /// Anonymous and shared memory. Clean pages of files are left out: they come back from the file when
-    /// they are touched.
+    /// All resident memory, pages of files too.
     resident_kib: u64,
 }
 
@@ -80,8 +79,8 @@ impl Snapshot {
         descriptors(&directory, &mut facts)?;
         let limits = std::fs::read_to_string(directory.join("limits"))?;
         facts.insert("limits".to_owned(), limits);
-        let kib = |name: &str| -> Option<u64> { status.get(name)?.split_whitespace().next()?.parse().ok() };
-        let resident_kib = kib("RssAnon").unwrap_or(0) + kib("RssShmem").unwrap_or(0);
+        let resident = status.get("VmRSS").and_then(|text| text.split_whitespace().next());
+        let resident_kib = resident.ok_or("no VmRSS")?.parse()?;
         Ok(Self { facts, resident_kib })
     }
 
