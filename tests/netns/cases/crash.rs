@@ -55,6 +55,8 @@ fn at_random_instants(lan: &Lan, blow: Blow, name: &str) -> Result {
             let fresh = lan.serve(there)?;
             services[usize::from(there.name() == lan.b.name())] = fresh;
         }
+        // A command that is still at it could move the process after all, once the link is back.
+        here.wait_exit(job.pid, MOVE).map_err(|error| format!("{}: {error}", what()))?;
         let runner = settled(lan, workload.pid()).map_err(|error| format!("{}: {error}", what()))?;
         moved += usize::from(runner.name() == there.name());
         here = runner;
@@ -93,29 +95,51 @@ fn strike(lan: &Lan, blow: Blow, here: &Host, there: &Host, job: &Job, service: 
 /// The one host that has the process, once that is clear. Both running it at once is an error at any time.
 fn settled(lan: &Lan, pid: i32) -> Result<&Host> {
     let host = wait_for("one host having the process", SETTLE, || {
-        let (on_a, on_b) = (state(&lan.a, pid), state(&lan.b, pid));
-        let runs = |state: Option<char>| state.is_some_and(|state| matches!(state, 'R' | 'S' | 'D'));
-        if runs(on_a) && runs(on_b) {
-            return Err(TestbedError::Program(format!("process {pid} runs on both hosts")));
-        }
+        let (on_a, on_b) = (Life::of(&lan.a, pid), Life::of(&lan.b, pid));
         Ok(match (on_a, on_b) {
             // The looks are not at one instant: between them it may have moved.
-            (None, None) if state(&lan.a, pid).is_none() && state(&lan.b, pid).is_none() => {
+            (Life::Runs, Life::Runs) if Life::of(&lan.a, pid) == Life::Runs => {
+                return Err(TestbedError::Program(format!("process {pid} runs on both hosts")));
+            }
+            (Life::None, Life::None) if Life::of(&lan.a, pid) == Life::None => {
                 return Err(TestbedError::Program(format!("process {pid} is on no host")));
             }
-            (Some(_), None) if runs(on_a) => Some(&lan.a),
-            (None, Some(_)) if runs(on_b) => Some(&lan.b),
+            (Life::Runs, Life::None) => Some(&lan.a),
+            (Life::None, Life::Runs) => Some(&lan.b),
             _ => None,
         })
     })?;
     Ok(host)
 }
 
-/// The letter of the leader's state; a zombie that waits for its parent is none.
-fn state(host: &Host, pid: i32) -> Option<char> {
-    let status = std::fs::read_to_string(host.proc(pid).join("status")).ok()?;
-    let letter = status.lines().find_map(|line| line.strip_prefix("State:\t"))?.chars().next()?;
-    (letter != 'Z' && letter != 'X').then_some(letter)
+/// What a host has of the process.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Life {
+    /// Nothing, or a zombie that waits for its parent.
+    None,
+    /// It is stopped, or traced: what is being made runs calls of its tracer, and not itself. Or only its
+    /// number is there, held by a copy of the service.
+    Held,
+    /// It runs by itself.
+    Runs,
+}
+
+impl Life {
+    fn of(host: &Host, pid: i32) -> Self {
+        let Ok(status) = std::fs::read_to_string(host.proc(pid).join("status")) else { return Self::None };
+        let field = |name: &str| status.lines().find_map(|line| line.strip_prefix(name)).map(str::trim);
+        match field("State:").and_then(|state| state.chars().next()) {
+            None | Some('Z' | 'X') => Self::None,
+            Some('R' | 'S' | 'D') if field("TracerPid:") == Some("0") && !is_ours(host, pid) => Self::Runs,
+            Some(_) => Self::Held,
+        }
+    }
+}
+
+/// Whether the program is `migrate` itself.
+fn is_ours(host: &Host, pid: i32) -> bool {
+    let program = std::fs::read_link(host.proc(pid).join("exe")).unwrap_or_default();
+    program.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(b"migrate"))
 }
 
 /// Only the services run, and the process on the host that has it. What the command leaves to tidy up
