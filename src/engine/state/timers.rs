@@ -125,7 +125,13 @@ impl TimersProbe {
             _ => (0, 0),
         };
         let itimers = self.itimers.iter().map(|at| times(*at, US));
-        let itimers = itimers.map(|(interval_us, value_us)| Itimer { interval_us, value_us }).collect();
+        let mut itimers: Vec<Itimer> =
+            itimers.map(|(interval_us, value_us)| Itimer { interval_us, value_us }).collect();
+        // ITIMER_REAL goes on when its SIGALRM is delivered. Due and not delivered, it reads as nothing
+        // left, which would stop it: the next time is at most one interval away.
+        if let Some(real) = itimers.first_mut().filter(|real| real.value_us == 0) {
+            real.value_us = real.interval_us;
+        }
         let timers = self.timers.iter().map(|(timer, at)| {
             let (interval_ns, value_ns) = times(*at, NS);
             PosixTimer {

@@ -45,6 +45,39 @@ static void itimer_fully(void)
     CHECK(now.it_interval.tv_sec == 0 && now.it_interval.tv_usec == 30000, "interval");
 }
 
+/* Due and not delivered: the timer goes on only once the signal is. */
+static void itimer_until_due(void)
+{
+    sigset_t set;
+    int64_t end = now_ns(CLOCK_MONOTONIC) + LATE_NS;
+    sigemptyset(&set);
+    sigaddset(&set, SIGALRM);
+    CHECK(sigprocmask(SIG_BLOCK, &set, NULL) == 0, "block");
+    do {
+        CHECK(now_ns(CLOCK_MONOTONIC) < end, "the timer does not become due");
+        usleep(1000);
+        sigpending(&set);
+    } while (!sigismember(&set, SIGALRM));
+}
+
+static void itimer_due_prepare(void)
+{
+    itimer_prepare();
+    itimer_until_due();
+}
+
+static void itimer_due_fully(void)
+{
+    sigset_t set;
+    sigemptyset(&set);
+    sigaddset(&set, SIGALRM);
+    unsigned long long was = atomic_load(&fired);
+    CHECK(sigprocmask(SIG_UNBLOCK, &set, NULL) == 0, "unblock");
+    CHECK(atomic_load(&fired) > was, "the signal was not pending any more");
+    itimer_fully();
+    itimer_until_due();
+}
+
 static void itimer_virtual_prepare(void)
 {
     struct itimerval value = {{5, 250000}, {1000, 0}};
@@ -160,6 +193,7 @@ static void clocks_often(void)
 }
 
 ZOO({"itimer_real", itimer_prepare, NULL, itimer_fully},
+    {"itimer_real_due", itimer_due_prepare, NULL, itimer_due_fully},
     {"itimer_virtual_and_prof", itimer_virtual_prepare, NULL, itimer_virtual_fully},
     {"posix_timers", posix_prepare, NULL, posix_fully},
     {"timerfd", timerfd_prepare, NULL, timerfd_fully},
