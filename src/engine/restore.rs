@@ -125,14 +125,15 @@ pub fn restore(
     let named = signals::restore_actions(&process.actions, &mut batch).map_err(state(stage))?;
     run(skeleton, stage, &batch, &named)?;
 
-    in_threads(skeleton, Stage::Threads, process, |thread, batch| {
-        Ok(threads::restore_calls(thread, attrs.personality, batch))
-    })?;
+    // Before the timer slack, which a thread that is ahead of all others does not take.
     for thread in &process.threads {
         if let (Some(sched), Ok(tid)) = (&thread.sched, Tid::try_from(thread.tid)) {
             sched::restore(tid, sched).map_err(state(Stage::Threads))?;
         }
     }
+    in_threads(skeleton, Stage::Threads, process, |thread, batch| {
+        Ok(threads::restore_calls(thread, attrs.personality, batch))
+    })?;
 
     signals::restore_pending(skeleton, process).map_err(state(Stage::Pending))?;
 
