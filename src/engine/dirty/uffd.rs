@@ -25,6 +25,7 @@ pub struct UffdTracker {
     pub(super) pid: Tid,
     uffd: OwnedFd,
     pub(super) pagemap: File,
+    maps: File,
     found: Vec<PageRegion>,
     pub(super) swap: bool,
     /// Ranges whose contents no scan has reported yet, although they may be protected.
@@ -64,11 +65,14 @@ impl UffdTracker {
             .map_err(|errno| TrackError::Unsupported { what: "asynchronous write-protection", errno })?;
         let path = format!("/proc/{pid}/pagemap");
         let pagemap = File::open(&path).map_err(|source| TrackError::Open { path, source })?;
+        let path = format!("/proc/{pid}/maps");
+        let maps = File::open(&path).map_err(|source| TrackError::Open { path, source })?;
         let swap = std::fs::read_to_string("/proc/swaps").is_ok_and(|s| s.lines().count() > 1);
         Ok(Self {
             pid,
             uffd: ours,
             pagemap,
+            maps,
             found: vec![PageRegion::default(); FOUND_REGIONS],
             swap,
             owed: Extents::new(),
@@ -165,7 +169,7 @@ impl UffdTracker {
         // scan may meet a part of it that looks as if it had been followed all along.
         vma.fresh = true;
         self.owed.insert(vma.start, vma.end);
-        match uffd::register_wp(self.uffd.as_fd(), vma.start, vma.end - vma.start) {
+        match self.register(vma) {
             Ok(()) => {}
             // It is gone; the next round sees what has become of it.
             Err(Errno::ENOMEM | Errno::ESRCH) => return Ok(()),
@@ -185,6 +189,43 @@ impl UffdTracker {
         } else {
             runs.forget();
         }
+        Ok(())
+    }
+
+    /// Registers what is mapped in the range of `vma`, whole mappings at a time. Registering a part of a
+    /// mapping would split it, and the process would see that: an mremap over both halves fails. So the
+    /// borders are looked up right before; and memory that has grown in that moment is registered as well,
+    /// upon which the kernel joins the two again.
+    fn register(&mut self, vma: &Vma) -> Result<(), Errno> {
+        const GROWTHS: usize = 4;
+        let mut at = vma.start;
+        while at < vma.end {
+            let mapping = match pagemap::mapping_at(self.maps.as_fd(), at) {
+                Ok(Some(mapping)) if mapping.start < vma.end => mapping,
+                Ok(_) => return if at == vma.start { Err(Errno::ENOMEM) } else { Ok(()) },
+                // An older kernel: the borders of a moment ago.
+                Err(Errno::ENOTTY) => {
+                    return uffd::register_wp(self.uffd.as_fd(), vma.start, vma.end - vma.start);
+                }
+                Err(errno) => return Err(errno),
+            };
+            uffd::register_wp(self.uffd.as_fd(), mapping.start, mapping.end - mapping.start)?;
+            at = mapping.end;
+            for _ in 0..GROWTHS {
+                match pagemap::mapping_at(self.maps.as_fd(), at) {
+                    Ok(Some(rest)) if mapping.anonymous && rest.anonymous && rest.start == at => {
+                        let len = rest.end - rest.start;
+                        if uffd::register_wp(self.uffd.as_fd(), rest.start, len).is_err() {
+                            break;
+                        }
+                        at = rest.end;
+                    }
+                    _ => break,
+                }
+            }
+        }
+        // What this round does not know yet starts over in the next.
+        self.owed.insert(vma.end, at);
         Ok(())
     }
 
