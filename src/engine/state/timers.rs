@@ -66,6 +66,17 @@ fn obstacles(pid: Tid, timers: &[ProcTimer]) -> Vec<Reason> {
     reasons
 }
 
+/// The POSIX timers as they are known from outside, without their times: what a destination must be able
+/// to make.
+///
+/// # Errors
+/// If /proc cannot be read.
+pub fn survey(pid: Tid) -> Result<Vec<PosixTimer>, AttrError> {
+    let known = |t: &ProcTimer| PosixTimer { id: t.id, clock: t.clock, ..PosixTimer::default() };
+    // More than that are refused here already.
+    Ok(timers_of(pid)?.iter().take(MAX_TIMERS).map(known).collect())
+}
+
 /// What is in the way of having these timers here.
 pub fn check_here(timers: &[PosixTimer]) -> Vec<Reason> {
     if timers.is_empty() || attrs::timer_ids_can_be_chosen() {
