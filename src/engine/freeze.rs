@@ -173,6 +173,12 @@ impl Frozen {
             .map_err(|e| io("opening its memory", self.pid, &e))
     }
 
+    /// Whether the process was stopped when we came, or a SIGSTOP for it has come by while we held it.
+    pub fn is_to_stop(&self) -> bool {
+        let seen = self.injection.as_ref().is_some_and(|(injector, _)| injector.stop_seen);
+        self.group_stopped || self.stop_seen || seen
+    }
+
     /// Puts everything injected away; the process stays stopped.
     pub fn close_injection(&mut self) -> Result<(), InjectError> {
         let Some((mut injector, room)) = self.injection.take() else { return Ok(()) };
