@@ -8,7 +8,7 @@ use crate::engine::reason::Reason;
 use crate::engine::remote::Tid;
 use crate::engine::state::calls::AttrError;
 use crate::engine::state::files::{self, ListenPort};
-use crate::engine::state::{creds, limits, sched};
+use crate::engine::state::{creds, limits, sched, timers};
 use crate::proto::control::Begin;
 use crate::proto::image::Process;
 
@@ -16,6 +16,9 @@ use crate::proto::image::Process;
 pub(super) fn check(begin: &Begin, host: &Host, same_kernel: bool) -> (Vec<Reason>, Option<AddressSet>) {
     let tids: Vec<Tid> = begin.tids.iter().filter_map(|t| Tid::try_from(*t).ok()).collect();
     let mut reasons = pids::check_pids_free(&tids);
+    if tids.len() != begin.tids.len() {
+        reasons.push(Reason::new("plan", "names thread ids that cannot exist", ""));
+    }
     if let (Some(cpu), Some(needs)) = (&begin.cpu, &begin.kernel) {
         reasons.extend(kernel::missing_here(cpu, needs, host));
     } else {
@@ -58,10 +61,11 @@ pub(super) fn check(begin: &Begin, host: &Host, same_kernel: bool) -> (Vec<Reaso
     }
 }
 
-/// Limits, credentials and CPUs that we cannot give.
+/// Limits, credentials, timers and CPUs that we cannot give.
 fn attributes(early: &Process) -> Result<Vec<Reason>, AttrError> {
     let ours = creds::here()?;
     let mut reasons = sched::check_here(&early.threads)?;
+    reasons.extend(timers::check_here(&early.timers));
     if let Some(attrs) = &early.attrs {
         reasons.extend(limits::check_here(attrs, &ours)?);
     }

@@ -18,7 +18,7 @@ use super::state::mm::{self, MapError};
 use super::state::sched;
 use super::state::signals::{self, ActionsProbe};
 use super::state::threads::ThreadProbe;
-use super::state::timers::TimersProbe;
+use super::state::timers::{self, TimersProbe};
 use super::sys::ptrace;
 use crate::proto::image::{Process, Range, Thread};
 
@@ -86,12 +86,8 @@ pub fn capture(
 ) -> Result<Captured, CaptureError> {
     let pid = frozen.pid();
     // Before any injection: registers as the freeze found them.
-    let mut process = Process {
-        pid: pid.unsigned_abs(),
-        threads: registers(frozen, sleeps)?,
-        stopped: frozen.group_stopped,
-        ..Process::default()
-    };
+    let mut process =
+        Process { pid: pid.unsigned_abs(), threads: registers(frozen, sleeps)?, ..Process::default() };
     let statuses = pending_signals(frozen, &mut process)?;
     let leader = statuses.first().ok_or(InjectError::Gone(pid))?;
 
@@ -121,6 +117,11 @@ pub fn capture(
 
     let captured = files::capture_after(pid, options, scanned)?;
     process.files = Some(captured.image);
+    // Once more, last: what a timer has sent since the first look would be lost.
+    let before = signals::all_pending(&process);
+    pending_signals(frozen, &mut process)?;
+    timers::account_for_fired(&before, &mut process);
+    process.stopped = signals::take_stop(&mut process, frozen.is_to_stop());
     Ok(Captured { process, closing: captured.closing })
 }
 

@@ -173,6 +173,12 @@ impl Frozen {
             .map_err(|e| io("opening its memory", self.pid, &e))
     }
 
+    /// Whether the process was stopped when we came, or a SIGSTOP for it has come by while we held it.
+    pub fn is_to_stop(&self) -> bool {
+        let seen = self.injection.as_ref().is_some_and(|(injector, _)| injector.stop_seen);
+        self.group_stopped || self.stop_seen || seen
+    }
+
     /// Puts everything injected away; the process stays stopped.
     pub fn close_injection(&mut self) -> Result<(), InjectError> {
         let Some((mut injector, room)) = self.injection.take() else { return Ok(()) };
@@ -275,8 +281,8 @@ impl Frozen {
         self.leave_rseq_sections()?;
         let mem = self.open_memory()?;
         let room = vdso_tail(pid, &mem)?;
-        let (caught, pending) = signal_sets(pid)?;
-        let signal = choose_doorbell(caught, pending).ok_or(InjectError::NoRoom {
+        let (caught, ignored, pending) = signal_sets(pid, &self.threads)?;
+        let signal = choose_doorbell(caught, ignored, pending).ok_or(InjectError::NoRoom {
             tid: pid,
             why: "it handles every signal that could be the doorbell",
         })?;
@@ -418,17 +424,18 @@ fn in_group_stop(pid: Tid) -> bool {
     procfs::parse_stat(&stat).is_ok_and(|s| s.state == b'T')
 }
 
-/// Caught, and pending or blocked-and-maybe-pending signals of a process.
-fn signal_sets(pid: Tid) -> Result<(u64, u64), InjectError> {
-    let text = std::fs::read_to_string(format!("/proc/{pid}/status"))
-        .map_err(|e| io("reading its status", pid, &e))?;
-    let field = |name: &str| {
-        text.lines()
-            .find_map(|l| l.strip_prefix(name))
-            .and_then(|v| u64::from_str_radix(v.trim(), 16).ok())
-            .unwrap_or(0)
-    };
-    Ok((field("SigCgt:"), field("SigPnd:") | field("ShdPnd:")))
+/// Caught and ignored signals of a process, and those that are pending for it or any of its threads.
+fn signal_sets(pid: Tid, threads: &[StoppedThread]) -> Result<(u64, u64, u64), InjectError> {
+    let (mut caught, mut ignored, mut pending) = (0, 0, 0);
+    for thread in threads {
+        let text = std::fs::read(format!("/proc/{pid}/task/{}/status", thread.tid))
+            .map_err(|e| io("reading its status", thread.tid, &e))?;
+        let status =
+            procfs::parse_status(&text).map_err(|_| sys("reading its status", thread.tid, Errno::EINVAL))?;
+        (caught, ignored) = (status.caught, status.ignored);
+        pending |= status.pending | status.shared_pending;
+    }
+    Ok((caught, ignored, pending))
 }
 
 /// Whether a signal waits that the thread does not block.

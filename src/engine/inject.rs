@@ -427,6 +427,37 @@ pub(super) fn io(step: &'static str, tid: Tid, error: &std::io::Error) -> Inject
 }
 
 /// A doorbell for a process with these caught and pending signals (kernel sigsets), if there is one.
-pub fn choose_doorbell(caught: u64, pending: u64) -> Option<i32> {
-    DOORBELLS.into_iter().find(|s| (caught | pending) & signal_bit(*s) == 0)
+///
+/// Whatever it is, the process must survive it if we die: it is ignored by default, or by the process
+/// (`ignored`). Of the latter none that a fault of the CPU raises, and none whose sending has effects of
+/// its own (SIGCONT and the stop signals take each other out of the queues).
+pub fn choose_doorbell(caught: u64, ignored: u64, pending: u64) -> Option<i32> {
+    const PLAIN: [i32; 8] = [
+        libc::SIGPIPE,
+        libc::SIGHUP,
+        libc::SIGUSR1,
+        libc::SIGUSR2,
+        libc::SIGIO,
+        libc::SIGTERM,
+        libc::SIGINT,
+        libc::SIGQUIT,
+    ];
+    let by_itself = PLAIN.into_iter().filter(|s| ignored & signal_bit(*s) != 0);
+    DOORBELLS.into_iter().chain(by_itself).find(|s| (caught | pending) & signal_bit(*s) == 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_doorbell_is_neither_caught_nor_pending_and_harmless() {
+        let all = DOORBELLS.iter().fold(0, |set, s| set | signal_bit(*s));
+        assert_eq!(choose_doorbell(0, 0, 0), Some(libc::SIGWINCH));
+        assert_eq!(choose_doorbell(signal_bit(libc::SIGWINCH), 0, 0), Some(libc::SIGURG));
+        assert_eq!(choose_doorbell(0, 0, all), None);
+        let stops = signal_bit(libc::SIGTSTP) | signal_bit(libc::SIGCONT) | signal_bit(libc::SIGSEGV);
+        assert_eq!(choose_doorbell(0, stops, all), None);
+        assert_eq!(choose_doorbell(all, signal_bit(libc::SIGPIPE) | stops, 0), Some(libc::SIGPIPE));
+    }
 }

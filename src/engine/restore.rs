@@ -13,7 +13,7 @@ use super::sleep;
 use super::state::calls::{AttrError, Named};
 use super::state::files::{self, Built, RestoreFilesError};
 use super::state::{creds, limits, mm, sched, signals, threads, timers};
-use super::sys::ptrace;
+use super::sys::{attrs, ptrace};
 use crate::proto::image::{Mm, Process, Thread};
 
 /// The stages of a restore, in their order, each with the reason for its place.
@@ -240,11 +240,47 @@ fn registers(skeleton: &mut Skeleton, process: &Process, elapsed: Duration) -> R
         ready.push((tid, r, thread));
     }
     skeleton.remove_stub().map_err(wrap)?;
+    let here = attrs::extended_state().1 as usize;
     for (tid, r, thread) in ready {
-        let mut xstate = thread.xstate.clone();
+        let mut xstate = padded(&thread.xstate, here);
         ptrace::set_xstate(tid, &mut xstate).map_err(|e| bad(tid, "setting extended registers", e))?;
         ptrace::set_regs(tid, &r).map_err(|e| bad(tid, "setting registers", e))?;
         ptrace::set_sigmask(tid, thread.sigmask).map_err(|e| bad(tid, "setting the signal mask", e))?;
     }
     Ok(())
+}
+
+/// Extended registers in the size that the kernel takes here. The format has fixed places, and its header
+/// says which parts are there: a CPU that has more of them finds the rest in their first state.
+fn padded(xstate: &[u8], here: usize) -> Vec<u8> {
+    let mut bytes = xstate.to_vec();
+    bytes.resize(here.max(xstate.len()), 0);
+    bytes
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn registers_of_a_smaller_cpu_are_taken() {
+        let mut child = std::process::Command::new("sleep").arg("100").spawn().unwrap();
+        let tid = Tid::try_from(child.id()).unwrap();
+        ptrace::seize(tid, 0).unwrap();
+        ptrace::interrupt(tid).unwrap();
+        ptrace::wait(tid).unwrap();
+        let whole = ptrace::xstate(tid).unwrap();
+        // Legacy area and header, with x87 and SSE only.
+        let mut small = whole[..576].to_vec();
+        small[512..520].copy_from_slice(&3u64.to_ne_bytes());
+        small[160..176].copy_from_slice(&[7; 16]);
+        let refused = ptrace::set_xstate(tid, &mut small.clone());
+        let taken = ptrace::set_xstate(tid, &mut padded(&small, whole.len()));
+        let after = ptrace::xstate(tid);
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert!(whole.len() == 576 || refused.is_err());
+        assert_eq!(taken, Ok(()));
+        assert_eq!(after.unwrap()[160..176], [7; 16]);
+    }
 }

@@ -13,7 +13,7 @@ use crate::engine::remote::Tid;
 use crate::engine::state::calls::{AttrError, read_as};
 use crate::engine::state::files::{self, FilesOptions, ScannedProcesses};
 use crate::engine::state::mm::{self, FlagCache};
-use crate::engine::state::{creds, limits, sched};
+use crate::engine::state::{creds, limits, sched, timers};
 use crate::migration::MigrationId;
 use crate::proto::control::{Begin, Port};
 use crate::proto::image::{Process, Thread, VmaKind};
@@ -106,7 +106,7 @@ pub fn survey(id: MigrationId, subject: &Subject<'_>, host: &Host) -> Plan {
     plan
 }
 
-/// Credentials, limits and scheduling: what the destination must be able to give.
+/// Credentials, limits, timers and scheduling: what the destination must be able to give.
 fn attributes(pid: Tid) -> Result<Process, AttrError> {
     let tids = crate::engine::freeze::thread_ids(pid)
         .map_err(|source| AttrError::Read { path: format!("/proc/{pid}/task"), source })?;
@@ -126,6 +126,7 @@ fn attributes(pid: Tid) -> Result<Process, AttrError> {
         attrs: Some(limits::survey(pid)?),
         creds: statuses.first().map(creds::of_status),
         threads,
+        timers: timers::survey(pid)?,
         ..Process::default()
     })
 }

@@ -126,6 +126,24 @@ pub fn caught_and_pending(process: &Process) -> (u64, u64) {
     (caught, pending.fold(0, |set, s| set | bit(s)))
 }
 
+/// All queued signals, of the process and of its threads.
+pub fn all_pending(process: &Process) -> Vec<Vec<u8>> {
+    process.pending.iter().chain(process.threads.iter().flat_map(|t| &t.pending)).cloned().collect()
+}
+
+/// Takes SIGSTOP out of the queues, where only our own hold keeps it from stopping the process; whether the
+/// process is to be stopped. `held` tells of a stop that took effect already. The kernel lets a stop take
+/// SIGCONT out of the queues: one that is there has come after every stop, and has ended it.
+pub fn take_stop(process: &mut Process, held: bool) -> bool {
+    let (_, pending) = caught_and_pending(process);
+    let is_stop = |info: &Vec<u8>| signal_of(info) == Some(libc::SIGSTOP);
+    process.pending.retain(|info| !is_stop(info));
+    for thread in &mut process.threads {
+        thread.pending.retain(|info| !is_stop(info));
+    }
+    (held || pending & bit(libc::SIGSTOP) != 0) && pending & bit(libc::SIGCONT) == 0
+}
+
 fn bit(signal: i32) -> u64 {
     1u64.checked_shl(signal.unsigned_abs().wrapping_sub(1)).unwrap_or(0)
 }
@@ -184,6 +202,24 @@ fn valid(info: &[u8], batch: &mut Batch) -> Result<(i32, Arg), AttrError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_pending_stop_stops_and_is_not_queued() {
+        let info = |signal: i32| {
+            let mut info = vec![0; SIGINFO_BYTES];
+            info[..4].copy_from_slice(&signal.to_ne_bytes());
+            info
+        };
+        let with = |signals: &[i32]| Process {
+            pending: signals.iter().map(|s| info(*s)).collect(),
+            ..Process::default()
+        };
+        let mut process = with(&[libc::SIGUSR1, libc::SIGSTOP]);
+        assert!(take_stop(&mut process, false));
+        assert_eq!(process.pending, [info(libc::SIGUSR1)]);
+        assert!(!take_stop(&mut process, false) && take_stop(&mut process, true));
+        assert!(!take_stop(&mut with(&[libc::SIGCONT]), true));
+    }
 
     #[test]
     fn invalid_entries_are_refused() {

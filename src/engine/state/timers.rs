@@ -66,6 +66,17 @@ fn obstacles(pid: Tid, timers: &[ProcTimer]) -> Vec<Reason> {
     reasons
 }
 
+/// The POSIX timers as they are known from outside, without their times: what a destination must be able
+/// to make.
+///
+/// # Errors
+/// If /proc cannot be read.
+pub fn survey(pid: Tid) -> Result<Vec<PosixTimer>, AttrError> {
+    let known = |t: &ProcTimer| PosixTimer { id: t.id, clock: t.clock, ..PosixTimer::default() };
+    // More than that are refused here already.
+    Ok(timers_of(pid)?.iter().take(MAX_TIMERS).map(known).collect())
+}
+
 /// What is in the way of having these timers here.
 pub fn check_here(timers: &[PosixTimer]) -> Vec<Reason> {
     if timers.is_empty() || attrs::timer_ids_can_be_chosen() {
@@ -154,6 +165,32 @@ impl TimersProbe {
     }
 }
 
+/// Corrects timers that fired after they were read: their signal is among those pending, and was not
+/// `before`. What they had left is over: one that fires once must not fire again, any other goes on with
+/// the next time.
+pub fn account_for_fired(before: &[Vec<u8>], image: &mut Process) {
+    let all = super::signals::all_pending(image);
+    let word = |info: &[u8], at: usize| info.get(at..at + 4)?.try_into().ok().map(i32::from_ne_bytes);
+    // siginfo_t: signal, errno, code; for SI_TIMER the timer's id after the padding.
+    let new: Vec<_> = all.iter().filter(|info| !before.contains(info)).collect();
+    let from_kernel =
+        |info: &[u8], signal| word(info, 0) == Some(signal) && word(info, 8) == Some(libc::SI_KERNEL);
+    let next = |value: u64, interval: u64| if interval == 0 { 0 } else { value.saturating_add(interval) };
+    for timer in &mut image.timers {
+        let is_its =
+            |info: &&Vec<u8>| word(info, 8) == Some(libc::SI_TIMER) && word(info, 16) == Some(timer.id);
+        if timer.value_ns != 0 && new.iter().any(|info| is_its(info)) {
+            timer.value_ns = next(timer.value_ns, timer.interval_ns);
+        }
+    }
+    for (signal, timer) in [libc::SIGALRM, libc::SIGVTALRM, libc::SIGPROF].into_iter().zip(&mut image.itimers)
+    {
+        if timer.value_us != 0 && new.iter().any(|info| from_kernel(info, signal)) {
+            timer.value_us = next(timer.value_us, timer.interval_us);
+        }
+    }
+}
+
 /// Makes the timers again and starts them. `elapsed` is how long ago they were captured: what goes on
 /// while a process does not run is that much nearer its end, and fires at once if it is over.
 ///
@@ -228,6 +265,34 @@ mod tests {
     #[test]
     fn time_passes_but_never_stops_a_timer() {
         assert_eq!((left(0, 5), left(10, 4), left(10, 10), left(10, 11)), (0, 6, 1, 1));
+    }
+
+    #[test]
+    fn what_fired_after_it_was_read_fires_no_second_time() {
+        let info = |signal: i32, code: i32, id: i32| {
+            let mut info = vec![0; attrs::SIGINFO_BYTES];
+            for (at, word) in [(0, signal), (8, code), (16, id)] {
+                info[at..at + 4].copy_from_slice(&word.to_ne_bytes());
+            }
+            info
+        };
+        let timer = |id, interval_ns| PosixTimer { id, value_ns: 5, interval_ns, ..PosixTimer::default() };
+        let mut image = Process {
+            pending: vec![
+                info(libc::SIGALRM, libc::SI_KERNEL, 0),
+                info(10, libc::SI_TIMER, 1),
+                info(10, libc::SI_TIMER, 2),
+                info(10, libc::SI_TIMER, 3),
+            ],
+            itimers: vec![Itimer { interval_us: 0, value_us: 9 }; 3],
+            timers: vec![timer(1, 0), timer(2, 100), timer(3, 0), timer(4, 0)],
+            ..Process::default()
+        };
+        account_for_fired(&[info(10, libc::SI_TIMER, 3)], &mut image);
+        let left: Vec<u64> = image.timers.iter().map(|t| t.value_ns).collect();
+        assert_eq!(left, [0, 105, 5, 5]);
+        let left: Vec<u64> = image.itimers.iter().map(|t| t.value_us).collect();
+        assert_eq!(left, [0, 9, 9]);
     }
 
     #[test]
