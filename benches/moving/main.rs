@@ -195,7 +195,7 @@ fn throughput(lan: &Lan, services: &[Service; 2]) -> Result<()> {
         }
         let (mut befores, mut durings, mut ratios) = (Vec::new(), Vec::new(), Vec::new());
         let (mut copying, mut downtimes) = (Vec::new(), Vec::new());
-        for _ in 0..2 {
+        for _ in 0..3 {
             // The memory of the killed source is taken apart first.
             std::thread::sleep(Duration::from_millis(1500));
             let before = seen.rate(Instant::now() - Duration::from_millis(1000), Instant::now());

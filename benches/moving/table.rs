@@ -1,9 +1,12 @@
 //! Medians and tables.
 
-/// The middle of some numbers; 0 if there are none.
+/// The middle of some numbers, between the two middle ones of an even count; 0 if there are none.
 pub(crate) fn median(numbers: &mut [f64]) -> f64 {
     numbers.sort_by(f64::total_cmp);
-    numbers.get(numbers.len() / 2).copied().unwrap_or_default()
+    match numbers.len() {
+        0 => 0.0,
+        count => f64::midpoint(numbers[(count - 1) / 2], numbers[count / 2]),
+    }
 }
 
 /// Prints rows below a head, in the form of Markdown.
