@@ -22,6 +22,9 @@ use super::state::timers::{self, TimersProbe};
 use super::sys::ptrace;
 use crate::proto::image::{Process, Range, Thread};
 
+/// Only root may have the core: what a change of ids leaves where fs.suid_dumpable is 2.
+const DUMPABLE_ROOT_ONLY: u32 = 2;
+
 /// Why the state of a process could not be captured.
 #[derive(Debug, thiserror::Error)]
 pub enum CaptureError {
@@ -110,7 +113,13 @@ pub fn capture(
     process.actions = actions.read(pid, &outcome)?;
     process.clocks = Some(time.read(pid, &outcome)?);
     (process.itimers, process.timers) = clocks.read(pid, &outcome)?;
-    process.creds = Some(rights.read(leader, &outcome)?);
+    let creds = rights.read(leader, &outcome)?;
+    if creds.dumpable == DUMPABLE_ROOT_ONLY {
+        // prctl(2) does not set this value, and another one would say something else about its core dumps.
+        let why = "has dumpable 2 (fs.suid_dumpable), which cannot be carried";
+        return Err(AttrError::Refused(vec![Reason::new(format!("pid {pid}"), why, "")]).into());
+    }
+    process.creds = Some(creds);
     let stat = read_as(format!("/proc/{pid}/stat"), parse_stat)?;
     process.attrs = Some(bounds.read(leader, &stat, &outcome)?);
     thread_attributes(frozen, &mut process)?;
