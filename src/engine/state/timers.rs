@@ -179,7 +179,7 @@ pub fn account_for_fired(before: &[Vec<u8>], image: &mut Process) {
     for timer in &mut image.timers {
         let is_its =
             |info: &&Vec<u8>| word(info, 8) == Some(libc::SI_TIMER) && word(info, 16) == Some(timer.id);
-        if timer.value_ns != 0 && new.iter().any(|info| is_its(info)) {
+        if timer.value_ns != 0 && new.iter().any(is_its) {
             timer.value_ns = next(timer.value_ns, timer.interval_ns);
         }
     }
