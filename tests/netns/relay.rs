@@ -44,11 +44,18 @@ impl Relay {
         let there = SocketAddr::new(Lan::B.parse()?, 7077);
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = Arc::clone(&stop);
+        let (ready, bound) = std::sync::mpsc::channel();
         let thread = lan.client("relay", move || {
-            if let Err(error) = carry(here, there, weather, &stopped) {
+            let carried = UdpSocket::bind(here).and_then(|front| {
+                let _ = ready.send(());
+                carry(&front, there, weather, &stopped)
+            });
+            if let Err(error) = carried {
                 println!("    the relay ended: {error}");
             }
         })?;
+        // What is sent before it listens is lost without its doing.
+        bound.recv_timeout(Duration::from_secs(10)).map_err(|_| "the relay does not listen")?;
         Ok(Self { address: here.to_string(), stop, thread: Some(thread) })
     }
 }
@@ -68,11 +75,11 @@ type Clients = HashMap<SocketAddr, UdpSocket>;
 /// When it is due, a number that keeps the order, whether to the destination or back, client, bytes.
 type Waiting = (Instant, u64, bool, SocketAddr, Vec<u8>);
 
-fn carry(here: SocketAddr, there: SocketAddr, weather: Weather, stop: &AtomicBool) -> std::io::Result<()> {
-    let front = UdpSocket::bind(here)?;
+fn carry(front: &UdpSocket, there: SocketAddr, weather: Weather, stop: &AtomicBool) -> std::io::Result<()> {
+    let here = front.local_addr()?;
     front.set_nonblocking(true)?;
     // A burst must not be lost here that a real link would carry.
-    setsockopt(&front, RcvBuf, &(4 << 20))?;
+    setsockopt(front, RcvBuf, &(4 << 20))?;
     let mut choices = Choices::new("relay");
     let mut clients = Clients::new();
     let mut queue: BinaryHeap<Reverse<Waiting>> = BinaryHeap::new();
