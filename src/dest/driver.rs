@@ -18,7 +18,6 @@ use crate::engine::address::{Address, AddressSet};
 use crate::engine::alive;
 use crate::engine::clocks::{self, ClockError, Shift};
 use crate::engine::kernel::Host;
-use crate::engine::priority::Ahead;
 use crate::engine::reason::Reason;
 use crate::engine::remote::Tid;
 use crate::engine::restore::{self, RestoreError};
@@ -211,11 +210,6 @@ impl Driver {
     fn restore(&mut self, process: &Process) -> Result<ProcessKey, ActionError> {
         self.clock.begin("build");
         let mut skeleton = self.assembly.take().ok_or(ActionError::Order)?.into_skeleton()?;
-        // Each of the calls that follow would wait its turn on a busy host. The threads of the process keep
-        // this until the restore schedules them as they were at the source; so only if it will.
-        let helpers =
-            if process.threads.iter().all(|t| t.sched.is_some()) { skeleton.tids() } else { vec![] };
-        let _ahead = Ahead::with(&helpers);
         let log = self.state_dir.join("logs").join(format!("{}-{}.log", process.pid, self.id));
         let descriptors = process.files.clone().unwrap_or_default();
         let built = files::build(&descriptors, Some(&log), &self.shift)?;
