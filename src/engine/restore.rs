@@ -125,7 +125,7 @@ pub fn restore(
     let named = signals::restore_actions(&process.actions, &mut batch).map_err(state(stage))?;
     run(skeleton, stage, &batch, &named)?;
 
-    // Before the timer slack, which a thread that is ahead of all others does not take.
+    // Before the timer slack, which changing the scheduling may reset and a real-time thread does not take.
     for thread in &process.threads {
         if let (Some(sched), Ok(tid)) = (&thread.sched, Tid::try_from(thread.tid)) {
             sched::restore(tid, sched).map_err(state(Stage::Threads))?;
