@@ -105,6 +105,7 @@ impl UffdTracker {
                 out.gone.extend(left.iter());
                 Ok(true)
             }
+            VmaKind::VmaMemfdShared | VmaKind::VmaMemfdPrivate | VmaKind::VmaSysv => Ok(true),
             VmaKind::VmaFileShared | VmaKind::VmaVdso | VmaKind::Invalid => Ok(true),
         }
     }

@@ -136,6 +136,7 @@ impl UffdTracker {
             VmaKind::VmaAnonShared => {
                 Some(Query { flags, all: pagemap::WRITTEN, report: pagemap::WRITTEN, ..Query::default() })
             }
+            VmaKind::VmaMemfdShared | VmaKind::VmaMemfdPrivate | VmaKind::VmaSysv => None,
             VmaKind::VmaFileShared | VmaKind::VmaVdso | VmaKind::Invalid => None,
         }
     }

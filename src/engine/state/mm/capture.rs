@@ -166,6 +166,7 @@ pub fn capture(pid: Tid, flags: &FlagCache) -> Result<CapturedMap, MapError> {
             shm_inode: if kind == VmaKind::VmaAnonShared { m.inode } else { 0 },
             fresh: false,
             resident: Vec::new(),
+            page_bytes: 0,
             accounted: has(b"ac") && !m.write && !m.shared,
         });
     }

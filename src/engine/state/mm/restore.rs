@@ -43,6 +43,7 @@ pub fn reconcile(process: &mut dyn RemoteCalls, now: &Layout, wanted: &Layout) -
         let len = end - start;
         match kind {
             VmaKind::VmaVdso | VmaKind::Invalid => continue,
+            VmaKind::VmaMemfdShared | VmaKind::VmaMemfdPrivate | VmaKind::VmaSysv => continue,
             VmaKind::VmaAnonShared => {
                 shared.push((start, end, w));
                 continue;
