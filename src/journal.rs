@@ -28,6 +28,8 @@ pub enum OutgoingState {
     Taking,
     /// The commit may be under way: only the destination knows who runs the process.
     Limbo,
+    /// The destination runs it, and is owed pages that are still here.
+    Serving,
     /// The destination has it: kill it here, keep the addresses away.
     Moved,
 }
@@ -49,6 +51,9 @@ pub struct Outgoing {
     pub peer: String,
     /// How far the source had come.
     pub state: OutgoingState,
+    /// Pages are owed once it is accepted: it must not be killed before the destination has them.
+    #[serde(default)]
+    pub owes: bool,
     /// It was stopped (SIGSTOP) before we came, and must be left so.
     pub was_stopped: bool,
     /// Addresses taken from this host.
@@ -78,6 +83,9 @@ pub struct Incoming {
     pub peer: String,
     /// How far the destination had come.
     pub state: IncomingState,
+    /// Pages are missing until the source has confirmed: a guardian holds them, see `lazy`.
+    #[serde(default)]
+    pub misses: bool,
     /// It was stopped (SIGSTOP) at the source, and must be left so.
     pub was_stopped: bool,
     /// Addresses to add here.
@@ -298,6 +306,7 @@ mod tests {
             destination: "[2001:db8::1]:7077".into(),
             peer: "sha256:00".into(),
             state,
+            owes: false,
             was_stopped: false,
             addresses: vec![],
         }

@@ -133,6 +133,7 @@ impl Assembly {
                 self.drops.push((addr, addr + u64::from(pages) * PAGE_BYTES));
                 Ok(Applied::Placed)
             }
+            Content::Missing(_) => Ok(Applied::Placed),
             Content::RoundEnd => {
                 self.drop_pending()?;
                 Ok(Applied::RoundEnd(round))

@@ -13,7 +13,7 @@ use super::assemble::{Applied, AssembleError, Assembly};
 use super::machine::DestMachine;
 use super::protocol::{Action, Cause, Event, LinkId, Message, Outcome, Tell};
 use super::reaper;
-use super::wire::{to_control, to_message};
+use super::wire::{Extras, to_control, to_message};
 use crate::engine::address::{Address, AddressSet};
 use crate::engine::alive;
 use crate::engine::clocks::{self, ClockError, Shift};
@@ -265,6 +265,7 @@ impl Driver {
                 reaper::adopt(right.process().pid);
                 Ok(None)
             }
+            Action::Attach(_) | Action::KillLost => Ok(None),
             Action::Kill => {
                 self.assembly = None;
                 self.skeleton = None;
@@ -317,6 +318,7 @@ impl Driver {
             boot: journal::boot_id()?,
             peer: self.peer.clone(),
             state,
+            misses: false,
             was_stopped: self.stopped,
             addresses: self.addresses.as_ref().map(AddressSet::records).unwrap_or_default(),
         })
@@ -325,7 +327,7 @@ impl Driver {
     fn send(&mut self, to: LinkId, tell: &Tell) -> Option<Event> {
         let timings = matches!(tell, Tell::Prepared | Tell::Committed)
             .then(|| Timings { phase_us: self.clock.so_far().to_micros().collect() });
-        let message = to_control(tell, self.id, timings);
+        let message = to_control(tell, self.id, Extras { timings, ..Extras::default() });
         let sent = match (to == OWN_LINK, &self.link) {
             (true, Some(link)) => link.send_control(&message).is_ok(),
             (true, None) => false,

@@ -140,7 +140,9 @@ pub fn answer_unknown(message: &Message) -> Option<Tell> {
     match message {
         Message::Query => Some(Tell::Answer(Fate::NotAccepted)),
         Message::Commit => Some(Tell::Abort(vec![])),
-        Message::Confirm | Message::Abort(_) => None,
+        // Only a source that was accepted says these; with us no such process is known.
+        Message::Resume => Some(Tell::Answer(Fate::NotAccepted)),
+        Message::Confirm | Message::Abort(_) | Message::Gone(_) => None,
     }
 }
 
@@ -224,6 +226,14 @@ fn running(event: Event) -> Step {
         Event::Message(_, Message::Confirm) => {
             (State::Done, Ok(vec![Action::Forget, Action::Finish(Outcome::Moved)]))
         }
+        // Drained follows where nothing is missing: the driver knows.
+        Event::Message(from, Message::Resume) => {
+            (State::Running, Ok(vec![Action::Attach(from), Action::Send(from, Tell::Resumed)]))
+        }
+        Event::Message(from, Message::Gone(reasons)) => {
+            (State::Running, Ok(vec![Action::KillLost, Action::Send(from, Tell::Lost(reasons))]))
+        }
+        Event::Drained(link) => (State::Running, Ok(vec![Action::Send(link, Tell::Drained)])),
         Event::Message(from, message) => {
             (State::Running, Ok(answer_accepted(from, &message).into_iter().collect()))
         }
@@ -236,7 +246,9 @@ fn answer_accepted(link: LinkId, message: &Message) -> Option<Action> {
     match message {
         Message::Commit => Some(Action::Send(link, Tell::Committed)),
         Message::Query | Message::Abort(_) => Some(Action::Send(link, Tell::Answer(Fate::Accepted))),
-        Message::Confirm => None,
+        // After the confirmation: nothing can be missing.
+        Message::Resume => Some(Action::Send(link, Tell::Drained)),
+        Message::Confirm | Message::Gone(_) => None,
     }
 }
 
@@ -269,7 +281,7 @@ fn with_answers(mut actions: Vec<Action>, answers: impl Iterator<Item = Action>)
 fn ended(state: State, link: LinkId, event: Event) -> Step {
     let name = state.name();
     match event {
-        Event::Message(from, Message::Query) => {
+        Event::Message(from, Message::Query | Message::Resume) => {
             give_up(Cause::Queried(name), Some((from, Tell::Answer(Fate::NotAccepted))))
         }
         Event::Message(_, Message::Abort(reasons)) => give_up(Cause::Aborted(reasons), None),

@@ -20,6 +20,10 @@ pub enum Message {
     Query,
     /// The source knows that we have it.
     Confirm,
+    /// Which pages are missing? The source goes on with them, on the connection of this message.
+    Resume,
+    /// The source has lost the pages that are missing here.
+    Gone(Vec<Reason>),
     /// The source keeps the process.
     Abort(Vec<Reason>),
 }
@@ -39,6 +43,12 @@ pub enum Tell {
     Committed,
     /// What became of it.
     Answer(Fate),
+    /// What is missing (the driver knows), or that nothing is.
+    Resumed,
+    /// No page is missing any more.
+    Drained,
+    /// The process has ended here: its missing pages cannot be had.
+    Lost(Vec<Reason>),
     /// We gave up and will not accept.
     Abort(Vec<Reason>),
 }
@@ -62,6 +72,8 @@ pub enum Event {
     Recorded,
     /// The process outlives us from now on.
     Accepted,
+    /// Nothing is missing any more, or the process has ended; tell the source on this connection.
+    Drained(LinkId),
     /// This connection is lost.
     LinkLost(LinkId),
     /// The timer that [`Action::Arm`] set has run out.
@@ -98,6 +110,10 @@ pub enum Action {
     AddAddresses,
     /// Lower the fence and let the process run.
     Resume(RunRight),
+    /// Take this connection for the missing pages, in place of any other.
+    Attach(LinkId),
+    /// Kill the process, which waits for pages that will not come.
+    KillLost,
     /// Kill the skeleton and free all it holds. No thread of it has run.
     Kill,
     /// Remove the journal.

@@ -11,7 +11,7 @@ use super::driver::Ask;
 use super::machine::DestMachine;
 use super::protocol::{Action, Event, LinkId};
 use super::serve::{Entry, Registry};
-use super::wire::to_control;
+use super::wire::{Extras, to_control};
 use crate::engine::address::AddressSet;
 use crate::engine::alive;
 use crate::engine::procfs;
@@ -116,7 +116,7 @@ impl Recovered {
                     }
                 }
                 Action::Send(_, tell) => {
-                    let message = to_control(&tell, self.record.id, None);
+                    let message = to_control(&tell, self.record.id, Extras::default());
                     let _ = self.asker.as_ref().map(|l| l.send_control(&message));
                 }
                 Action::Finish(_) => return true,

@@ -10,7 +10,7 @@ use super::driver::{Ask, Driver, in_words};
 use super::machine::answer_unknown;
 use super::protocol::Message;
 use super::recover;
-use super::wire::{migration_of, to_control, to_message};
+use super::wire::{Extras, migration_of, to_control, to_message};
 use crate::config::ServeConfig;
 use crate::engine::clocks::{self, Shift};
 use crate::engine::kernel::Host;
@@ -151,7 +151,7 @@ impl Service {
             None => Some(message),
         };
         if let Some(tell) = unanswered.as_ref().and_then(answer_unknown) {
-            let _ = link.send_control(&to_control(&tell, id, None));
+            let _ = link.send_control(&to_control(&tell, id, Extras::default()));
         }
     }
 

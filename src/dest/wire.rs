@@ -2,7 +2,10 @@
 
 use super::protocol::{Message, Tell};
 use crate::migration::{Fate, MigrationId};
-use crate::proto::control::{self, Abort, Answer, Committed, Prepared, Ready, Refused, RoundPlaced, Timings};
+use crate::proto::control::{
+    self, Abort, Answer, Committed, DrainStats, Drained, Lost, PageRuns, Prepared, Ready, Refused, Resumed,
+    RoundPlaced, Timings,
+};
 use crate::wire::{Body, Control};
 
 /// A message that the destination does not take.
@@ -10,11 +13,21 @@ use crate::wire::{Body, Control};
 #[error("unexpected message of the source: {0}")]
 pub(super) struct Unexpected(String);
 
-pub(super) fn to_control(tell: &Tell, id: MigrationId, timings: Option<Timings>) -> Control {
+/// What goes beside the word into its message.
+#[derive(Debug, Default)]
+pub(super) struct Extras {
+    pub timings: Option<Timings>,
+    pub urgent_port: u16,
+    pub missing: PageRuns,
+    pub stats: DrainStats,
+}
+
+pub(super) fn to_control(tell: &Tell, id: MigrationId, extras: Extras) -> Control {
+    let Extras { timings, urgent_port, missing, stats } = extras;
     let migration_id = id.to_string();
     let reasons = |list: &[crate::engine::reason::Reason]| list.iter().cloned().map(Into::into).collect();
     let body = match tell {
-        Tell::Ready => Body::Ready(Ready { migration_id }),
+        Tell::Ready => Body::Ready(Ready { migration_id, urgent_port: u32::from(urgent_port) }),
         Tell::Refused(list) => Body::Refused(Refused { reasons: reasons(list) }),
         Tell::RoundPlaced(round) => Body::RoundPlaced(RoundPlaced { round: *round }),
         Tell::Prepared => Body::Prepared(Prepared { migration_id, timings }),
@@ -26,6 +39,12 @@ pub(super) fn to_control(tell: &Tell, id: MigrationId, timings: Option<Timings>)
             };
             Body::Answer(Answer { migration_id, fate: fate.into() })
         }
+        Tell::Resumed => {
+            let urgent_port = u32::from(urgent_port);
+            Body::Resumed(Resumed { migration_id, missing: Some(missing), urgent_port })
+        }
+        Tell::Drained => Body::Drained(Drained { migration_id, stats: Some(stats) }),
+        Tell::Lost(list) => Body::Lost(Lost { migration_id, reasons: reasons(list) }),
         Tell::Abort(list) => Body::Abort(Abort { migration_id, reasons: reasons(list) }),
     };
     Control { message: Some(body) }
@@ -39,6 +58,8 @@ pub(super) fn migration_of(message: &Control) -> Option<MigrationId> {
         Body::Confirm(m) => m.migration_id.parse().ok(),
         Body::Abort(m) => m.migration_id.parse().ok(),
         Body::Begin(m) => m.migration_id.parse().ok(),
+        Body::Resume(m) => m.migration_id.parse().ok(),
+        Body::Gone(m) => m.migration_id.parse().ok(),
         _ => None,
     }
 }
@@ -48,6 +69,8 @@ pub(super) fn to_message(message: Control) -> Result<Message, Unexpected> {
         Some(Body::Commit(_)) => Message::Commit,
         Some(Body::Query(_)) => Message::Query,
         Some(Body::Confirm(_)) => Message::Confirm,
+        Some(Body::Resume(_)) => Message::Resume,
+        Some(Body::Gone(m)) => Message::Gone(m.reasons.into_iter().map(Into::into).collect()),
         Some(Body::Abort(m)) => Message::Abort(m.reasons.into_iter().map(Into::into).collect()),
         other => return Err(Unexpected(format!("{other:?}").chars().take(100).collect())),
     })

@@ -34,6 +34,8 @@ pub const BLOCK_BYTES: usize = MAX_BATCH_PAGES * PAGE_BYTES;
 pub const MAX_LAYOUT_BYTES: usize = 16 << 20;
 /// Largest process state that a frame may carry.
 pub const MAX_STATE_BYTES: usize = 64 << 20;
+/// Longest list of missing pages that a frame may carry.
+pub const MAX_RUNS_BYTES: usize = 16 << 20;
 /// Page numbers end here: user space reaches to 2^56 bytes where page tables have five levels.
 pub const MAX_PAGE_NUMBER: u64 = 1 << 44;
 
@@ -58,6 +60,9 @@ pub enum Kind {
     RoundEnd = 5,
     /// The final state of the process.
     State = 6,
+    /// Pages whose earlier contents are void and whose contents will come after the process has resumed,
+    /// unless they are sent before: a `PageRuns` message.
+    Missing = 7,
 }
 
 /// How a block is stored.
@@ -112,6 +117,9 @@ pub enum FrameError {
         /// Bytes that the header announces.
         want: usize,
     },
+    /// A list of page runs is not sorted, or goes beyond user space.
+    #[error("list of page runs out of order at entry {0}")]
+    Runs(usize),
     /// The page table is not ascending from 0.
     #[error("page table out of order at entry {0}")]
     Table(usize),
@@ -191,6 +199,7 @@ impl Header {
             4 => Kind::Layout,
             5 => Kind::RoundEnd,
             6 => Kind::State,
+            7 => Kind::Missing,
             other => return Err(FrameError::Kind(other)),
         };
         let codec = match codec {
@@ -238,6 +247,7 @@ impl Header {
             Kind::Data => self.table_bytes() + self.pages as usize * PAGE_BYTES,
             Kind::Layout => MAX_LAYOUT_BYTES,
             Kind::State => MAX_STATE_BYTES,
+            Kind::Missing => MAX_RUNS_BYTES,
             Kind::Zero | Kind::Drop | Kind::RoundEnd => 0,
         };
         if len > limit {
@@ -354,6 +364,14 @@ pub fn layout(round: u32, message: &[u8]) -> Result<Bytes, FrameError> {
 /// [`FrameError::TooLong`] beyond [`MAX_STATE_BYTES`].
 pub fn state(round: u32, message: &[u8]) -> Result<Bytes, FrameError> {
     whole(Kind::State, round, message, MAX_STATE_BYTES)
+}
+
+/// The frame that announces missing pages (an encoded `PageRuns` message), ready to be sent.
+///
+/// # Errors
+/// [`FrameError::TooLong`] beyond [`MAX_RUNS_BYTES`].
+pub fn missing(round: u32, message: &[u8]) -> Result<Bytes, FrameError> {
+    whole(Kind::Missing, round, message, MAX_RUNS_BYTES)
 }
 
 fn whole(kind: Kind, round: u32, message: &[u8], limit: usize) -> Result<Bytes, FrameError> {

@@ -4,9 +4,11 @@
 //! - [`frame`]: what a frame is, its header, and the strict decoder.
 //! - [`pack`]: page contents to frames: zero runs, batches of up to 16 pages, compression where it pays.
 //! - [`unpack`]: a received frame to runs of pages.
+//! - [`runs`]: lists of page runs without contents.
 
 pub mod frame;
 pub mod pack;
+pub mod runs;
 pub mod unpack;
 
 mod compress;

@@ -32,6 +32,8 @@ pub enum Content<'a> {
     RoundEnd,
     /// The encoded final state.
     State(Bytes),
+    /// An encoded `PageRuns` message: pages that are void and will come late.
+    Missing(Bytes),
 }
 
 /// The pages of a Data frame.
@@ -133,6 +135,7 @@ impl Unpacker {
             }
             Kind::Layout => whole().map(Content::Layout),
             Kind::State => whole().map(Content::State),
+            Kind::Missing => whole().map(Content::Missing),
             Kind::RoundEnd => whole().map(|_| Content::RoundEnd),
         }
     }

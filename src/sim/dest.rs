@@ -28,6 +28,7 @@ impl World {
                 self.dest_seen = true;
                 let (machine, actions) = DestMachine::begin(link_id(link));
                 self.dest = Some(machine);
+                self.dest_data_link = Some(link);
                 self.dest_plan(actions);
                 if !self.links[link].up {
                     self.at(LATENCY, Event::LinkGone { link, at_source: false });
@@ -35,8 +36,17 @@ impl World {
                 Ok(())
             }
             Body::Round(round) if self.collecting() => self.dest_event(Told::RoundPlaced(round)),
-            Body::Final if self.collecting() => self.dest_event(Told::Applied(PROCESS)),
+            Body::Final if self.collecting() => {
+                self.misses = self.owes;
+                self.dest_event(Told::Applied(PROCESS))
+            }
             Body::Round(_) | Body::Final => Ok(()),
+            // Pages of a connection that another has taken the place of are nobody's.
+            Body::Pages if self.dest_data_link == Some(link) => {
+                self.misses = false;
+                self.dest_event(Told::Drained(link_id(link)))
+            }
+            Body::Pages => Ok(()),
             Body::ToDest(message) if self.dest.is_some() => {
                 self.dest_event(Told::Message(link_id(link), message))
             }
@@ -136,7 +146,15 @@ impl World {
                     self.there = There::Running;
                 }
             }
-            Action::Kill => self.there = There::None,
+            Action::Attach(link) => self.dest_data_link = usize::try_from(link.0).ok(),
+            Action::KillLost => {
+                self.misses = false;
+                self.there = There::Ended;
+            }
+            Action::Kill => {
+                self.misses = false;
+                self.there = There::None;
+            }
             Action::Forget => self.incoming = None,
             // The driver may drop the machine now or later.
             Action::Finish(_) if self.random().is_multiple_of(2) => self.dest = None,
@@ -147,6 +165,8 @@ impl World {
     }
 
     fn dest_sends(&mut self, link: usize, word: Tell) {
+        // As the driver does: only it knows whether anything is missing.
+        let word = if word == Tell::Resumed && !self.misses { Tell::Drained } else { word };
         self.transmit(link, Body::ToSource(heard(word)));
     }
 
@@ -162,7 +182,10 @@ impl World {
         self.dest_todo.clear();
         self.fail_dest = false;
         self.there = match self.there {
-            There::Skeleton { exitkill: true, .. } => There::None,
+            There::Skeleton { exitkill: true, .. } => {
+                self.misses = false;
+                There::None
+            }
             There::Skeleton { exitkill: false, fence: true } => There::Stopped,
             There::Skeleton { exitkill: false, fence: false } => There::Running,
             other => other,

@@ -35,7 +35,7 @@ enum Fault {
     /// kill -9 of the sentinel.
     KillSentinel,
     /// All connections end and none can be made for a while. `late`: what is under way arrives after it
-    /// instead of never. `silent`: nobody is told.
+    /// instead of never. `silent`: nobody is told before the transport's idle timeout.
     Cut { heal_ms: u64, late: bool, silent: bool },
     /// The message that would arrive now does not.
     Drop,
@@ -107,6 +107,8 @@ enum Body {
     Begin,
     Round(u32),
     Final,
+    /// All pages that are owed.
+    Pages,
     ToDest(d::Message),
     ToSource(s::Message),
 }
@@ -142,9 +144,15 @@ struct World {
     trace: Option<Vec<String>>,
     rng: Option<u64>,
 
+    /// Post-copy: pages are owed after the resume.
+    owes: bool,
+    /// The process at the destination misses pages that only the source has.
+    misses: bool,
     here: Here,
     there: There,
     ever_ran_there: bool,
+    /// The number of the event by which it first ran there.
+    accepted_at: usize,
     address_here: bool,
     address_there: bool,
     outgoing: Option<OutgoingState>,
@@ -165,6 +173,8 @@ struct World {
     incarnation: u64,
     dest: Option<DestMachine>,
     dest_seen: bool,
+    /// The connection whose pages are taken.
+    dest_data_link: Option<usize>,
     dest_todo: VecDeque<(u64, dest::Do)>,
     dest_lists: u64,
     dest_timer: u64,
@@ -180,8 +190,9 @@ const SENTINEL: usize = 0;
 const OPERATOR: usize = 1;
 
 impl World {
-    /// A world where the migration has just been asked for. With a seed, every delay is random.
-    fn new(seed: Option<u64>) -> Self {
+    /// A world where the migration has just been asked for, in pre-copy only or with post-copy. With a seed,
+    /// every delay is random.
+    fn new(seed: Option<u64>, owes: bool) -> Self {
         let mut world = Self {
             now: Duration::ZERO,
             sequence: 0,
@@ -189,9 +200,12 @@ impl World {
             events: 0,
             trace: None,
             rng: seed.map(|s| s.wrapping_mul(2).wrapping_add(1)),
+            owes,
+            misses: false,
             here: Here::Running,
             there: There::None,
             ever_ran_there: false,
+            accepted_at: 0,
             address_here: true,
             address_there: false,
             outgoing: None,
@@ -209,6 +223,7 @@ impl World {
             incarnation: 0,
             dest: None,
             dest_seen: false,
+            dest_data_link: None,
             dest_todo: VecDeque::new(),
             dest_lists: 0,
             dest_timer: 0,
@@ -330,7 +345,13 @@ impl World {
             (Fault::Cancel, _) => self.at(Duration::ZERO, Event::Source(s::Event::Cancel)),
             (Fault::FailSource, _) => self.fail_source = true,
             (Fault::FailDest, _) => self.fail_dest = true,
-            (Fault::Exit, _) if self.there == There::Running => self.there = There::Ended,
+            (Fault::Exit, _) if self.there == There::Running => {
+                self.there = There::Ended;
+                self.misses = false;
+                if let Some(link) = self.dest_data_link {
+                    self.at(STEP, Event::Dest(self.incarnation, d::Event::Drained(link_id(link))));
+                }
+            }
             (Fault::Exit, _) => {}
             (Fault::Operator, _) => self.resolvers[OPERATOR].wanted = true,
         }
@@ -347,9 +368,14 @@ impl World {
 
     /// What must hold at any time.
     fn check(&mut self) -> Result<(), String> {
-        self.ever_ran_there |= self.there == There::Running;
+        if self.there == There::Running && !self.ever_ran_there {
+            (self.ever_ran_there, self.accepted_at) = (true, self.events);
+        }
         if self.here == Here::Running && self.ever_ran_there {
             return Err("it runs here although it has run there".into());
+        }
+        if self.misses && self.here == Here::Dead {
+            return Err("pages are missing there, and here the process that has them is dead".into());
         }
         if self.address_here && self.address_there {
             return Err("both have the address".into());
@@ -364,6 +390,7 @@ impl World {
         ensure("the destination never came back", self.dest_up && self.network_up)?;
         ensure("the source's journal has a leftover", self.outgoing.is_none())?;
         ensure("the lock was never given back", self.lock.is_none())?;
+        ensure("pages are missing at the end", !self.misses)?;
         match (self.here, self.there) {
             (Here::Running, There::None) => {
                 ensure("it runs here without its address", self.address_here && !self.address_there)?;

@@ -6,6 +6,9 @@ use super::{Body, Event, LATENCY, Link, Opener, Packet, World, resolver};
 use crate::dest::protocol as d;
 use crate::source::protocol as s;
 
+/// As the transport's.
+const IDLE_TIMEOUT: Duration = Duration::from_secs(5);
+
 impl World {
     pub(super) fn cut(&mut self, heal: Duration, late: bool, silent: bool) {
         self.network_up = false;
@@ -18,10 +21,12 @@ impl World {
             }
             true
         });
+        // Silence is noticed as well, by the transport, only later.
+        let told_after = if silent { IDLE_TIMEOUT } else { LATENCY };
         for link in 0..self.links.len() {
-            if std::mem::replace(&mut self.links[link].up, false) && !silent {
-                self.at(LATENCY, Event::LinkGone { link, at_source: true });
-                self.at(LATENCY, Event::LinkGone { link, at_source: false });
+            if std::mem::replace(&mut self.links[link].up, false) {
+                self.at(told_after, Event::LinkGone { link, at_source: true });
+                self.at(told_after, Event::LinkGone { link, at_source: false });
             }
         }
     }
@@ -47,11 +52,13 @@ impl World {
         match (packet.body, link.opener) {
             (Body::ToSource(message), Opener::Source) => self.source_event(s::Event::Message(message)),
             (Body::ToSource(message), Opener::Resolver(which)) => {
-                let fate = match message {
-                    s::Message::Answer(fate) => fate,
-                    other => return Err(format!("a query was answered by {other:?}")),
+                let event = match message {
+                    s::Message::Answer(fate) => resolver::Event::Answer(packet.link, fate),
+                    s::Message::Resumed => resolver::Event::Resumed(packet.link),
+                    s::Message::Drained | s::Message::Lost(_) => resolver::Event::Served(packet.link),
+                    other => return Err(format!("a resolver was answered by {other:?}")),
                 };
-                self.resolver_event(which, resolver::Event::Answer(packet.link, fate));
+                self.resolver_event(which, event);
                 Ok(())
             }
             _ if !self.dest_up || link.incarnation != self.incarnation => Ok(()),
@@ -73,6 +80,9 @@ pub(super) fn heard(word: d::Tell) -> s::Message {
         d::Tell::Prepared => s::Message::Prepared,
         d::Tell::Committed => s::Message::Committed,
         d::Tell::Answer(fate) => s::Message::Answer(fate),
+        d::Tell::Resumed => s::Message::Resumed,
+        d::Tell::Drained => s::Message::Drained,
+        d::Tell::Lost(reasons) => s::Message::Lost(reasons),
         d::Tell::Abort(reasons) => s::Message::Abort(reasons),
     }
 }

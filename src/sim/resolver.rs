@@ -7,7 +7,7 @@ use super::{Body, Event as At, Here, LATENCY, Opener, STEP, World};
 use crate::dest::protocol::Message as ToDest;
 use crate::journal::OutgoingState;
 use crate::migration::Fate;
-use crate::source::resolve::{Step, steps_after, steps_for};
+use crate::source::resolve::{Step, WHEN_SERVED, steps_after, steps_for};
 
 const PAUSE: Duration = Duration::from_secs(1);
 
@@ -19,6 +19,8 @@ pub(super) struct Resolver {
     pub(super) alive: bool,
     /// What the journal said when it was read.
     basis: Option<OutgoingState>,
+    /// It has written itself into the record as the one who serves.
+    serves: bool,
     steps: VecDeque<Step>,
     /// The connection that an answer is awaited on.
     link: Option<usize>,
@@ -28,6 +30,8 @@ pub(super) struct Resolver {
 pub(super) enum Event {
     Look,
     Answer(usize, Fate),
+    Resumed(usize),
+    Served(usize),
     Patience(Option<usize>),
     Lock,
     Step,
@@ -54,9 +58,16 @@ impl World {
             Event::Look => self.look(which),
             Event::Answer(link, fate) if self.resolvers[which].link == Some(link) => {
                 self.resolvers[which].link = None;
-                self.decided(which, steps_after(fate));
+                self.decided(which, steps_after(fate, self.owes));
             }
-            Event::Answer(..) => {}
+            Event::Resumed(link) if self.resolvers[which].link == Some(link) => {
+                self.transmit(link, Body::Pages);
+            }
+            Event::Served(link) if self.resolvers[which].link == Some(link) => {
+                self.resolvers[which].link = None;
+                self.decided(which, WHEN_SERVED);
+            }
+            Event::Answer(..) | Event::Resumed(_) | Event::Served(_) => {}
             Event::Patience(link) if self.resolvers[which].link == link => {
                 self.resolvers[which].link = None;
                 self.at(STEP, At::Resolver(which, Event::Look));
@@ -82,10 +93,18 @@ impl World {
         if let Some(steps) = steps_for(state) {
             return self.decided(which, steps);
         }
+        if state == OutgoingState::Serving && !self.resolvers[which].serves {
+            if self.resolvers.iter().any(|other| other.alive && other.serves) {
+                // Its owner lives: the sentinel waits, an operator is told so.
+                return self.at(PAUSE, At::Resolver(which, Event::Look));
+            }
+            return self.decided(which, &[Step::RecordServing]);
+        }
         let link = self.connect(Opener::Resolver(which));
         if let Some(link) = link {
             self.resolvers[which].link = Some(link);
-            self.transmit(link, Body::ToDest(ToDest::Query));
+            let serving = state == OutgoingState::Serving;
+            self.transmit(link, Body::ToDest(if serving { ToDest::Resume } else { ToDest::Query }));
         }
         self.at(PAUSE, At::Resolver(which, Event::Patience(link)));
     }
@@ -98,7 +117,11 @@ impl World {
     fn resolver_step(&mut self, which: usize) {
         let Some(step) = self.resolvers[which].steps.pop_front() else {
             self.lock = None;
-            self.resolvers[which].alive = false;
+            if self.outgoing == Some(OutgoingState::Serving) {
+                self.at(STEP, At::Resolver(which, Event::Look));
+            } else {
+                self.resolvers[which].alive = false;
+            }
             return;
         };
         self.note(|| format!("resolver {which} does {step:?}"));
@@ -106,6 +129,12 @@ impl World {
             Step::ReturnAddresses => self.address_here = true,
             Step::LowerFence if self.here == Here::Stopped => self.here = Here::Running,
             Step::LowerFence => {}
+            Step::RecordServing => {
+                self.outgoing = Some(OutgoingState::Serving);
+                for (other, resolver) in self.resolvers.iter_mut().enumerate() {
+                    resolver.serves = other == which;
+                }
+            }
             Step::RecordMoved => self.outgoing = Some(OutgoingState::Moved),
             Step::Kill => self.here = Here::Dead,
             Step::Confirm => {

@@ -44,6 +44,9 @@ impl World {
                 Action::EnterLimbo => {
                     vec![Do::Journal(OutgoingState::Limbo), Do::RaiseFence, Do::Report(Told::LimboEntered)]
                 }
+                Action::Serve if self.owes => {
+                    vec![Do::Journal(OutgoingState::Serving), Do::Action(Action::Serve)]
+                }
                 Action::Conclude(_) => vec![
                     Do::Journal(OutgoingState::Moved),
                     Do::Kill,
@@ -122,6 +125,11 @@ impl World {
                 self.source_tells(Told::Frozen);
             }
             Action::SendFinal => self.transmit(self.source_link, Body::Final),
+            Action::Serve if self.owes => {
+                self.transmit(self.source_link, Body::Pages);
+                self.source_tells(Told::AllSent);
+            }
+            Action::Serve => self.source_tells(Told::NothingOwed),
             Action::Connect => {
                 self.links[self.source_link].up = false;
                 let link = self.connect(Opener::Source);
@@ -153,6 +161,8 @@ impl World {
             Tell::Begin => Body::Begin,
             Tell::Commit => Body::ToDest(ToDest::Commit),
             Tell::Query => Body::ToDest(ToDest::Query),
+            Tell::Resume => Body::ToDest(ToDest::Resume),
+            Tell::Gone(_) => Body::ToDest(ToDest::Gone(vec![])),
             Tell::Confirm => Body::ToDest(ToDest::Confirm),
             Tell::Abort(_) => Body::ToDest(ToDest::Abort(vec![])),
         };

@@ -59,6 +59,10 @@ impl Destination for OverQuic {
         }
     }
 
+    fn serve(&mut self, _record: &Outgoing) -> bool {
+        false
+    }
+
     fn confirm(&mut self, record: &Outgoing) {
         let Some(link) = self.connect(record) else { return };
         let confirm = Body::Confirm(Confirm { migration_id: record.id.to_string() });

@@ -6,7 +6,7 @@ use super::OverQuic;
 use super::driver::chain;
 use super::resolve::{self, Patience, Resolution, ResolveError};
 use crate::engine::reason::Reason;
-use crate::journal::{Journal, JournalError, Outgoing};
+use crate::journal::{Journal, JournalError, Outgoing, OutgoingState};
 use crate::migration::ProcessKey;
 
 /// Resolves the records of `process` before it is moved again, and says what stands against the move. The
@@ -60,7 +60,8 @@ fn against(
 fn resolve_quietly(state_dir: PathBuf, journal: Journal<Outgoing>, records: Vec<Outgoing>) {
     let work = move || {
         let mut destination = OverQuic::new(state_dir);
-        for record in records {
+        // Serving pages takes longer than this command may live.
+        for record in records.into_iter().filter(|r| r.state != OutgoingState::Serving) {
             match resolve::resolve(&journal, record.id, &mut destination, Patience::Once) {
                 Ok(Some(resolution)) => tracing::info!(id = %record.id, ?resolution, "an old migration"),
                 Ok(None) | Err(ResolveError::OwnerAlive(_)) => {}
@@ -78,7 +79,7 @@ fn resolve_quietly(state_dir: PathBuf, journal: Journal<Outgoing>, records: Vec<
 mod tests {
     use super::*;
     use crate::engine::alive;
-    use crate::journal::{OutgoingState, boot_id};
+    use crate::journal::boot_id;
     use crate::migration::{Fate, MigrationId};
 
     struct Answers(Option<Fate>);
@@ -86,6 +87,9 @@ mod tests {
     impl resolve::Destination for Answers {
         fn ask(&mut self, _: &Outgoing) -> Option<Fate> {
             self.0
+        }
+        fn serve(&mut self, _: &Outgoing) -> bool {
+            self.0.is_some()
         }
         fn confirm(&mut self, _: &Outgoing) {}
     }
@@ -100,6 +104,7 @@ mod tests {
             destination: "node:1".into(),
             peer: String::new(),
             state: OutgoingState::Limbo,
+            owes: false,
             was_stopped: false,
             addresses: vec![],
         }

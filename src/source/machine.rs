@@ -14,13 +14,19 @@
 //!    └─ refused, cancel, link lost, timeout, failure: from every state up to here       Limbo: Commit sent
 //!       ▼                                                                               │  │  │
 //!     Done(NotMoved): Thaw  ◀───────────────── NotAccepted (Answer, Abort) ─────────────┘  │  │
-//!     Done(Moved): Confirm  ◀── Killed ── Concluding: Conclude ◀── Committed, Accepted ────┘  │
-//!     Done(Unknown): LeaveHeld ◀────────── nobody reached until the deadline ─────────────────┘
+//!     Done(Unknown): LeaveHeld ◀────────── nobody reached until the deadline ──────────────┼──┘
+//!                                                                                          │
+//!     Done(Moved): Confirm  ◀── Killed ── Concluding: Conclude ◀── NothingOwed ── Serving ◀┘ Committed,
+//!                                                                   or Drained    Serve      Accepted
+//!     Done(Unfinished): LeaveHeld ◀── nobody reached until the deadline ── Serving: Resume, again and again
 //! ```
 //!
 //! In limbo the answer is not ours to guess. On link loss or silence the machine connects again and sends
 //! Query, with back-off, until the destination says what it did; its answer binds it. Before limbo the
 //! destination cannot have accepted, so the process is thawed at once.
+//!
+//! In post-copy (Serving) the right is gone; what is left here is a store of pages. A lost connection is
+//! made again with back-off, and the destination says what it misses.
 //!
 //! Why the order of the entry matters: journal and sentinel first, the fence second, Commit last. Whoever
 //! survives us then finds a process held by the fence only together with a record that says so, and a
@@ -28,6 +34,7 @@
 
 use std::time::Duration;
 
+use crate::engine::reason::Reason;
 use crate::migration::{Fate, ProcessKey, RunRight};
 use crate::source::policy::{self, Limits, Round, Verdict};
 use crate::source::protocol::{Action, Cause, Event, Message, Outcome, Tell, WrongState};
@@ -47,21 +54,54 @@ pub const FIRST_RETRY: Duration = Duration::from_millis(20);
 pub const LAST_RETRY: Duration = Duration::from_secs(2);
 /// How long the source command asks before it leaves the process held and lets the sentinel go on.
 pub const LIMBO_LIMIT: Duration = Duration::from_secs(60);
+/// Longest wait for the word that nothing is missing, after the last page was sent, before we ask.
+pub const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long it tries to reach a destination that waits for pages, before it leaves that to the sentinel.
+pub const RECOVERY_LIMIT: Duration = Duration::from_secs(600);
 
 /// Each state owns what exists in it.
 #[derive(Debug)]
 enum State {
-    Asking { right: RunRight },
-    Copying { right: RunRight, round: u32, sent: Option<Round>, placed: bool },
-    Freezing { right: RunRight, give_up: Option<Cause> },
-    Finishing { right: RunRight },
-    Entering { right: RunRight, give_up: Option<Cause> },
-    Limbo { right: RunRight, deadline: Duration, retry: Duration, link: Link },
-    Concluding,
+    Asking {
+        right: RunRight,
+    },
+    Copying {
+        right: RunRight,
+        round: u32,
+        sent: Option<Round>,
+        placed: bool,
+    },
+    Freezing {
+        right: RunRight,
+        give_up: Option<Cause>,
+    },
+    Finishing {
+        right: RunRight,
+    },
+    Entering {
+        right: RunRight,
+        give_up: Option<Cause>,
+    },
+    Limbo {
+        right: RunRight,
+        deadline: Duration,
+        retry: Duration,
+        link: Link,
+    },
+    /// `since`: when the destination was last heard of. `lost`: why the process has ended there.
+    Serving {
+        right: RunRight,
+        since: Duration,
+        retry: Duration,
+        link: Link,
+    },
+    Concluding {
+        lost: Option<Vec<Reason>>,
+    },
     Done,
 }
 
-/// The connection as limbo knows it.
+/// The connection, where it may be lost and made again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Link {
     /// We wait for an answer on it.
@@ -70,6 +110,8 @@ enum Link {
     Opening,
     /// We wait before we open it again.
     Pausing,
+    /// Pages travel on it: silence is no reason to doubt it, the transport notices its end.
+    InUse,
 }
 
 impl State {
@@ -81,7 +123,8 @@ impl State {
             State::Finishing { .. } => "sending the final state",
             State::Entering { .. } => "preparing the commit",
             State::Limbo { .. } => "waiting for the answer to the commit",
-            State::Concluding => "ending the process here",
+            State::Serving { .. } => "serving missing pages",
+            State::Concluding { .. } => "ending the process here",
             State::Done => "done",
         }
     }
@@ -120,6 +163,11 @@ impl SourceMachine {
         matches!(self.state, State::Limbo { .. })
     }
 
+    /// Whether the process runs at the destination, and pages are owed to it.
+    pub fn serves(&self) -> bool {
+        matches!(self.state, State::Serving { .. })
+    }
+
     /// Takes an event at time `now` (any monotonic clock) and returns what to do about it.
     ///
     /// # Errors
@@ -133,7 +181,8 @@ impl SourceMachine {
             State::Finishing { right } => finishing(right, event),
             State::Entering { right, give_up } => entering(now, right, give_up, event),
             State::Limbo { right, deadline, retry, link } => limbo(now, right, deadline, retry, link, event),
-            State::Concluding => concluding(event),
+            State::Serving { right, since, retry, link } => serving(now, right, since, retry, link, event),
+            State::Concluding { lost } => concluding(lost, event),
             // Whatever still arrives (a late answer, a timer) concerns nobody any more.
             State::Done => (State::Done, Ok(vec![])),
         };
@@ -231,7 +280,9 @@ fn ended(state: State, event: Event) -> Step {
         State::Entering { right, give_up } => {
             (State::Entering { right, give_up: give_up.or(Some(cause)) }, Ok(vec![]))
         }
-        state @ (State::Limbo { .. } | State::Concluding | State::Done) => (state, Ok(vec![])),
+        state @ (State::Limbo { .. } | State::Serving { .. } | State::Concluding { .. } | State::Done) => {
+            (state, Ok(vec![]))
+        }
     }
 }
 
@@ -297,8 +348,18 @@ fn limbo(
 ) -> Step {
     let again = |right, retry, link, actions| (State::Limbo { right, deadline, retry, link }, Ok(actions));
     match event {
-        Event::Message(Message::Committed | Message::Answer(Fate::Accepted)) => {
-            (State::Concluding, Ok(vec![Action::Conclude(right)]))
+        // An answer by a connection that is gone; the next one goes on from there.
+        Event::Message(Message::Committed | Message::Answer(Fate::Accepted)) if link != Link::Up => {
+            (State::Serving { right, since: now, retry, link }, Ok(vec![]))
+        }
+        Event::Message(Message::Committed) => {
+            let next = State::Serving { right, since: now, retry: FIRST_RETRY, link: Link::InUse };
+            (next, Ok(vec![Action::Serve]))
+        }
+        // By another connection than the one that began: the destination has to take it for its pages.
+        Event::Message(Message::Answer(Fate::Accepted)) => {
+            let next = State::Serving { right, since: now, retry: FIRST_RETRY, link: Link::Up };
+            (next, Ok(vec![Action::Send(Tell::Resume), Action::Arm(ANSWER_TIMEOUT)]))
         }
         Event::Message(Message::Answer(Fate::NotAccepted)) => stay(right, Cause::NotAccepted, Held::Fenced),
         // A destination that gives up says so only when it can no longer accept.
@@ -331,16 +392,75 @@ fn limbo(
     }
 }
 
-fn concluding(event: Event) -> Step {
+/// The process runs there; here are the pages that it misses.
+fn serving(
+    now: Duration,
+    right: RunRight,
+    since: Duration,
+    retry: Duration,
+    link: Link,
+    event: Event,
+) -> Step {
+    let again =
+        |right, since, retry, link, actions| (State::Serving { right, since, retry, link }, Ok(actions));
     match event {
-        Event::Killed { recorded: true } => {
-            let actions = vec![Action::Send(Tell::Confirm), Action::Forget, Action::Finish(Outcome::Moved)];
-            (State::Done, Ok(actions))
+        Event::NothingOwed | Event::Message(Message::Drained) => {
+            (State::Concluding { lost: None }, Ok(vec![Action::Conclude(right)]))
         }
-        Event::Killed { recorded: false } => {
-            (State::Done, Ok(vec![Action::Forget, Action::Finish(Outcome::Moved)]))
+        Event::Message(Message::Lost(reasons)) => {
+            (State::Concluding { lost: Some(reasons) }, Ok(vec![Action::Conclude(right)]))
         }
-        // The decision is made; nothing that happens to the link changes it.
-        _ => (State::Concluding, Ok(vec![])),
+        Event::Message(Message::Resumed) => again(right, now, FIRST_RETRY, Link::InUse, vec![Action::Serve]),
+        Event::Connected => {
+            let actions = vec![Action::Send(Tell::Resume), Action::Arm(ANSWER_TIMEOUT)];
+            again(right, since, retry, Link::Up, actions)
+        }
+        // Only now is silence strange: Drained has to follow.
+        Event::AllSent if link == Link::InUse => {
+            again(right, now, retry, Link::Up, vec![Action::Arm(DRAIN_TIMEOUT)])
+        }
+        Event::AllSent => again(right, since, retry, link, vec![]),
+        Event::Timeout if link == Link::InUse => again(right, since, retry, link, vec![]),
+        Event::LinkLost | Event::Timeout
+            if link != Link::InUse && now.saturating_sub(since) >= RECOVERY_LIMIT =>
+        {
+            (State::Done, Ok(vec![Action::LeaveHeld(right), Action::Finish(Outcome::Unfinished)]))
+        }
+        Event::LinkLost => {
+            let since = if link == Link::InUse { now } else { since };
+            if link == Link::Pausing {
+                return again(right, since, retry, link, vec![]);
+            }
+            again(right, since, (retry * 2).min(LAST_RETRY), Link::Pausing, vec![Action::Arm(retry)])
+        }
+        Event::Timeout => {
+            again(right, since, retry, Link::Opening, vec![Action::Connect, Action::Arm(ANSWER_TIMEOUT)])
+        }
+        // The pages cannot be read any more: the process there must not wait for ever. It answers Lost.
+        Event::Failed { step, error } => {
+            let gone = Tell::Gone(Cause::Failed { step, error });
+            again(right, since, retry, link, vec![Action::Send(gone)])
+        }
+        // Long too late to cancel; and no message takes back what was accepted.
+        Event::Cancel | Event::Message(_) => again(right, since, retry, link, vec![]),
+        other => {
+            let state = State::Serving { right, since, retry, link };
+            let wrong = WrongState { event: format!("{other:?}"), state: state.name() };
+            (state, Err(wrong))
+        }
     }
+}
+
+fn concluding(lost: Option<Vec<Reason>>, event: Event) -> Step {
+    let Event::Killed { recorded } = event else {
+        // The decision is made; nothing that happens to the link changes it.
+        return (State::Concluding { lost }, Ok(vec![]));
+    };
+    let mut actions = Vec::new();
+    if recorded {
+        actions.push(Action::Send(Tell::Confirm));
+    }
+    actions.push(Action::Forget);
+    actions.push(Action::Finish(lost.map_or(Outcome::Moved, Outcome::Lost)));
+    (State::Done, Ok(actions))
 }

@@ -22,6 +22,28 @@ pub(super) fn describe(report: &mut Report, outcome: Outcome, seen: Vec<Reason>)
                 ),
             ));
         }
+        Outcome::Unfinished => {
+            report.outcome = report::Outcome::Unknown;
+            report.reasons.push(Reason::new(
+                process,
+                "runs at the destination, which misses pages that are held here and cannot be reached: \
+                 there the process waits where it touches them, and here its stopped original is kept",
+                format!(
+                    "it is tried again in the background; by hand: migrate resume {} [--to HOST:PORT]",
+                    report.migration_id
+                ),
+            ));
+        }
+        Outcome::Lost(reasons) => {
+            report.outcome = report::Outcome::Unknown;
+            report.reasons.push(Reason::new(
+                process,
+                "was taken over by the destination and has ended there, because pages that it missed could \
+                 not be had any more; it runs on neither side",
+                "start it anew",
+            ));
+            report.reasons.extend(reasons);
+        }
         Outcome::NotMoved(cause) => {
             report.outcome = report::Outcome::NotMoved;
             match cause {

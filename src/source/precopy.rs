@@ -4,7 +4,8 @@
 //! differs, then the reported pages. What has been sent and is valid at the destination is kept as a set
 //! of ranges: it tells, at the freeze, what the destination must forget.
 
-use std::collections::HashSet;
+mod late;
+mod ranges;
 
 use bytes::Bytes;
 use prost::Message as _;
@@ -19,7 +20,10 @@ use crate::engine::state::mm::{self, FlagCache, MapError};
 use crate::engine::sys::vm::RemoteRange;
 use crate::pageserver::frame::{self, FrameError};
 use crate::pageserver::pack::{Compression, PackError, PackStats, Packer};
-use crate::proto::image::{Layout, Process, Range};
+use crate::proto::image::{Layout, Process};
+
+pub use late::Remainder;
+use ranges::{clip, mark_fresh, page_chunks};
 
 /// Bytes read from the process at a time: the fastest size, and it stays in the cache (FACTS on reads:
 /// 6.7 GB/s at 256 KiB).
@@ -78,10 +82,12 @@ pub struct Precopy {
     placed: Layout,
     /// The map that was scanned last.
     scanned: Layout,
-    /// Pages that the destination has.
+    /// Pages that the destination has, or was told to do without for now.
     sent: Extents,
     /// File mappings whose resident pages the destination has been told.
     shown: Extents,
+    /// The latter.
+    owed: Extents,
     /// The result of the last scan: sent by the next round.
     pending: Option<(Layout, Vec<RemoteRange>)>,
     buffer: Vec<u8>,
@@ -114,6 +120,7 @@ impl Precopy {
             placed: Layout::default(),
             scanned: Layout::default(),
             sent: Extents::new(),
+            owed: Extents::new(),
             shown: Extents::new(),
             pending: None,
             buffer: vec![0; READ_BYTES],
@@ -173,21 +180,8 @@ impl Precopy {
         let Some((layout, runs)) = self.pending.take() else { return Ok((Sent::default(), 0)) };
         let before = self.stats();
         self.send_layout(round, layout, sink)?;
-        // Pages that were only ever read are the kernel's zero page: nothing to read, nothing to occupy.
-        let untouched = self.tracker.untouched(&runs)?;
-        for (start, end) in untouched.iter() {
-            for (at, pages) in page_chunks(start, end) {
-                self.packer.zero_run(round, at, pages, false, sink)?;
-            }
-        }
-        let mut touched = Extents::new();
-        for r in &runs {
-            touched.insert(r.start, r.start + r.len as u64);
-        }
-        for (start, end) in untouched.iter() {
-            touched.remove(start, end);
-            self.sent.insert(start, end);
-        }
+        let untouched = self.send_untouched(round, &runs, sink)?;
+        let touched = self.touched(&runs, &untouched);
         self.send_pages(round, &touched, sink, cancelled)?;
         self.packer.flush(sink)?;
         self.put(frame::round_end(round), sink)?;
@@ -199,6 +193,36 @@ impl Precopy {
         self.scan()?;
         let dirty = self.pending.iter().flat_map(|(_, runs)| runs).map(|r| r.len as u64).sum::<u64>();
         Ok((sent, dirty / PAGE_BYTES))
+    }
+
+    /// Says that pages were only ever read: they are the kernel's zero page, nothing to read, nothing to
+    /// occupy.
+    fn send_untouched<E: std::error::Error>(
+        &mut self,
+        round: u32,
+        runs: &[RemoteRange],
+        sink: &mut impl Sink<E>,
+    ) -> Result<Extents, PrecopyError<E>> {
+        let untouched = self.tracker.untouched(runs)?;
+        for (start, end) in untouched.iter() {
+            for (at, pages) in page_chunks(start, end) {
+                self.packer.zero_run(round, at, pages, false, sink)?;
+            }
+        }
+        Ok(untouched)
+    }
+
+    /// What of these runs is to be read and sent.
+    fn touched(&mut self, runs: &[RemoteRange], untouched: &Extents) -> Extents {
+        let mut touched = Extents::new();
+        for r in runs {
+            touched.insert(r.start, r.start + r.len as u64);
+        }
+        for (start, end) in untouched.iter() {
+            touched.remove(start, end);
+            self.sent.insert(start, end);
+        }
+        touched
     }
 
     /// What is left to send of the stopped process: the last scan of all.
@@ -236,28 +260,6 @@ impl Precopy {
         Ok(Remainder { layout: map.layout, dirty, gone, guards })
     }
 
-    /// Sends the rest of the memory.
-    ///
-    /// # Errors
-    /// See [`PrecopyError`].
-    pub fn send_rest<E: std::error::Error>(
-        &mut self,
-        round: u32,
-        rest: Remainder,
-        sink: &mut impl Sink<E>,
-    ) -> Result<(), PrecopyError<E>> {
-        self.send_layout(round, rest.layout, sink)?;
-        for &(start, end) in &rest.gone {
-            for (at, pages) in page_chunks(start, end) {
-                self.packer.drop_run(round, at, pages, sink)?;
-            }
-            self.sent.remove(start, end);
-        }
-        self.send_pages(round, &rest.dirty, sink, &|| false)?;
-        self.packer.flush(sink)?;
-        Ok(())
-    }
-
     /// Sends the state of the frozen process, the last frame of all.
     ///
     /// # Errors
@@ -287,8 +289,12 @@ impl Precopy {
         sink: &mut impl Sink<E>,
     ) -> Result<(), PrecopyError<E>> {
         let fresh = layout.vmas.iter().filter(|v| v.fresh);
-        fresh.for_each(|v| self.sent.remove(v.start, v.end));
+        for v in fresh {
+            self.sent.remove(v.start, v.end);
+            self.owed.remove(v.start, v.end);
+        }
         clip(&mut self.sent, &layout);
+        clip(&mut self.owed, &layout);
         if layout != self.placed {
             self.put(frame::layout(round, &layout.encode_to_vec())?, sink)?;
         }
@@ -350,92 +356,9 @@ impl Precopy {
             let end = run.start + run.len as u64;
             addrs.extend((run.start..end).step_by(4096));
             self.sent.insert(run.start, end);
+            self.owed.remove(run.start, end);
         }
         self.packer.pack(round, &addrs, &self.buffer[..addrs.len() * 4096], sink)?;
         Ok(())
-    }
-}
-
-/// What the last scan left to send.
-#[derive(Debug)]
-pub struct Remainder {
-    layout: Layout,
-    dirty: Extents,
-    gone: Vec<(u64, u64)>,
-    /// Guard pages, for the image.
-    pub guards: Vec<Range>,
-}
-
-impl Remainder {
-    /// Pages to send.
-    pub fn pages(&self) -> u64 {
-        self.dirty.total() / PAGE_BYTES
-    }
-
-    /// Paths of the files that are mapped.
-    pub fn mapped_paths(&self) -> HashSet<&[u8]> {
-        self.layout.files.iter().map(|f| f.path.as_slice()).collect()
-    }
-}
-
-/// Marks what lies in `start..end` fresh. A mapping that it covers in part is split: it has merged with a
-/// neighbour that is not fresh.
-fn mark_fresh(layout: &mut Layout, start: u64, end: u64) {
-    let mut vmas = Vec::with_capacity(layout.vmas.len() + 2);
-    for vma in layout.vmas.drain(..) {
-        let (from, to) = (start.max(vma.start), end.min(vma.end));
-        if from >= to {
-            vmas.push(vma);
-            continue;
-        }
-        for (a, b, fresh) in [(vma.start, from, vma.fresh), (from, to, true), (to, vma.end, vma.fresh)] {
-            if a < b {
-                let mut piece = vma.clone();
-                let backed = piece.file.is_some() || piece.shm_inode != 0;
-                piece.offset += if backed { a - vma.start } else { 0 };
-                (piece.start, piece.end, piece.fresh) = (a, b, fresh);
-                vmas.push(piece);
-            }
-        }
-    }
-    layout.vmas = vmas;
-}
-
-/// Cuts a set down to what is mapped.
-fn clip(set: &mut Extents, layout: &Layout) {
-    let mut at = 0;
-    let mut holes = Vec::new();
-    for vma in &layout.vmas {
-        holes.push((at, vma.start));
-        at = vma.end;
-    }
-    holes.push((at, u64::MAX));
-    for (start, end) in holes {
-        set.remove(start, end);
-    }
-}
-
-/// A range as runs of at most `u32::MAX` pages.
-fn page_chunks(start: u64, end: u64) -> impl Iterator<Item = (u64, u32)> {
-    let most = u64::from(u32::MAX / 2);
-    let pages = (end - start) / PAGE_BYTES;
-    (0..pages.div_ceil(most)).map(move |i| {
-        let n = (pages - i * most).min(most);
-        (start + i * most * PAGE_BYTES, u32::try_from(n).unwrap_or(0))
-    })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::proto::image::Vma;
-
-    #[test]
-    fn only_the_fresh_part_of_a_merged_mapping_starts_over() {
-        let vma = Vma { start: 0x1000, end: 0x9000, ..Vma::default() };
-        let mut layout = Layout { vmas: vec![vma], ..Layout::default() };
-        mark_fresh(&mut layout, 0x3000, 0x5000);
-        let pieces: Vec<_> = layout.vmas.iter().map(|v| (v.start, v.end, v.fresh)).collect();
-        assert_eq!(pieces, [(0x1000, 0x3000, false), (0x3000, 0x5000, true), (0x5000, 0x9000, false)]);
     }
 }

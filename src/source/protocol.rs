@@ -23,6 +23,12 @@ pub enum Message {
     Committed,
     /// The answer to a Query.
     Answer(Fate),
+    /// The answer to a Resume: pages are missing still, and the destination waits for them.
+    Resumed,
+    /// No page is missing there any more.
+    Drained,
+    /// The process has ended there, because its missing pages cannot be had.
+    Lost(Vec<Reason>),
     /// The destination gave up, for good.
     Abort(Vec<Reason>),
 }
@@ -36,6 +42,10 @@ pub enum Tell {
     Commit,
     /// Did you take it? If not, don't.
     Query,
+    /// Which pages are missing? We go on with them.
+    Resume,
+    /// The pages that are missing cannot be had any more.
+    Gone(Cause),
     /// We know that you have it: forget this migration.
     Confirm,
     /// We keep the process.
@@ -53,6 +63,10 @@ pub enum Event {
     Frozen,
     /// Journal, sentinel and fence are in place.
     LimboEntered,
+    /// Nothing is owed: all pages went before the resume.
+    NothingOwed,
+    /// All owed pages have been sent; the destination should say so soon.
+    AllSent,
     /// Our process is killed; `recorded` tells whether journal and sentinel know that the move is done.
     Killed {
         /// If not, we must not send Confirm: the destination has to remember for us.
@@ -105,6 +119,9 @@ pub enum Action {
     ReturnAddresses,
     /// Undo all that was done to the process and let it run.
     Thaw(RunRight),
+    /// Serve the pages that are owed (those that the last Resumed named, if there was one), and record that
+    /// we do; report [`Event::NothingOwed`] if there are none.
+    Serve,
     /// Record that the process is the destination's (journal, then sentinel), then kill ours; report
     /// [`Event::Killed`]. The record comes first: an address must not be given back after Confirm.
     Conclude(RunRight),
@@ -125,6 +142,10 @@ pub enum Outcome {
     NotMoved(Cause),
     /// It is held here until the destination can be asked: exit status 3.
     Unknown,
+    /// It runs at the destination, and waits for pages that are held here: exit status 3.
+    Unfinished,
+    /// It was taken over by the destination, and has ended there for want of its pages.
+    Lost(Vec<Reason>),
 }
 
 /// Why a process was not moved.

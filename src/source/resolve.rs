@@ -8,7 +8,8 @@
 //! | none | runs, or was killed by the source itself | nothing |
 //! | taking | runs: its tracer is dead and no fence was up | addresses back |
 //! | limbo, not accepted | stopped by the fence | addresses back, then the fence down |
-//! | limbo, accepted | stopped by the fence | recorded as moved, then as below |
+//! | limbo, accepted | stopped by the fence | recorded as moved (as serving, if it owes pages), then as below |
+//! | serving | stopped by the fence | its pages are served until none is missing, then recorded as moved |
 //! | moved | stopped or dead | killed; then Confirm, so that the destination may forget |
 
 use std::time::Duration;
@@ -34,6 +35,8 @@ pub enum Step {
     ReturnAddresses,
     /// SIGCONT, unless the process was stopped before.
     LowerFence,
+    /// Write [`OutgoingState::Serving`], with ourselves as the owner; the rest follows from that record.
+    RecordServing,
     /// Write [`OutgoingState::Moved`].
     RecordMoved,
     /// SIGKILL.
@@ -44,18 +47,19 @@ pub enum Step {
     Forget,
 }
 
-/// What a record demands without its source; `None` if the destination must be asked first.
+/// What a record demands without its source; `None` if the destination must be asked or served first.
 pub fn steps_for(state: OutgoingState) -> Option<&'static [Step]> {
     match state {
         OutgoingState::Taking => Some(&[Step::ReturnAddresses, Step::Forget]),
-        OutgoingState::Limbo => None,
+        OutgoingState::Limbo | OutgoingState::Serving => None,
         OutgoingState::Moved => Some(&[Step::Kill, Step::Confirm, Step::Forget]),
     }
 }
 
-/// What limbo demands after the destination's answer.
-pub fn steps_after(fate: Fate) -> &'static [Step] {
+/// What limbo demands after the destination's answer; `owes`: pages are owed to it then.
+pub fn steps_after(fate: Fate, owes: bool) -> &'static [Step] {
     match fate {
+        Fate::Accepted if owes => &[Step::RecordServing],
         // The process is to find its addresses when it runs.
         Fate::NotAccepted => &[Step::ReturnAddresses, Step::LowerFence, Step::Forget],
         // Recorded before Confirm: a destination that has forgotten would answer "not accepted", and the
@@ -64,10 +68,16 @@ pub fn steps_after(fate: Fate) -> &'static [Step] {
     }
 }
 
+/// What is done once the destination misses no page any more.
+pub const WHEN_SERVED: &[Step] = &[Step::RecordMoved, Step::Kill, Step::Confirm, Step::Forget];
+
 /// The way to the destination of a record.
 pub trait Destination {
     /// Asks what became of the migration (Query); `None` if the destination cannot be reached.
     fn ask(&mut self, record: &Outgoing) -> Option<Fate>;
+    /// Serves the pages that the destination misses, from the memory of the record's process. True when it
+    /// misses none any more, or has no use for them; false if it cannot be reached, or not any more.
+    fn serve(&mut self, record: &Outgoing) -> bool;
     /// Sends Confirm, best effort.
     fn confirm(&mut self, record: &Outgoing);
 }
@@ -129,11 +139,22 @@ pub fn resolve(
     patience: Patience,
 ) -> Result<Option<Resolution>, ResolveError> {
     let mut pause = FIRST_PAUSE;
+    let (us, boot) = (own_key()?, boot_id()?);
     loop {
         let Some(record) = journal.read(id)? else { return Ok(Some(Resolution::Nothing)) };
-        wait_for_owner(record.owner, patience)?;
-        let fate = if record.state == OutgoingState::Limbo { destination.ask(&record) } else { None };
-        let Some(steps) = steps_for(record.state).or(fate.map(steps_after)) else {
+        if record.owner != us {
+            wait_for_owner(record.owner, patience)?;
+        }
+        let steps = match record.state {
+            OutgoingState::Limbo => destination.ask(&record).map(|fate| steps_after(fate, record.owes)),
+            // Whoever serves says so, or two would take the destination's attention from each other.
+            OutgoingState::Serving if record.owner != us && record.boot == boot => {
+                Some(&[Step::RecordServing][..])
+            }
+            OutgoingState::Serving => destination.serve(&record).then_some(WHEN_SERVED),
+            state => steps_for(state),
+        };
+        let Some(steps) = steps else {
             if patience == Patience::Once {
                 return Ok(None);
             }
@@ -141,14 +162,26 @@ pub fn resolve(
             pause = (pause * 2).min(LAST_PAUSE);
             continue;
         };
+        pause = FIRST_PAUSE;
         let _lock = journal.lock()?;
         // What was decided holds for the record that was read, not for what may have become of it.
         if journal.read(id)?.as_ref() == Some(&record) {
             perform(journal, &record, steps, destination)?;
-            let moved = steps.contains(&Step::Kill);
-            return Ok(Some(if moved { Resolution::Moved } else { Resolution::NotMoved }));
+            if steps.contains(&Step::Forget) {
+                let moved = steps.contains(&Step::Kill);
+                return Ok(Some(if moved { Resolution::Moved } else { Resolution::NotMoved }));
+            }
         }
     }
+}
+
+/// Ourselves, as the journal names the owner of a migration.
+///
+/// # Errors
+/// If we cannot be looked at.
+pub fn own_key() -> Result<ProcessKey, AliveError> {
+    let pid = std::process::id();
+    Ok(ProcessKey { pid, start_ticks: alive::start_ticks(pid)?.unwrap_or(0) })
 }
 
 /// Whether to wait for what may take for ever.
@@ -196,6 +229,10 @@ fn perform(
             Step::ReturnAddresses => addresses = return_addresses(record),
             Step::LowerFence if record.was_stopped => {}
             Step::LowerFence => signal(Signal::SIGCONT)?,
+            Step::RecordServing => {
+                let (owner, state) = (own_key()?, OutgoingState::Serving);
+                journal.write(&Outgoing { owner, state, ..record.clone() })?;
+            }
             Step::RecordMoved => {
                 journal.write(&Outgoing { state: OutgoingState::Moved, ..record.clone() })?;
             }
@@ -231,6 +268,8 @@ mod tests {
     /// A destination that answers what the test says, after the test has done something.
     struct Peer<F: FnMut() -> Option<Fate>> {
         ask: F,
+        /// What becomes of attempts to serve, the last first.
+        serves: Vec<bool>,
         confirmed: bool,
     }
 
@@ -238,13 +277,16 @@ mod tests {
         fn ask(&mut self, _: &Outgoing) -> Option<Fate> {
             (self.ask)()
         }
+        fn serve(&mut self, _: &Outgoing) -> bool {
+            self.serves.pop().unwrap()
+        }
         fn confirm(&mut self, _: &Outgoing) {
             self.confirmed = true;
         }
     }
 
     fn peer<F: FnMut() -> Option<Fate>>(ask: F) -> Peer<F> {
-        Peer { ask, confirmed: false }
+        Peer { ask, serves: vec![], confirmed: false }
     }
 
     struct Process(Child);
@@ -303,6 +345,7 @@ mod tests {
             destination: String::new(),
             peer: String::new(),
             state,
+            owes: false,
             was_stopped: false,
             addresses: vec![],
         };
@@ -346,6 +389,28 @@ mod tests {
             assert_eq!(result, Some(resolution));
             s.process.wait_for(end);
         }
+    }
+
+    #[test]
+    fn owed_pages_are_served_before_the_end() {
+        let s = scene(OutgoingState::Limbo);
+        s.journal.write(&Outgoing { owes: true, ..s.record.clone() }).unwrap();
+        let mut asked = 0;
+        let mut peer = peer(|| {
+            asked += 1;
+            Some(Fate::Accepted)
+        });
+        // Not reached once: what is owed stays, and the record says by whom it is served.
+        peer.serves = vec![true, false];
+        assert_eq!(resolve(&s.journal, s.record.id, &mut peer, Patience::Once).unwrap(), None);
+        assert_eq!(s.process.state(), "T");
+        let record = s.journal.read(s.record.id).unwrap().unwrap();
+        assert_eq!((record.state, record.owner), (OutgoingState::Serving, own_key().unwrap()));
+        let result = resolve(&s.journal, s.record.id, &mut peer, Patience::Once).unwrap();
+        assert_eq!((result, peer.confirmed), (Some(Resolution::Moved), true));
+        s.process.wait_for("Z");
+        assert_eq!(asked, 1, "what was accepted once is not asked again");
+        assert_eq!(s.journal.read(s.record.id).unwrap(), None);
     }
 
     #[test]

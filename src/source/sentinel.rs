@@ -200,6 +200,9 @@ mod tests {
                 _ => None,
             }
         }
+        fn serve(&mut self, _: &Outgoing) -> bool {
+            true
+        }
         fn confirm(&mut self, _: &Outgoing) {
             std::fs::write(self.0.join("confirmed"), b"").unwrap();
         }
@@ -269,6 +272,7 @@ mod tests {
             destination: String::new(),
             peer: String::new(),
             state,
+            owes: false,
             was_stopped: false,
             addresses: vec![],
         };

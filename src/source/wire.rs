@@ -3,7 +3,9 @@
 use super::protocol::{Message, Tell};
 use crate::engine::reason::Reason;
 use crate::migration::{Fate, MigrationId};
-use crate::proto::control::{self, Abort, Begin, Commit, Confirm, Query, Timings};
+use crate::proto::control::{
+    self, Abort, Begin, Commit, Confirm, DrainStats, Gone, PageRuns, Query, Resume, Timings,
+};
 use crate::wire::{Body, Control};
 
 /// A message that the source does not take.
@@ -17,6 +19,11 @@ pub(super) fn to_control(tell: &Tell, id: MigrationId, begin: &Begin) -> Control
         Tell::Begin => Body::Begin(begin.clone()),
         Tell::Commit => Body::Commit(Commit { migration_id }),
         Tell::Query => Body::Query(Query { migration_id }),
+        Tell::Resume => Body::Resume(Resume { migration_id }),
+        Tell::Gone(cause) => {
+            let reason = Reason::new("source", cause.to_string(), "");
+            Body::Gone(Gone { migration_id, reasons: vec![reason.into()] })
+        }
         Tell::Confirm => Body::Confirm(Confirm { migration_id }),
         Tell::Abort(cause) => {
             let reason = Reason::new("source", cause.to_string(), "");
@@ -26,21 +33,51 @@ pub(super) fn to_control(tell: &Tell, id: MigrationId, begin: &Begin) -> Control
     Control { message: Some(body) }
 }
 
-pub(super) fn to_message(message: Control) -> Result<(Message, Option<Timings>), Unexpected> {
-    Ok(match message.message {
-        Some(Body::Ready(_)) => (Message::Ready, None),
-        Some(Body::Refused(m)) => (Message::Refused(reasons(m.reasons)), None),
-        Some(Body::RoundPlaced(m)) => (Message::RoundPlaced(m.round), None),
-        Some(Body::Prepared(m)) => (Message::Prepared, m.timings),
-        Some(Body::Committed(m)) => (Message::Committed, m.timings),
-        Some(Body::Abort(m)) => (Message::Abort(reasons(m.reasons)), None),
+/// What comes beside the word in its message.
+#[derive(Debug, Default)]
+pub(super) struct Extras {
+    pub timings: Option<Timings>,
+    pub urgent_port: u16,
+    pub missing: Option<PageRuns>,
+    pub stats: Option<DrainStats>,
+}
+
+pub(super) fn to_message(message: Control) -> Result<(Message, Extras), Unexpected> {
+    let mut extras = Extras::default();
+    let message = match message.message {
+        Some(Body::Ready(m)) => {
+            extras.urgent_port = u16::try_from(m.urgent_port).unwrap_or(0);
+            Message::Ready
+        }
+        Some(Body::Refused(m)) => Message::Refused(reasons(m.reasons)),
+        Some(Body::RoundPlaced(m)) => Message::RoundPlaced(m.round),
+        Some(Body::Prepared(m)) => {
+            extras.timings = m.timings;
+            Message::Prepared
+        }
+        Some(Body::Committed(m)) => {
+            extras.timings = m.timings;
+            Message::Committed
+        }
+        Some(Body::Abort(m)) => Message::Abort(reasons(m.reasons)),
+        Some(Body::Resumed(m)) => {
+            extras.missing = m.missing;
+            extras.urgent_port = u16::try_from(m.urgent_port).unwrap_or(0);
+            Message::Resumed
+        }
+        Some(Body::Drained(m)) => {
+            extras.stats = m.stats;
+            Message::Drained
+        }
+        Some(Body::Lost(m)) => Message::Lost(reasons(m.reasons)),
         Some(Body::Answer(m)) => match m.fate() {
-            control::Fate::NotAccepted => (Message::Answer(Fate::NotAccepted), None),
-            control::Fate::Accepted => (Message::Answer(Fate::Accepted), None),
+            control::Fate::NotAccepted => Message::Answer(Fate::NotAccepted),
+            control::Fate::Accepted => Message::Answer(Fate::Accepted),
             control::Fate::Invalid => return Err(Unexpected("an answer without a fate".into())),
         },
         other => return Err(Unexpected(format!("{other:?}").chars().take(100).collect())),
-    })
+    };
+    Ok((message, extras))
 }
 
 fn reasons(reasons: Vec<control::Reason>) -> Vec<Reason> {

@@ -184,7 +184,7 @@ impl Driver<'_> {
                 None => {}
                 Some(Incoming::Control(message)) => match to_message(*message) {
                     Ok((message, timings)) => {
-                        self.take_timings(&message, timings, clock);
+                        self.take_timings(&message, timings.timings, clock);
                         return Event::Message(message);
                     }
                     Err(error) => {

@@ -88,6 +88,7 @@ impl Driver<'_> {
                 }
                 Ok(None)
             }
+            Action::Serve => Ok(Some(Event::NothingOwed)),
             Action::Conclude(_right) => {
                 let recorded = self.record(OutgoingState::Moved).is_ok();
                 // Before the kill, which takes the memory apart, and the longer the more there is of it: the
@@ -214,7 +215,8 @@ impl Driver<'_> {
         self.report.pages_after_freeze = rest.pages();
         let guards = std::mem::take(&mut rest.guards);
         clock.begin("pages");
-        precopy.send_rest(round, rest, &mut sink)?;
+        let owed = precopy.send_rest(round, rest, u64::MAX, &[], &mut sink)?;
+        let _ = owed;
         clock.begin("capture");
         let options = FilesOptions { tcp_close: self.config.tcp_close, shell_job: self.config.shell_job };
         let captured = capture::capture(frozen, &options, &self.state.sleeps, guards, &self.scanned)?;
@@ -244,6 +246,7 @@ impl Driver<'_> {
             destination: self.config.to.to_string(),
             peer,
             state,
+            owes: false,
             was_stopped: self.state.was_stopped,
             addresses: self.state.addresses.as_ref().map(AddressSet::records).unwrap_or_default(),
         })

@@ -4,10 +4,12 @@
 //! only while the process runs. Restore is a reconciliation: the skeleton's map is brought to the wanted
 //! one by unmapping, mapping and protecting what differs.
 
+mod canonical;
 mod capture;
 mod changes;
 mod restore;
 
+pub use canonical::canonical;
 pub use capture::{CapturedMap, FlagCache, ask_brk, capture, capture_mm, check_shared};
 pub use changes::{mark_replaced, vdso_group};
 pub use restore::{finish, reconcile};

@@ -1,0 +1,126 @@
+//! What travels after the resume: announced before the freeze where it is known by then, and at the freeze.
+
+use std::collections::HashSet;
+
+use prost::Message as _;
+
+use super::ranges::page_chunks;
+use super::{Precopy, PrecopyError, Sink};
+use crate::engine::extents::Extents;
+use crate::engine::memory::PAGE_BYTES;
+use crate::engine::state::mm::canonical;
+use crate::pageserver::frame;
+use crate::pageserver::runs as page_runs;
+use crate::proto::image::{Layout, Range, Vma};
+use crate::source::owed;
+
+impl Precopy {
+    /// In place of a last round before post-copy: what the last scan found is not sent but announced, while
+    /// the process still runs, so that the freeze has to deal only with what is written from now on. What
+    /// may not follow late is sent.
+    ///
+    /// # Errors
+    /// See [`PrecopyError`].
+    pub fn announce<E: std::error::Error>(
+        &mut self,
+        round: u32,
+        sink: &mut impl Sink<E>,
+        cancelled: &dyn Fn() -> bool,
+    ) -> Result<(), PrecopyError<E>> {
+        if self.pending.is_none() {
+            self.scan()?;
+        }
+        let Some((layout, runs)) = self.pending.take() else { return Ok(()) };
+        self.send_layout(round, layout, sink)?;
+        let untouched = self.send_untouched(round, &runs, sink)?;
+        let touched = self.touched(&runs, &untouched);
+        let (late, early) = owed::split(&touched, &self.placed);
+        self.send_pages(round, &early, sink, cancelled)?;
+        self.packer.flush(sink)?;
+        self.put_missing(round, &late, sink)
+    }
+
+    fn put_missing<E: std::error::Error>(
+        &mut self,
+        round: u32,
+        late: &Extents,
+        sink: &mut impl Sink<E>,
+    ) -> Result<(), PrecopyError<E>> {
+        if late.is_empty() {
+            return Ok(());
+        }
+        for (start, end) in late.iter() {
+            self.owed.insert(start, end);
+            self.sent.insert(start, end);
+        }
+        self.put(frame::missing(round, &page_runs::encode(late).encode_to_vec())?, sink)
+    }
+
+    /// Sends the rest of the memory: all of it if it is no more than `eager_pages`, else only what may not
+    /// follow late and the pages of `hot`, and announces the others. Returns all that is owed then, each page
+    /// by one name.
+    ///
+    /// # Errors
+    /// See [`PrecopyError`].
+    pub fn send_rest<E: std::error::Error>(
+        &mut self,
+        round: u32,
+        rest: Remainder,
+        eager_pages: u64,
+        hot: &[u64],
+        sink: &mut impl Sink<E>,
+    ) -> Result<Extents, PrecopyError<E>> {
+        self.send_layout(round, rest.layout, sink)?;
+        for &(start, end) in &rest.gone {
+            for (at, pages) in page_chunks(start, end) {
+                self.packer.drop_run(round, at, pages, sink)?;
+            }
+            self.sent.remove(start, end);
+            self.owed.remove(start, end);
+        }
+        rest.guards.iter().for_each(|r| self.owed.remove(r.start, r.end));
+        let total = rest.dirty.total() / PAGE_BYTES;
+        let (mut late, mut early) = if self.owed.is_empty() && total <= eager_pages {
+            (Extents::new(), rest.dirty)
+        } else {
+            owed::split(&rest.dirty, &self.placed)
+        };
+        for page in hot.iter().map(|address| address & !(PAGE_BYTES - 1)) {
+            // Of huge pages the destination takes whole ones only.
+            let small = |v: &&Vma| v.start <= page && page < v.end && v.page_bytes == 0;
+            let late_or_owed =
+                late.overlap(page, page + PAGE_BYTES).chain(self.owed.overlap(page, page + PAGE_BYTES));
+            if late_or_owed.count() > 0 && self.placed.vmas.iter().any(|v| small(&v)) {
+                late.remove(page, page + PAGE_BYTES);
+                self.owed.remove(page, page + PAGE_BYTES);
+                early.insert(page, page + PAGE_BYTES);
+            }
+        }
+        self.send_pages(round, &early, sink, &|| false)?;
+        self.packer.flush(sink)?;
+        self.put_missing(round, &late, sink)?;
+        Ok(canonical(std::mem::take(&mut self.owed), &self.placed))
+    }
+}
+
+/// What the last scan left to send.
+#[derive(Debug)]
+pub struct Remainder {
+    pub(super) layout: Layout,
+    pub(super) dirty: Extents,
+    pub(super) gone: Vec<(u64, u64)>,
+    /// Guard pages, for the image.
+    pub guards: Vec<Range>,
+}
+
+impl Remainder {
+    /// Pages to send.
+    pub fn pages(&self) -> u64 {
+        self.dirty.total() / PAGE_BYTES
+    }
+
+    /// Paths of the files that are mapped.
+    pub fn mapped_paths(&self) -> HashSet<&[u8]> {
+        self.layout.files.iter().map(|f| f.path.as_slice()).collect()
+    }
+}

@@ -1,0 +1,67 @@
+//! Ranges of addresses against memory maps. Pure.
+
+use crate::engine::extents::Extents;
+use crate::engine::memory::PAGE_BYTES;
+use crate::proto::image::Layout;
+
+/// Marks what lies in `start..end` fresh. A mapping that it covers in part is split: it has merged with a
+/// neighbour that is not fresh.
+pub(super) fn mark_fresh(layout: &mut Layout, start: u64, end: u64) {
+    let mut vmas = Vec::with_capacity(layout.vmas.len() + 2);
+    for vma in layout.vmas.drain(..) {
+        let (from, to) = (start.max(vma.start), end.min(vma.end));
+        if from >= to {
+            vmas.push(vma);
+            continue;
+        }
+        for (a, b, fresh) in [(vma.start, from, vma.fresh), (from, to, true), (to, vma.end, vma.fresh)] {
+            if a < b {
+                let mut piece = vma.clone();
+                let backed = piece.file.is_some() || piece.shm_inode != 0;
+                piece.offset += if backed { a - vma.start } else { 0 };
+                (piece.start, piece.end, piece.fresh) = (a, b, fresh);
+                vmas.push(piece);
+            }
+        }
+    }
+    layout.vmas = vmas;
+}
+
+/// Cuts a set down to what is mapped.
+pub(super) fn clip(set: &mut Extents, layout: &Layout) {
+    let mut at = 0;
+    let mut holes = Vec::new();
+    for vma in &layout.vmas {
+        holes.push((at, vma.start));
+        at = vma.end;
+    }
+    holes.push((at, u64::MAX));
+    for (start, end) in holes {
+        set.remove(start, end);
+    }
+}
+
+/// A range as runs of at most `u32::MAX` pages.
+pub(super) fn page_chunks(start: u64, end: u64) -> impl Iterator<Item = (u64, u32)> {
+    let most = u64::from(u32::MAX / 2);
+    let pages = (end - start) / PAGE_BYTES;
+    (0..pages.div_ceil(most)).map(move |i| {
+        let n = (pages - i * most).min(most);
+        (start + i * most * PAGE_BYTES, u32::try_from(n).unwrap_or(0))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::proto::image::Vma;
+
+    #[test]
+    fn only_the_fresh_part_of_a_merged_mapping_starts_over() {
+        let vma = Vma { start: 0x1000, end: 0x9000, ..Vma::default() };
+        let mut layout = Layout { vmas: vec![vma], ..Layout::default() };
+        mark_fresh(&mut layout, 0x3000, 0x5000);
+        let pieces: Vec<_> = layout.vmas.iter().map(|v| (v.start, v.end, v.fresh)).collect();
+        assert_eq!(pieces, [(0x1000, 0x3000, false), (0x3000, 0x5000, true), (0x5000, 0x9000, false)]);
+    }
+}
