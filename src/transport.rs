@@ -8,6 +8,10 @@
 //! acknowledged, and what the destination has received but not placed, each have a limit, and whoever runs
 //! into one waits.
 //!
+//! While a process waits for single pages, they travel on a connection of their own ([`urgent`]), and the
+//! bulk is told to be polite ([`LinkSender::set_polite`]): it then keeps no more bytes on the way than delay
+//! others by half a millisecond.
+//!
 //! A peer that is not trusted gets nothing: the TLS handshake fails on the side that does not trust, before
 //! any stream exists (see `tls`). Peers that are slow, stuck or hostile meet deadlines and limits and never
 //! hold up the acceptance of others.
@@ -15,11 +19,13 @@
 mod budget;
 mod error;
 mod link;
+mod polite;
 mod pump;
 mod server;
 mod setup;
 mod socket;
 mod tls;
+pub mod urgent;
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -72,8 +78,15 @@ mod code {
     pub(super) const VERSION: VarInt = VarInt::from_u32(2);
     /// A message or frame that breaks the rules; the reason says which.
     pub(super) const PROTOCOL: VarInt = VarInt::from_u32(3);
+    /// A connection that nobody here waits for; the reason says why.
+    pub(super) const REFUSED: VarInt = VarInt::from_u32(4);
+    /// A newer connection has taken this one's place.
+    pub(super) const REPLACED: VarInt = VarInt::from_u32(5);
 }
 
+#[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+mod quiet_tests;
 #[cfg(test)]
 #[allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::cast_precision_loss)]
 mod tests;

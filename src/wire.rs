@@ -24,6 +24,15 @@
 //! on any later connection:     -- Query -->    <-- Answer --  who holds the right to run
 //! ```
 //!
+//! Beside it there may be a connection for single pages, which opens one stream only:
+//!
+//! ```text
+//!   | -- Hello, Attach ----------------------->  |   which migration it is for
+//!   | <--------------------- Hello, Attached --  |
+//!   | <=========================== requests ===  |   see `transport::urgent`
+//!   | == frames ==============================>  |
+//! ```
+//!
 //! The state rule: the right to run has one holder. The source holds it until it sends Commit and cannot
 //! thaw the process after that unless an Answer says that the destination never accepted; the destination
 //! holds it from the moment it has recorded the Commit. A message that the receiver's state does not know is
@@ -55,6 +64,9 @@ pub enum Role {
     Control = 1,
     /// Page frames from the source.
     Bulk = 2,
+    /// Single pages: after the Hellos and an Attach, requests one way and frames the other. Stands in the
+    /// place of the control stream; such a connection has no other.
+    Urgent = 3,
 }
 
 impl TryFrom<u8> for Role {
@@ -64,6 +76,7 @@ impl TryFrom<u8> for Role {
         match byte {
             1 => Ok(Self::Control),
             2 => Ok(Self::Bulk),
+            3 => Ok(Self::Urgent),
             other => Err(WireError::Role(other)),
         }
     }
@@ -92,6 +105,9 @@ pub enum WireError {
     /// Something else came where a Hello belongs.
     #[error("the first message is not a Hello")]
     NoHello,
+    /// Another message than the sequence asks for.
+    #[error("the message should be {0}")]
+    Expected(&'static str),
     /// The peer speaks another version.
     #[error("protocol version {ours} here, {theirs} there: both nodes need the same version of migrate")]
     Version {

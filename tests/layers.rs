@@ -36,8 +36,8 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("hello", &["journal", "proto", "wire"]),
     ("journal", &["engine", "migration"]),
     ("migration", &[]),
-    // It carries page frames beside the messages.
-    ("transport", &["config", "identity", "pageserver", "proto", "wire"]),
+    // It carries page frames beside the messages; its thread for faults asks the engine for priority.
+    ("transport", &["config", "engine", "identity", "migration", "pageserver", "proto", "wire"]),
     ("pageserver", &["engine", "proto", "wire"]),
     // The options of the pages and of the addresses are parsed where they are used.
     ("config", &["engine", "pageserver"]),

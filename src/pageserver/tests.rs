@@ -214,7 +214,7 @@ fn headers_are_held_to_their_limits() {
     };
     assert!(matches!(head(&|_| ()), Ok(h) if h.kind() == Kind::Data));
     assert_eq!(head(&|b| b[0] = 0), Err(FrameError::Kind(0)));
-    assert_eq!(head(&|b| b[0] = 7), Err(FrameError::Kind(7)));
+    assert_eq!(head(&|b| b[0] = 8), Err(FrameError::Kind(8)));
     assert!(matches!(head(&|b| b[1] = 0), Err(FrameError::Codec { .. })));
     assert!(matches!(head(&|b| b[8] = 17), Err(FrameError::Field { field: "page count", .. })));
     assert!(matches!(head(&|b| b[8] = 0), Err(FrameError::Field { field: "page count", .. })));

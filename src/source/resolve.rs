@@ -142,7 +142,8 @@ pub fn resolve(
     let (us, boot) = (own_key()?, boot_id()?);
     loop {
         let Some(record) = journal.read(id)? else { return Ok(Some(Resolution::Nothing)) };
-        if record.owner != us {
+        let serving = record.state == OutgoingState::Serving && record.owner == us;
+        if !serving {
             wait_for_owner(record.owner, patience)?;
         }
         let steps = match record.state {

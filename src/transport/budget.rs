@@ -3,8 +3,9 @@
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct State {
+    limit: usize,
     used: usize,
     closed: bool,
 }
@@ -12,14 +13,13 @@ struct State {
 /// Lets so many bytes be on their way between a blocking thread and a task.
 #[derive(Debug)]
 pub(super) struct Budget {
-    limit: usize,
     state: Mutex<State>,
     freed: Condvar,
 }
 
 impl Budget {
     pub(super) fn new(limit: usize) -> Self {
-        Self { limit, state: Mutex::default(), freed: Condvar::new() }
+        Self { state: Mutex::new(State { limit, used: 0, closed: false }), freed: Condvar::new() }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -30,13 +30,19 @@ impl Budget {
     /// Waits until `bytes` fit; what is larger than the whole budget goes alone. False once closed.
     pub(super) fn acquire_blocking(&self, bytes: usize) -> bool {
         let mut state = self.state();
-        while !state.closed && state.used > 0 && state.used + bytes > self.limit {
+        while !state.closed && state.used > 0 && state.used + bytes > state.limit {
             state = self.freed.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
         if !state.closed {
             state.used += bytes;
         }
         !state.closed
+    }
+
+    /// From now on so many bytes; those that are on their way stay.
+    pub(super) fn set_limit(&self, limit: usize) {
+        self.state().limit = limit;
+        self.freed.notify_all();
     }
 
     /// Gives `bytes` back.

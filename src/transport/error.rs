@@ -7,8 +7,9 @@ use std::sync::Arc;
 use quinn::{ConnectionError, TransportErrorCode};
 
 use super::code;
+use super::urgent::RequestError;
 use crate::identity::{Fingerprint, IdentityError};
-use crate::pageserver::frame::FrameError;
+use crate::pageserver::frame::{FrameError, Kind};
 use crate::wire::{PROTOCOL_VERSION, WireError};
 
 /// On which side trust is missing.
@@ -87,7 +88,7 @@ pub enum TransportError {
     #[error("control stream")]
     Wire(#[source] WireError),
     /// The peer sent a frame that breaks the rules.
-    #[error("bulk stream")]
+    #[error("page frames")]
     Frame(#[source] FrameError),
     /// A stream ended in the middle of a message.
     #[error("the peer ended the {0} stream in the middle of a message")]
@@ -95,6 +96,18 @@ pub enum TransportError {
     /// The peer says that we broke the rules.
     #[error("the peer rejected what was sent: {0}")]
     Rejected(String),
+    /// The peer has no use for this connection: it knows no such migration of ours.
+    #[error("the peer refused the connection: {0}")]
+    Refused(String),
+    /// A newer connection for the same migration took this one's place.
+    #[error("a newer connection took its place")]
+    Replaced,
+    /// A frame that belongs on another stream.
+    #[error("a {0:?} frame where single pages belong")]
+    Misplaced(Kind),
+    /// The peer asked for pages in a way that breaks the rules.
+    #[error("requests")]
+    Request(#[source] RequestError),
     /// The peer closed the connection after the last message, in good order.
     #[error("the peer has finished")]
     Finished,
@@ -140,6 +153,8 @@ impl TransportError {
             ConnectionError::ApplicationClosed(close) => match close.error_code {
                 code::DONE => Self::Finished,
                 code::VERSION => version_from(&close.reason),
+                code::REFUSED => Self::Refused(String::from_utf8_lossy(&close.reason).into_owned()),
+                code::REPLACED => Self::Replaced,
                 code::PROTOCOL => Self::Rejected(String::from_utf8_lossy(&close.reason).into_owned()),
                 _ => Self::GaveUp,
             },

@@ -1,9 +1,9 @@
 //! A connection as blocking threads see it.
 
 use std::net::SocketAddr;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -12,15 +12,18 @@ use quinn::Connection;
 use tokio::sync::{OwnedSemaphorePermit, mpsc as tokio_mpsc, oneshot};
 
 use super::budget::Budget;
+use super::polite::Politeness;
 use super::pump::{self, Ends};
 use super::setup::{self, Streams};
 use super::{PeerInfo, Settings, TransportError};
 use crate::identity::Node;
 use crate::pageserver::frame::Frame;
-use crate::wire::{self, Control, Hello};
+use crate::wire::{self, Control, Hello, Role};
 
 /// Bulk bytes handed over but not yet taken by QUIC.
 const BULK_QUEUE_BYTES: usize = 2 << 20;
+/// The same while the bulk is polite: one message may be written while the next one is being made.
+const POLITE_QUEUE_BYTES: usize = 128 << 10;
 /// Control bytes handed over but not yet taken by QUIC.
 const CONTROL_QUEUE_BYTES: usize = 1 << 20;
 /// How long the closing of a connection may take when a link is dropped.
@@ -55,6 +58,9 @@ pub(super) struct Shared {
     control: Budget,
     bulk: Budget,
     pub(super) sent: AtomicU64,
+    pub(super) politeness: Arc<Politeness>,
+    /// When something was heard from the peer last.
+    pub(super) heard: Mutex<Instant>,
 }
 
 impl Shared {
@@ -100,6 +106,29 @@ impl LinkSender {
         self.shared.sent.load(Ordering::Relaxed)
     }
 
+    /// Makes the bulk stream stand back for others on the same path, or go as fast as it can again: while it
+    /// is polite, only as much is in flight as delays others by half a millisecond, and little is queued
+    /// above that. What was sent or queued before still goes its way.
+    ///
+    /// What is handed over at once goes as a whole, so that the bulk is only as polite as it is sent in
+    /// pieces of at most 64 KiB.
+    pub fn set_polite(&self, polite: bool) {
+        self.shared.politeness.set(polite);
+        self.shared.bulk.set_limit(if polite { POLITE_QUEUE_BYTES } else { BULK_QUEUE_BYTES });
+    }
+
+    /// How much QUIC takes while polite, in flight or not.
+    #[cfg(test)]
+    pub(super) fn send_window(&self) -> Option<u64> {
+        self.shared.politeness.send_window()
+    }
+
+    /// For how long nothing was heard from the peer, to a fifth of a second. An idle peer says twice a second
+    /// that it is there: beyond a second or so the link stands still, whether or not it is lost later.
+    pub fn silent_for(&self) -> Duration {
+        self.shared.heard.lock().unwrap_or_else(PoisonError::into_inner).elapsed()
+    }
+
     fn send(&self, bytes: Bytes, bulk: bool) -> Result<(), TransportError> {
         let (budget, queue) = (self.shared.budget(bulk), if bulk { &self.bulk } else { &self.control });
         if !budget.acquire_blocking(bytes.len()) {
@@ -143,6 +172,8 @@ impl Link {
             control: Budget::new(CONTROL_QUEUE_BYTES),
             bulk: Budget::new(BULK_QUEUE_BYTES),
             sent: AtomicU64::new(0),
+            politeness: streams.politeness.clone(),
+            heard: Mutex::new(Instant::now()),
         });
         let link = Self {
             sender: LinkSender { shared: shared.clone(), control, bulk },
@@ -276,7 +307,7 @@ async fn run_client(
 ) {
     let mut dialled = Err(TransportError::Closed);
     for addr in addrs {
-        dialled = setup::dial(node, *addr, hello.clone(), settings).await;
+        dialled = setup::dial(node, *addr, hello.clone(), settings, Role::Control).await;
         if !matches!(dialled, Err(TransportError::Unreachable { .. } | TransportError::Connect { .. })) {
             break;
         }

@@ -1,8 +1,8 @@
 //! The network side of a link: tasks that move bytes between its queues and its streams.
 
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Instant;
+use std::sync::{Arc, PoisonError};
+use std::time::{Duration, Instant};
 
 use bytes::{BufMut, Bytes, BytesMut};
 use quinn::{Connection, ReadError, RecvStream, SendStream, WriteError};
@@ -10,7 +10,7 @@ use tokio::sync::{Semaphore, mpsc, oneshot};
 
 use super::budget::Rate;
 use super::link::{Incoming, Outgoing, Queued, Shared};
-use super::setup::{Bulk, Streams};
+use super::setup::{Bulk, SEND_WINDOW_BYTES, Streams};
 use super::{TransportError, code};
 use crate::pageserver::frame::{Frame, HEADER_BYTES, Header};
 use crate::pageserver::pool::Pool;
@@ -26,6 +26,9 @@ const PAYLOAD_BUFFERS: usize = RECEIVED_BYTES / PAYLOAD_BYTES;
 const PAYLOAD_BYTES: usize = 64 * 1024 + 32;
 /// First allocation for a long message or payload; it grows as the bytes come.
 const FIRST_BYTES: usize = 1 << 20;
+
+/// How often it is noted whether the peer was heard.
+const HEARD_INTERVAL: Duration = Duration::from_millis(200);
 
 /// The ends of the queues that the pump works on.
 pub(super) struct Ends {
@@ -45,16 +48,17 @@ pub(super) async fn run(streams: Streams, ends: Ends) {
     let (bulk_send, bulk_receive) = match bulk {
         Bulk::Send(stream) => (Some(stream), None),
         Bulk::Receive(stream) => (None, Some(stream)),
+        Bulk::None => (None, None),
     };
 
     let writing = async {
         let rate = bandwidth.map(|bytes| Rate::new(bytes, Instant::now()));
         let bulk = async {
             if let Some(stream) = bulk_send {
-                write(stream, bulk_queue, &shared, true, rate).await;
+                write(stream, bulk_queue, &shared, Some(&connection), rate).await;
             }
         };
-        tokio::join!(write(control_send, control, &shared, false, None), bulk);
+        tokio::join!(write(control_send, control, &shared, None, None), bulk);
     };
     let reading = async {
         let control = async { checked(read_control(control_receive, &queue).await, &connection) };
@@ -91,6 +95,7 @@ pub(super) async fn run(streams: Streams, ends: Ends) {
     let end = tokio::select! {
         end = reading => end,
         () = written => TransportError::Closed,
+        () = listen(&connection, &shared) => TransportError::Closed,
     };
     shared.end();
     tracing::debug!(peer = %connection.remote_address(), end = %end, "connection ended");
@@ -116,10 +121,31 @@ impl Queue {
     }
 }
 
+/// Notes when something was heard.
+async fn listen(connection: &Connection, shared: &Shared) {
+    let mut seen = 0;
+    loop {
+        let datagrams = connection.stats().udp_rx.datagrams;
+        if datagrams != seen {
+            seen = datagrams;
+            *shared.heard.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
+        }
+        tokio::time::sleep(HEARD_INTERVAL).await;
+    }
+}
+
 /// Closes the connection if the peer broke the rules, and tells it how.
-fn checked(result: Result<(), TransportError>, connection: &Connection) -> Result<(), TransportError> {
-    if let Err(error @ (TransportError::Wire(_) | TransportError::Frame(_) | TransportError::Truncated(_))) =
-        &result
+pub(super) fn checked<T>(
+    result: Result<T, TransportError>,
+    connection: &Connection,
+) -> Result<T, TransportError> {
+    if let Err(
+        error @ (TransportError::Wire(_)
+        | TransportError::Frame(_)
+        | TransportError::Misplaced(_)
+        | TransportError::Request(_)
+        | TransportError::Truncated(_)),
+    ) = &result
     {
         let source = std::error::Error::source(error).map(ToString::to_string);
         let reason = source.unwrap_or_else(|| error.to_string());
@@ -128,18 +154,29 @@ fn checked(result: Result<(), TransportError>, connection: &Connection) -> Resul
     result
 }
 
-/// Writes a queue to its stream; returns when it was finished or the connection has ended.
+/// Writes a queue to its stream; returns when it was finished or the connection has ended. `bulk_of` is the
+/// connection whose bulk stream it is, if it is one.
 async fn write(
     mut stream: SendStream,
     mut queue: mpsc::UnboundedReceiver<Outgoing>,
     shared: &Shared,
-    bulk: bool,
+    bulk_of: Option<&Connection>,
     mut rate: Option<Rate>,
 ) {
+    let mut send_window = SEND_WINDOW_BYTES;
     while let Some(Outgoing::Data(bytes)) = queue.recv().await {
         let len = bytes.len();
+        if let Some(connection) = bulk_of {
+            // What QUIC has taken waits there as long as what is in flight, so that is bounded by the same.
+            let wanted =
+                shared.politeness.send_window().map_or(SEND_WINDOW_BYTES, |w| w.min(SEND_WINDOW_BYTES));
+            if wanted != send_window {
+                connection.set_send_window(wanted);
+                send_window = wanted;
+            }
+        }
         let written = write_all(&mut stream, bytes, rate.as_mut()).await;
-        shared.budget(bulk).release(len);
+        shared.budget(bulk_of.is_some()).release(len);
         shared.sent.fetch_add(len as u64, Ordering::Relaxed);
         if let Err(error) = written {
             tracing::debug!(%error, "write ended");
@@ -168,7 +205,7 @@ async fn write_all(
 }
 
 /// Takes bytes off a stream, in pieces as they came in packets.
-struct Source {
+pub(super) struct Source {
     stream: RecvStream,
     chunks: [Bytes; CHUNKS],
     next: usize,
@@ -176,7 +213,7 @@ struct Source {
 }
 
 impl Source {
-    fn new(stream: RecvStream, name: &'static str) -> Self {
+    pub(super) fn new(stream: RecvStream, name: &'static str) -> Self {
         Self { stream, chunks: [const { Bytes::new() }; CHUNKS], next: 0, name }
     }
 
@@ -243,25 +280,49 @@ async fn read_control(stream: RecvStream, queue: &Queue) -> Result<(), Transport
     Ok(())
 }
 
-async fn read_frames(stream: RecvStream, queue: &Queue) -> Result<(), TransportError> {
-    let mut source = Source::new(stream, "bulk");
-    let mut pool = Pool::new(PAYLOAD_BYTES, PAYLOAD_BUFFERS);
-    let mut head = [0; HEADER_BYTES];
-    while source.fill(&mut head).await? {
+/// Takes frames off a stream.
+pub(super) struct Frames {
+    source: Source,
+    pool: Pool,
+}
+
+impl Frames {
+    /// Frames of a stream; `buffers` of the usual size are kept to be used again.
+    pub(super) fn new(stream: RecvStream, name: &'static str, buffers: usize) -> Self {
+        Self { source: Source::new(stream, name), pool: Pool::new(PAYLOAD_BYTES, buffers) }
+    }
+
+    /// The next frame, if `accept` lets its header pass; `None` at the end of the stream.
+    pub(super) async fn next(
+        &mut self,
+        accept: impl FnOnce(&Header) -> Result<(), TransportError>,
+    ) -> Result<Option<Frame>, TransportError> {
+        let mut head = [0; HEADER_BYTES];
+        if !self.source.fill(&mut head).await? {
+            return Ok(None);
+        }
         let header = Header::decode(&head).map_err(TransportError::Frame)?;
+        accept(&header)?;
         let len = header.payload_bytes();
         let payload = if len == 0 {
             Bytes::new()
         } else if len <= PAYLOAD_BYTES {
-            let mut buffer = pool.take();
-            source.append(&mut buffer, len).await?;
-            pool.send(buffer)
+            let mut buffer = self.pool.take();
+            self.source.append(&mut buffer, len).await?;
+            self.pool.send(buffer)
         } else {
             let mut buffer = BytesMut::with_capacity(len.min(FIRST_BYTES));
-            source.append(&mut buffer, len).await?;
+            self.source.append(&mut buffer, len).await?;
             buffer.freeze()
         };
-        let frame = Frame::new(header, payload).map_err(TransportError::Frame)?;
+        Frame::new(header, payload).map(Some).map_err(TransportError::Frame)
+    }
+}
+
+async fn read_frames(stream: RecvStream, queue: &Queue) -> Result<(), TransportError> {
+    let mut frames = Frames::new(stream, "bulk", PAYLOAD_BUFFERS);
+    while let Some(frame) = frames.next(|_| Ok(())).await? {
+        let len = frame.payload().len();
         queue.put(Incoming::Frame(frame), HEADER_BYTES + len).await?;
     }
     Ok(())

@@ -3,8 +3,9 @@
 //! One task takes connections from the endpoint and does nothing else; each handshake is a task of its own
 //! under a deadline. Only peers that have proved a trusted key and said hello become links.
 
+use std::future::Future;
 use std::net::SocketAddr;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use quinn::{Endpoint, VarInt};
@@ -12,6 +13,8 @@ use tokio::sync::{Semaphore, mpsc};
 use tokio::task::JoinHandle;
 
 use super::link::Link;
+use super::setup::Answered;
+use super::urgent::{Attachments, UrgentServer};
 use super::{Settings, TransportError, pump, setup};
 use crate::identity::Node;
 use crate::wire::Hello;
@@ -41,6 +44,7 @@ pub struct Server {
     addr: SocketAddr,
     ready: mpsc::Receiver<Result<Link, Failed>>,
     accepting: JoinHandle<()>,
+    urgent: Arc<OnceLock<Attachments>>,
 }
 
 impl Server {
@@ -55,13 +59,41 @@ impl Server {
         settings: Settings,
         hello: impl Fn() -> Hello + Send + Sync + 'static,
     ) -> Result<Self, TransportError> {
-        // Each connection gets a configuration of its own; this one only makes the endpoint listen.
-        let (config, _) = setup::server_config(&node, &settings)?;
-        let endpoint = setup::endpoint(addr, Some(config))?;
+        let endpoint = setup::listen(&node, addr, &settings)?;
         let addr = endpoint.local_addr().map_err(TransportError::local("read the listening address"))?;
         let (ready_in, ready) = mpsc::channel(READY);
-        let accepting = tokio::spawn(accept_all(endpoint.clone(), node, settings, Arc::new(hello), ready_in));
-        Ok(Self { endpoint, addr, ready, accepting })
+        let urgent = Arc::new(OnceLock::<Attachments>::new());
+        let (attachments, bandwidth) = (urgent.clone(), settings.bandwidth);
+        let take = move |peer, answered| {
+            let (ready, attachments) = (ready_in.clone(), attachments.clone());
+            async move {
+                let result = match answered {
+                    Ok(Answered::Link(streams)) => {
+                        let (link, ends) = Link::new(&streams, bandwidth);
+                        tokio::spawn(pump::run(streams, ends));
+                        Ok(link)
+                    }
+                    Ok(Answered::Urgent(streams, id)) => {
+                        match attachments.get() {
+                            Some(attachments) => attachments.offer(streams, id),
+                            None => Attachments::refuse(&streams),
+                        }
+                        return;
+                    }
+                    Err(error) => Err(Failed { peer, error }),
+                };
+                let _ = ready.send(result).await;
+            }
+        };
+        let accepting = tokio::spawn(accept_all(endpoint.clone(), node, settings, hello, take));
+        Ok(Self { endpoint, addr, ready, accepting, urgent })
+    }
+
+    /// Accepts connections for single pages here as well, for peers whose packets do not reach the port of
+    /// `urgent`. They are served by its thread, but their packets pass through ours.
+    pub fn also_for(&self, urgent: &UrgentServer) {
+        // A second one is for the same migrations, if it is meant at all.
+        let _ = self.urgent.set(urgent.attachments());
     }
 
     /// Where it listens.
@@ -82,13 +114,15 @@ impl Server {
     }
 }
 
-async fn accept_all(
+/// Takes connections until the endpoint is closed; what became of each goes to `take`.
+pub(super) async fn accept_all<T: Future<Output = ()> + Send>(
     endpoint: Endpoint,
     node: Arc<Node>,
     settings: Settings,
-    hello: Arc<dyn Fn() -> Hello + Send + Sync>,
-    ready: mpsc::Sender<Result<Link, Failed>>,
+    hello: impl Fn() -> Hello + Send + Sync + 'static,
+    take: impl Fn(SocketAddr, Result<Answered, TransportError>) -> T + Send + Sync + 'static,
 ) {
+    let (hello, take) = (Arc::new(hello), Arc::new(take));
     let handshakes = Arc::new(Semaphore::new(MAX_HANDSHAKES));
     while let Some(incoming) = endpoint.accept().await {
         let Ok(permit) = handshakes.clone().try_acquire_owned() else {
@@ -100,21 +134,12 @@ async fn accept_all(
             let _ = incoming.retry();
             continue;
         }
-        let (node, settings, hello, ready) = (node.clone(), settings.clone(), hello.clone(), ready.clone());
+        let (node, settings, hello, take) = (node.clone(), settings.clone(), hello.clone(), take.clone());
         tokio::spawn(async move {
             let peer = incoming.remote_address();
             let answered = setup::answer(&node, incoming, hello(), &settings).await;
             drop(permit);
-            match answered {
-                Ok(streams) => {
-                    let (link, ends) = Link::new(&streams, settings.bandwidth);
-                    tokio::spawn(pump::run(streams, ends));
-                    let _ = ready.send(Ok(link)).await;
-                }
-                Err(error) => {
-                    let _ = ready.send(Err(Failed { peer, error })).await;
-                }
-            }
+            take(peer, answered).await;
         });
     }
 }

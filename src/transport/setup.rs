@@ -7,27 +7,29 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::{BufMut, Bytes, BytesMut};
-use quinn::congestion::CubicConfig;
 use quinn::{
     Connection, Endpoint, EndpointConfig, IdleTimeout, MtuDiscoveryConfig, ReadExactError, RecvStream,
     SendStream, TransportConfig, VarInt, WriteError,
 };
 use tokio::time::timeout;
 
+use super::polite::{self, Politeness};
 use super::socket::{self, CappedSocket};
 use super::{PeerInfo, Settings, TransportError, code, tls};
 use crate::identity::{Fingerprint, Node};
+use crate::migration::MigrationId;
+use crate::proto::control::Attach;
 use crate::wire::{
     self, Body, Control, Hello, LENGTH_BYTES, MAX_HELLO_BYTES, PROTOCOL_VERSION, Role, WireError,
 };
 
 /// How often an idle connection says that it is alive.
-const KEEP_ALIVE: Duration = Duration::from_secs(1);
+pub(super) const KEEP_ALIVE: Duration = Duration::from_millis(500);
 /// Bytes that a sender may have in flight on one stream.
 const STREAM_WINDOW_BYTES: u32 = 4 << 20;
 /// Bytes that a sender keeps until they are acknowledged, over all streams. More than one stream's window, so
 /// that a full bulk stream never keeps a control message waiting.
-const SEND_WINDOW_BYTES: u64 = 6 << 20;
+pub(super) const SEND_WINDOW_BYTES: u64 = 6 << 20;
 /// Largest packet to look for on the path: jumbo frames. QUIC probes, starting with what every path carries.
 const MAX_UDP_PAYLOAD: u16 = 8952;
 
@@ -48,15 +50,28 @@ pub(super) struct Streams {
     pub(super) peer: PeerInfo,
     pub(super) control: (SendStream, RecvStream),
     pub(super) bulk: Bulk,
+    pub(super) politeness: Arc<Politeness>,
 }
 
-/// The bulk stream: the source writes it, the destination reads it.
+/// The bulk stream: the source writes it, the destination reads it. A connection for single pages has none.
 pub(super) enum Bulk {
     Send(SendStream),
     Receive(RecvStream),
+    None,
 }
 
-fn transport_config(settings: &Settings, accept_streams: u8) -> Arc<TransportConfig> {
+/// What an accepted connection is for.
+pub(super) enum Answered {
+    Link(Streams),
+    /// Single pages of this migration, if it is known and the peer's: nothing has been promised yet.
+    Urgent(Streams, MigrationId),
+}
+
+fn transport_config(
+    settings: &Settings,
+    accept_streams: u8,
+    politeness: &Arc<Politeness>,
+) -> Arc<TransportConfig> {
     let mut config = TransportConfig::default();
     // A time that QUIC cannot express (beyond 146 years) means none.
     config.max_idle_timeout(IdleTimeout::try_from(settings.idle_timeout).ok());
@@ -71,9 +86,7 @@ fn transport_config(settings: &Settings, accept_streams: u8) -> Arc<TransportCon
     config.mtu_discovery_config(Some(discovery));
     config.packet_threshold(LATER_PACKETS);
     config.time_threshold(LATE_ROUND_TRIPS);
-    let mut cubic = CubicConfig::default();
-    cubic.initial_window(INITIAL_WINDOW_BYTES);
-    config.congestion_controller_factory(Arc::new(cubic));
+    config.congestion_controller_factory(polite::factory(INITIAL_WINDOW_BYTES, politeness));
     Arc::new(config)
 }
 
@@ -91,31 +104,42 @@ pub(super) fn endpoint(
         .map_err(TransportError::local("start a QUIC endpoint"))
 }
 
+/// An endpoint that listens on `addr`.
+pub(super) fn listen(node: &Node, addr: SocketAddr, settings: &Settings) -> Result<Endpoint, TransportError> {
+    // Each connection gets a configuration of its own; this one only makes the endpoint listen.
+    let (config, _) = server_config(node, settings, &Arc::default())?;
+    endpoint(addr, Some(config))
+}
+
 /// The configuration of one incoming connection, and what verifies its peer.
 pub(super) fn server_config(
     node: &Node,
     settings: &Settings,
+    politeness: &Arc<Politeness>,
 ) -> Result<(quinn::ServerConfig, Arc<tls::Verifier>), TransportError> {
     let (crypto, verifier) = tls::server(node)?;
     let mut config = quinn::ServerConfig::with_crypto(Arc::new(crypto));
-    config.transport_config(transport_config(settings, 1));
+    config.transport_config(transport_config(settings, 1, politeness));
     config.migration(false);
     Ok((config, verifier))
 }
 
-/// Connects to `addr` and says hello. The endpoint is the connection's own.
+/// Connects to `addr` and says hello: for a link (`Role::Control`) or for single pages (`Role::Urgent`). The
+/// endpoint is the connection's own.
 pub(super) async fn dial(
     node: &Node,
     addr: SocketAddr,
     hello: Hello,
     settings: &Settings,
+    role: Role,
 ) -> Result<(Endpoint, Streams), TransportError> {
     let any: SocketAddr =
         if addr.is_ipv4() { (Ipv4Addr::UNSPECIFIED, 0).into() } else { (Ipv6Addr::UNSPECIFIED, 0).into() };
     let endpoint = endpoint(any, None)?;
     let (crypto, verifier) = tls::client(node)?;
     let mut config = quinn::ClientConfig::new(Arc::new(crypto));
-    config.transport_config(transport_config(settings, 0));
+    let politeness = Arc::new(Politeness::default());
+    config.transport_config(transport_config(settings, 0, &politeness));
     let connecting = endpoint
         .connect_with(config, addr, "migrate")
         .map_err(|source| TransportError::Connect { addr, source })?;
@@ -126,18 +150,19 @@ pub(super) async fn dial(
         let connection = connecting.await.map_err(setup_error)?;
         let ended = |error| setup_end(error, &setup_error);
         let (mut control_send, mut control_receive) = connection.open_bi().await.map_err(setup_error)?;
-        let mut bulk = connection.open_uni().await.map_err(setup_error)?;
-        control_send
-            .write_chunk(greeting(Some(Role::Control), hello)?)
-            .await
-            .map_err(writing)
-            .map_err(&ended)?;
-        let role = Bytes::copy_from_slice(&[Role::Bulk as u8]);
-        bulk.write_chunk(role).await.map_err(writing).map_err(&ended)?;
+        control_send.write_chunk(greeting(Some(role), hello)?).await.map_err(writing).map_err(&ended)?;
+        let bulk = if role == Role::Urgent {
+            Bulk::None
+        } else {
+            let mut bulk = connection.open_uni().await.map_err(setup_error)?;
+            let role = Bytes::copy_from_slice(&[Role::Bulk as u8]);
+            bulk.write_chunk(role).await.map_err(writing).map_err(&ended)?;
+            Bulk::Send(bulk)
+        };
         let peer = read_hello(&mut control_receive, &connection).await.map_err(&ended)?;
         // Control goes first where both have something to send.
         let _ = control_send.set_priority(1);
-        Ok(Streams { connection, peer, control: (control_send, control_receive), bulk: Bulk::Send(bulk) })
+        Ok(Streams { connection, peer, control: (control_send, control_receive), bulk, politeness })
     };
     match timeout(settings.handshake_timeout, dialled).await {
         Ok(Ok(streams)) => Ok((endpoint, streams)),
@@ -156,21 +181,38 @@ pub(super) async fn answer(
     incoming: quinn::Incoming,
     hello: Hello,
     settings: &Settings,
-) -> Result<Streams, TransportError> {
+) -> Result<Answered, TransportError> {
     let addr = incoming.remote_address();
-    let (config, verifier) = server_config(node, settings)?;
+    let politeness = Arc::new(Politeness::default());
+    let (config, verifier) = server_config(node, settings, &politeness)?;
     let setup_error = |end| TransportError::from_setup_end(end, addr, node.fingerprint(), verifier.refused());
     let ended = |error| setup_end(error, &setup_error);
     let answered = async {
         let connection =
             incoming.accept_with(Arc::new(config)).map_err(setup_error)?.await.map_err(setup_error)?;
         let (mut control_send, mut control_receive) = connection.accept_bi().await.map_err(setup_error)?;
-        expect_role(&mut control_receive, Role::Control, &connection).await.map_err(&ended)?;
+        let urgent = match read_role(&mut control_receive, &connection).await.map_err(&ended)? {
+            Role::Control => false,
+            Role::Urgent => true,
+            Role::Bulk => return Err(ended(misplaced(&connection, Role::Bulk))),
+        };
         let peer = read_hello(&mut control_receive, &connection).await.map_err(&ended)?;
         control_send.write_chunk(greeting(None, hello)?).await.map_err(writing).map_err(&ended)?;
+        if urgent {
+            let id = read_attach(&mut control_receive, &connection).await.map_err(&ended)?;
+            let control = (control_send, control_receive);
+            return Ok(Answered::Urgent(
+                Streams { connection, peer, control, bulk: Bulk::None, politeness },
+                id,
+            ));
+        }
         let mut bulk = connection.accept_uni().await.map_err(setup_error)?;
-        expect_role(&mut bulk, Role::Bulk, &connection).await.map_err(&ended)?;
-        Ok(Streams { connection, peer, control: (control_send, control_receive), bulk: Bulk::Receive(bulk) })
+        match read_role(&mut bulk, &connection).await.map_err(&ended)? {
+            Role::Bulk => {}
+            other => return Err(ended(misplaced(&connection, other))),
+        }
+        let (control, bulk) = ((control_send, control_receive), Bulk::Receive(bulk));
+        Ok(Answered::Link(Streams { connection, peer, control, bulk, politeness }))
     };
     timeout(settings.handshake_timeout, answered).await.unwrap_or(Err(TransportError::Slow { addr }))
 }
@@ -216,23 +258,61 @@ fn reading(error: ReadExactError) -> Ended {
     }
 }
 
-async fn expect_role(stream: &mut RecvStream, expected: Role, connection: &Connection) -> Result<(), Ended> {
+async fn read_role(stream: &mut RecvStream, connection: &Connection) -> Result<Role, Ended> {
     let mut byte = [0; 1];
     stream.read_exact(&mut byte).await.map_err(reading)?;
-    match Role::try_from(byte[0]) {
-        Ok(role) if role == expected => Ok(()),
-        _ => Err(reject(connection, WireError::Role(byte[0]))),
-    }
+    Role::try_from(byte[0]).map_err(|error| reject(connection, error))
 }
 
-async fn read_hello(stream: &mut RecvStream, connection: &Connection) -> Result<PeerInfo, Ended> {
+fn misplaced(connection: &Connection, role: Role) -> Ended {
+    reject(connection, WireError::Role(role as u8))
+}
+
+/// One short message, while the streams are not yet pumped.
+async fn read_message(stream: &mut RecvStream, connection: &Connection) -> Result<Control, Ended> {
     let mut prefix = [0; LENGTH_BYTES];
     stream.read_exact(&mut prefix).await.map_err(reading)?;
     let len = wire::check_length(prefix, MAX_HELLO_BYTES).map_err(|e| reject(connection, e))?;
     let mut bytes = vec![0; len];
     stream.read_exact(&mut bytes).await.map_err(reading)?;
-    let hello =
-        wire::decode(bytes.into()).and_then(wire::check_hello).map_err(|error| reject(connection, error))?;
+    wire::decode(bytes.into()).map_err(|error| reject(connection, error))
+}
+
+async fn read_attach(stream: &mut RecvStream, connection: &Connection) -> Result<MigrationId, Ended> {
+    let id = match read_message(stream, connection).await?.message {
+        Some(Body::Attach(attach)) => attach.migration_id.parse().ok(),
+        _ => None,
+    };
+    id.ok_or_else(|| reject(connection, WireError::Expected("an Attach with a migration id")))
+}
+
+/// Says which migration the connection is for and waits until the other side agrees; under the handshake
+/// deadline.
+pub(super) async fn attach(
+    streams: &mut Streams,
+    id: MigrationId,
+    settings: &Settings,
+) -> Result<(), TransportError> {
+    let addr = streams.peer.addr;
+    let (send, receive) = &mut streams.control;
+    let attach = wire::encode(&Body::Attach(Attach { migration_id: id.to_string() }).into())?;
+    let connection = &streams.connection;
+    let attached = async {
+        send.write_chunk(attach).await.map_err(writing)?;
+        match read_message(receive, connection).await?.message {
+            Some(Body::Attached(_)) => Ok(()),
+            _ => Err(reject(connection, WireError::Expected("Attached"))),
+        }
+    };
+    match timeout(settings.handshake_timeout, attached).await {
+        Ok(done) => done.map_err(|ended| setup_end(ended, &TransportError::from_end)),
+        Err(_) => Err(TransportError::Slow { addr }),
+    }
+}
+
+async fn read_hello(stream: &mut RecvStream, connection: &Connection) -> Result<PeerInfo, Ended> {
+    let message = read_message(stream, connection).await?;
+    let hello = wire::check_hello(message).map_err(|error| reject(connection, error))?;
     Ok(PeerInfo { addr: connection.remote_address(), fingerprint: fingerprint(connection)?, hello })
 }
 

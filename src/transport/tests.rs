@@ -14,34 +14,34 @@ use std::sync::Arc;
 use std::time::Instant;
 use tokio::runtime::Runtime;
 
-const SHORT: Duration = Duration::from_secs(10);
+pub(super) const SHORT: Duration = Duration::from_secs(10);
 
 /// A node in a state directory of its own.
-struct Place {
+pub(super) struct Place {
     _dir: tempfile::TempDir,
-    node: Arc<Node>,
+    pub(super) node: Arc<Node>,
 }
 
-fn place() -> Place {
+pub(super) fn place() -> Place {
     let dir = tempfile::tempdir().unwrap();
     let node = Arc::new(Node::open(dir.path()).unwrap());
     Place { _dir: dir, node }
 }
 
-fn trust(who: &Place, whom: &Place) {
+pub(super) fn trust(who: &Place, whom: &Place) {
     who.node.trust().add("peer", whom.node.fingerprint()).unwrap();
 }
 
-fn hello() -> Hello {
+pub(super) fn hello() -> Hello {
     Hello { software: "test".into(), ..Hello::default() }
 }
 
-struct Listening {
-    runtime: Runtime,
-    server: Server,
+pub(super) struct Listening {
+    pub(super) runtime: Runtime,
+    pub(super) server: Server,
 }
 
-fn listen(place: &Place, settings: Settings) -> Listening {
+pub(super) fn listen(place: &Place, settings: Settings) -> Listening {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
     let server = {
         let _context = runtime.enter();
@@ -51,11 +51,11 @@ fn listen(place: &Place, settings: Settings) -> Listening {
 }
 
 impl Listening {
-    fn addr(&self) -> SocketAddr {
+    pub(super) fn addr(&self) -> SocketAddr {
         self.server.local_addr()
     }
 
-    fn accept(&mut self) -> Result<Link, Failed> {
+    pub(super) fn accept(&mut self) -> Result<Link, Failed> {
         let server = &mut self.server;
         let accepted = self.runtime.block_on(async { tokio::time::timeout(SHORT, server.accept()).await });
         accepted.expect("a connection in time").expect("a live endpoint")
@@ -66,7 +66,7 @@ fn dial(place: &Place, addr: SocketAddr) -> Result<Link, TransportError> {
     connect(place.node.clone(), vec![addr], hello(), Settings::default())
 }
 
-fn trusted_pair(settings: Settings) -> (Place, Place, Listening, Link, Link) {
+pub(super) fn trusted_pair(settings: Settings) -> (Place, Place, Listening, Link, Link) {
     let (a, b) = (place(), place());
     trust(&a, &b);
     trust(&b, &a);
@@ -207,7 +207,7 @@ fn an_untrusted_server_is_refused_and_sees_nothing() {
 }
 
 /// A trusted peer that does not keep to the rules: a bare QUIC connection with the right key.
-async fn bare(place: &Place, addr: SocketAddr) -> (quinn::Endpoint, quinn::Connection) {
+pub(super) async fn bare(place: &Place, addr: SocketAddr) -> (quinn::Endpoint, quinn::Connection) {
     let endpoint = setup::endpoint(([127, 0, 0, 1], 0).into(), None).unwrap();
     let (crypto, _) = tls::client(&place.node).unwrap();
     let config = quinn::ClientConfig::new(Arc::new(crypto));
