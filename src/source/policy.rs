@@ -120,6 +120,19 @@ pub fn order(elapsed: Duration, timeout: Option<Timeout>, cancel: bool, postcopy
     })
 }
 
+/// What was wanted last: each order is told once. Where it comes too late things go on as before, and whoever
+/// waits for the destination's answer must not hear of the order again and again instead.
+#[derive(Debug, Default)]
+pub struct Told(Option<Order>);
+
+impl Told {
+    /// The order, if it is news.
+    pub fn news(&mut self, order: Option<Order>) -> Option<Order> {
+        let order = order?;
+        (self.0.replace(order) != Some(order)).then_some(order)
+    }
+}
+
 /// Decides before the first round and after each. Without any measurement the answer is another round,
 /// unless post-copy or hurry was asked for.
 pub fn decide(rounds: &[Round], limits: &Limits, hurry: Option<Hurry>) -> Decision {
@@ -409,6 +422,17 @@ mod tests {
             let decision = decide(&rounds, &limits, None);
             assert_eq!((decision.verdict, decision.eager_pages), (Verdict::Freeze(AtOnce), 0));
         }
+    }
+
+    #[test]
+    fn an_order_is_told_once() {
+        let mut told = Told::default();
+        let hurry = Some(Order::Hurry(Hurry::Force));
+        let said: Vec<_> =
+            [None, hurry, hurry, Some(Order::Cancel), Some(Order::Cancel), None, Some(Order::Cancel)]
+                .map(|order| told.news(order))
+                .into();
+        assert_eq!(said, [None, hurry, None, Some(Order::Cancel), None, None, None]);
     }
 
     #[test]

@@ -11,9 +11,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::machine::SourceMachine;
-use super::policy::{self, Limits, Order};
+use super::policy::{self, Limits, Order, Told};
 use super::precopy::{Precopy, PrecopyError};
-use super::protocol::{Action, Event, Message, Outcome};
+use super::protocol::{Action, Cause, Event, Message, Outcome};
 use super::sentinel::{self, Sentinel};
 use super::wire::to_message;
 use crate::config::SourceConfig;
@@ -105,7 +105,7 @@ pub(super) struct Held {
     sentinel: Option<Sentinel>,
     was_stopped: bool,
     frozen_at: Option<Instant>,
-    told: Option<Order>,
+    told: Told,
     reasons: Vec<Reason>,
 }
 
@@ -203,14 +203,9 @@ impl Driver<'_> {
         }
     }
 
-    /// What the operator or the clock wants, once: where it comes too late the machine goes on as before, and
-    /// must hear the destination again.
+    /// What the operator or the clock wants, as far as the machine does not know it yet.
     fn news(&mut self) -> Option<Event> {
-        let order = ordered(&self.posting, self.config, self.began)?;
-        if self.state.told.replace(order) == Some(order) {
-            return None;
-        }
-        Some(match order {
+        Some(match self.state.told.news(ordered(&self.posting, self.config, self.began))? {
             Order::Cancel => Event::Cancel,
             Order::Hurry(hurry) => Event::Hurry(hurry),
         })
@@ -276,6 +271,12 @@ impl Driver<'_> {
         self.report.phases.merge(remote);
         self.report.total = started.elapsed();
         self.report.settle_mode();
+        if let (Outcome::NotMoved(Cause::Cancelled), Some(timeout)) = (&outcome, self.config.timeout)
+            && !self.posting.orders().cancelled()
+        {
+            let why = format!("the time for it was over (--timeout {:?})", timeout.after);
+            self.state.reasons.push(Reason::new("migration", why, "give it more, or --on-timeout postcopy"));
+        }
         super::outcome::describe(&mut self.report, outcome, std::mem::take(&mut self.state.reasons));
         self.report
     }
