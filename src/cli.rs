@@ -9,10 +9,10 @@ use clap::{ArgAction, Args, CommandFactory, Parser, Subcommand, ValueEnum};
 
 use crate::config::{
     Bandwidth, CheckConfig, DEFAULT_MAX_DOWNTIME, DEFAULT_MAX_ROUNDS, DEFAULT_PORT, DEFAULT_STATE_DIR,
-    Destination, Mode, MoveIp, ServeConfig, SourceConfig, parse_duration,
+    Destination, Mode, MoveIp, OnTimeout, ServeConfig, SourceConfig, Timeout, parse_duration,
 };
 use crate::identity::Fingerprint;
-use crate::migration::MigrationId;
+use crate::migration::{IdPrefix, MigrationId};
 use crate::pageserver::pack::Compression;
 
 /// Move a running process to another machine.
@@ -54,7 +54,7 @@ struct MoveArgs {
     /// The node to move it to, where `migrate serve` runs
     #[arg(long, value_name = "HOST:PORT")]
     to: Option<Destination>,
-    /// When the memory travels: precopy (default), before the process runs there
+    /// When the memory travels: before the process runs there, after, or as it pays (auto, the default)
     #[arg(long, value_enum, value_name = "MODE")]
     mode: Option<Mode>,
     /// Copy changed memory in at most so many rounds before the freeze (default 30)
@@ -63,6 +63,13 @@ struct MoveArgs {
     /// Freeze once the rest is expected to take no longer than this (default 10ms)
     #[arg(long, value_name = "TIME", value_parser = parse_duration)]
     max_downtime: Option<Duration>,
+    /// How long the process may go on here before --on-timeout applies (default: no limit)
+    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
+    timeout: Option<Duration>,
+    /// At the end of that time: let it stay (cancel, the default), or freeze it now and send the rest after
+    /// the resume (postcopy) or before (force)
+    #[arg(long, value_enum, value_name = "WHAT", requires = "timeout")]
+    on_timeout: Option<OnTimeout>,
     /// Send no faster than this: 100M is MiB/s, 1Gbit is bits (default: no limit)
     #[arg(long, value_name = "RATE")]
     bandwidth: Option<Bandwidth>,
@@ -89,6 +96,7 @@ impl MoveArgs {
             (self.mode.is_some(), "--mode"),
             (self.max_rounds.is_some(), "--max-rounds"),
             (self.max_downtime.is_some(), "--max-downtime"),
+            (self.timeout.is_some(), "--timeout"),
             (self.bandwidth.is_some(), "--bandwidth"),
             (self.compress.is_some(), "--compress"),
             (self.tcp_close, "--tcp-close"),
@@ -139,6 +147,24 @@ enum SubCommand {
         #[arg(value_name = "ID")]
         id: MigrationId,
     },
+    /// Show the migrations of this node, to and from it, and what earlier ones have left unresolved
+    Status {
+        /// Only this one: its id, or the beginning of it
+        #[arg(value_name = "ID")]
+        id: Option<IdPrefix>,
+    },
+    /// Let the process of a running migration stay here, unless it is too late for that
+    Cancel {
+        /// The migration, or the beginning of its id
+        #[arg(value_name = "ID")]
+        id: IdPrefix,
+    },
+    /// Switch a running migration to post-copy: freeze the process now, the rest of its memory follows
+    Postcopy {
+        /// The migration, or the beginning of its id
+        #[arg(value_name = "ID")]
+        id: IdPrefix,
+    },
     /// Show the fingerprint that other nodes know this one by
     Id,
     /// Manage the nodes that this one trusts
@@ -187,6 +213,12 @@ pub enum Request {
     Check(CheckConfig),
     /// Resolve a migration.
     Resume(MigrationId),
+    /// Show migrations: all, or one.
+    Status(Option<IdPrefix>),
+    /// Let the process of a migration stay.
+    Cancel(IdPrefix),
+    /// Switch a migration to post-copy.
+    Postcopy(IdPrefix),
     /// Show the fingerprint.
     Id,
     /// Manage trust.
@@ -224,6 +256,9 @@ where
             Request::Check(CheckConfig { state_dir, pid, to, tcp_close, shell_job, move_ips })
         }
         Some(SubCommand::Resume { id }) => Request::Resume(id),
+        Some(SubCommand::Status { id }) => Request::Status(id),
+        Some(SubCommand::Cancel { id }) => Request::Cancel(id),
+        Some(SubCommand::Postcopy { id }) => Request::Postcopy(id),
         Some(SubCommand::Id) => Request::Id,
         Some(SubCommand::Trust { action }) => {
             if let TrustAction::Add { fingerprint, .. } = &action {
@@ -253,6 +288,7 @@ fn source_config(args: MoveArgs, state_dir: PathBuf) -> Result<SourceConfig, cla
         mode: args.mode.unwrap_or_default(),
         max_rounds: args.max_rounds.unwrap_or(DEFAULT_MAX_ROUNDS),
         max_downtime: args.max_downtime.unwrap_or(DEFAULT_MAX_DOWNTIME),
+        timeout: args.timeout.map(|after| Timeout { after, then: args.on_timeout.unwrap_or_default() }),
         bandwidth: args.bandwidth,
         compression: match args.compress {
             None | Some(CompressArg::Auto) => Compression::Auto,
@@ -284,6 +320,7 @@ mod tests {
     fn a_move_with_everything() {
         let (global, request) = parsed(
             "--to node2:7077 --mode precopy --max-rounds 5 --max-downtime 20ms --bandwidth 1Gbit \
+             --timeout 90s --on-timeout postcopy \
              --compress none --tcp-close --shell-job --move-ip 10.0.0.5/24@eth0 --move-ip fd00::5/64@eth0 \
              --state-dir /x -vv --json 123",
         )
@@ -294,6 +331,9 @@ mod tests {
         assert_eq!(config.compression, Compression::Off);
         assert_eq!(config.max_downtime, Duration::from_millis(20));
         assert_eq!(config.bandwidth.map(Bandwidth::bytes_per_second), Some(125_000_000));
+        let after = Duration::from_secs(90);
+        assert_eq!(config.timeout, Some(Timeout { after, then: OnTimeout::Postcopy }));
+        assert_eq!(config.mode, Mode::Precopy);
         assert!(config.tcp_close && config.shell_job);
         assert_eq!(config.state_dir, PathBuf::from("/x"));
     }
@@ -324,8 +364,16 @@ mod tests {
             "--tcp-close serve",
             "check --to node2:7077",
             "check --tcp-close",
+            "--to node2:7077 --timeout 10 1",
+            "--to node2:7077 --on-timeout force 1",
+            "--to node2:7077 --timeout 10s --on-timeout suspend 1",
+            "--timeout 10s status",
             "resume",
             "resume 12",
+            "status x",
+            "cancel",
+            "cancel A0",
+            "postcopy",
             "trust",
             "trust add name",
             "trust add name sha256:12",
@@ -346,6 +394,13 @@ mod tests {
         let id = MigrationId::new([7; crate::migration::ID_BYTES]);
         let Request::Resume(parsed_id) = parsed(&format!("resume {id}")).unwrap().1 else { panic!() };
         assert_eq!(parsed_id, id);
+        assert!(matches!(parsed("status").unwrap().1, Request::Status(None)));
+        assert!(matches!(parsed("status 07").unwrap().1, Request::Status(Some(_))));
+        assert!(matches!(parsed("cancel 07").unwrap().1, Request::Cancel(_)));
+        assert!(matches!(parsed("postcopy 07").unwrap().1, Request::Postcopy(_)));
+        let Request::Move(config) = parsed("--to a:1 --timeout 5s 7").unwrap().1 else { panic!() };
+        assert_eq!(config.timeout.map(|timeout| timeout.then), Some(OnTimeout::Cancel));
+        assert_eq!(config.mode, Mode::Auto);
         let Request::Sentinel(args) = parsed("__sentinel --fd 3 x").unwrap().1 else { panic!() };
         assert_eq!(args, ["--fd", "3", "x"]);
     }

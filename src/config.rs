@@ -34,6 +34,8 @@ pub struct SourceConfig {
     pub max_rounds: u32,
     /// Freeze once the rest is expected to take no longer than this.
     pub max_downtime: Duration,
+    /// How long the process may go on at the source, and what happens then.
+    pub timeout: Option<Timeout>,
     /// Bytes per second, at most.
     pub bandwidth: Option<Bandwidth>,
     /// Whether pages are compressed.
@@ -75,12 +77,36 @@ pub struct CheckConfig {
 }
 
 /// When the memory of the process travels.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, clap::ValueEnum)]
-#[serde(rename_all = "lowercase")]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum)]
 pub enum Mode {
-    /// All of it before the process runs at the destination.
+    /// As much as pays and fits into the downtime before the process runs at the destination, the rest after.
     #[default]
+    Auto,
+    /// All of it before.
     Precopy,
+    /// All of it after.
+    Postcopy,
+}
+
+/// How long a migration may take until the process is frozen.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Timeout {
+    /// Since the migration began.
+    pub after: Duration,
+    /// What to do then.
+    pub then: OnTimeout,
+}
+
+/// What happens when the time is over and the process is not frozen yet.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum)]
+pub enum OnTimeout {
+    /// It stays at the source.
+    #[default]
+    Cancel,
+    /// It is frozen, and what is left of its memory follows by post-copy.
+    Postcopy,
+    /// It is frozen, and what is left is sent while it stands still.
+    Force,
 }
 
 /// A setting that cannot be understood; the text says what is expected.

@@ -8,6 +8,7 @@
 //! - [`transport`], [`identity`], [`wire`]: QUIC with mutual TLS, who is trusted, what the messages mean.
 //! - [`engine`]: one host's mechanics (tracees, memory, kernel state); knows no network.
 //! - [`cli`], [`config`], [`report`], [`telemetry`]: what the operator types and reads.
+//! - [`operator`]: `migrate status`, `cancel` and `postcopy`, and the socket they speak over.
 //! - [`proto`]: the plain description of a process and the messages, generated from `proto/`.
 //! - [`testbed`], [`demo`]: two hosts on one machine, for the tests and for `migrate demo`.
 
@@ -22,6 +23,7 @@ pub mod hello;
 pub mod identity;
 pub mod journal;
 pub mod migration;
+pub mod operator;
 pub mod pageserver;
 pub mod proto;
 pub mod report;

@@ -10,7 +10,10 @@ use migrate::config::{CheckConfig, SourceConfig};
 use migrate::identity::Node;
 use migrate::identity::trust::TrustStore;
 use migrate::journal::{Journal, Outgoing};
-use migrate::migration::MigrationId;
+use migrate::migration::{IdPrefix, MigrationId};
+use migrate::operator::client::{self, Command, Ordered};
+use migrate::operator::protocol::Verdict;
+use migrate::operator::table::Table;
 use migrate::source::OverQuic;
 use migrate::source::resolve::{Patience, Resolution, resolve};
 use migrate::source::sentinel::run_sentinel;
@@ -39,6 +42,9 @@ fn run(global: &Global, request: Request) -> Result<ExitCode> {
         Request::Demo(args) => migrate::demo::run(&args)?,
         Request::Check(config) => return check(global, &config),
         Request::Resume(id) => return resume(global, id),
+        Request::Status(which) => status(global, which.as_ref())?,
+        Request::Cancel(which) => return order(global, &which, Command::Cancel),
+        Request::Postcopy(which) => return order(global, &which, Command::Postcopy),
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -111,6 +117,35 @@ fn resume(global: &Global, id: MigrationId) -> Result<ExitCode> {
         println!("migration {id}: {text}");
     }
     Ok(if word == "unknown" { ExitCode::from(UNKNOWN) } else { ExitCode::SUCCESS })
+}
+
+fn status(global: &Global, which: Option<&IdPrefix>) -> Result<()> {
+    let known = client::status(&global.state_dir, which)?;
+    known.troubles.iter().for_each(|trouble| eprintln!("migrate: {trouble}"));
+    if global.json {
+        println!("{}", json!({ "migrations": known.migrations }));
+    } else {
+        print!("{}", Table(&known.migrations));
+    }
+    Ok(())
+}
+
+fn order(global: &Global, which: &IdPrefix, command: Command) -> Result<ExitCode> {
+    let Ordered { id, verdict } = client::order(&global.state_dir, which, command)?;
+    let (word, text) = match &verdict {
+        Verdict::Cancelled => ("cancelled", "the process runs here as before"),
+        Verdict::Switched => ("switched", "the process is frozen, the rest of its memory follows"),
+        Verdict::TooLate(why) => ("too_late", why.as_str()),
+        Verdict::Refused(why) => ("refused", why.as_str()),
+        Verdict::Unknown => ("unknown", "there is no such migration (any more)"),
+    };
+    if global.json {
+        println!("{}", json!({ "migration_id": id.to_string(), "outcome": word, "text": text }));
+    } else {
+        println!("migration {id}: {}: {text}", word.replace('_', " "));
+    }
+    let followed = matches!(verdict, Verdict::Cancelled | Verdict::Switched);
+    Ok(if followed { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
 fn sentinel(global: &Global, args: &[String]) -> Result<()> {

@@ -79,6 +79,37 @@ impl From<MigrationId> for String {
     }
 }
 
+/// The beginning of a migration's id, as operators type it: as many digits as tell it from others.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct IdPrefix(String);
+
+/// A text that no id begins with.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("a migration is named by its id or the beginning of it: 1 to {} hexadecimal digits", ID_BYTES * 2)]
+pub struct BadPrefix;
+
+impl IdPrefix {
+    /// Whether the id begins so.
+    pub fn matches(&self, id: MigrationId) -> bool {
+        id.to_string().starts_with(&self.0)
+    }
+}
+
+impl fmt::Display for IdPrefix {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl FromStr for IdPrefix {
+    type Err = BadPrefix;
+
+    fn from_str(text: &str) -> Result<Self, BadPrefix> {
+        let good = (1..=ID_BYTES * 2).contains(&text.len()) && text.bytes().all(|b| hex(b).is_ok());
+        if good { Ok(Self(text.to_owned())) } else { Err(BadPrefix) }
+    }
+}
+
 /// A process that cannot be mistaken for a later one with the same number.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct ProcessKey {
@@ -129,6 +160,17 @@ mod tests {
             ["", "a0", "../../../../etc/passwd0000000000", &id.to_string().to_uppercase(), &"é".repeat(16)]
         {
             assert_eq!(bad.parse::<MigrationId>(), Err(BadId), "{bad}");
+        }
+    }
+    #[test]
+    fn a_prefix_is_the_beginning_of_an_id() {
+        let id = MigrationId::new([0xa0; ID_BYTES]);
+        for good in ["a", "a0a", &id.to_string()] {
+            assert!(good.parse::<IdPrefix>().unwrap().matches(id), "{good}");
+        }
+        assert!(!"0a".parse::<IdPrefix>().unwrap().matches(id));
+        for bad in ["", "A0", "x", "../", &format!("{id}a")] {
+            assert_eq!(bad.parse::<IdPrefix>(), Err(BadPrefix), "{bad}");
         }
     }
 }

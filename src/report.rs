@@ -1,13 +1,18 @@
 //! What became of a migration: the report at its end, the clock behind it, the lines while it runs.
 
+pub mod histogram;
+mod postcopy;
+
 use std::collections::BTreeMap;
 use std::fmt;
 use std::time::{Duration, Instant};
 
 use serde::{Serialize, Serializer};
 
-use crate::config::Mode;
 use crate::engine::reason::Reason;
+
+pub use histogram::{Histogram, Latency};
+pub use postcopy::Postcopy;
 
 /// How a migration ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -19,6 +24,18 @@ pub enum Outcome {
     NotMoved,
     /// The source gave the right to run away and does not know whether it was taken.
     Unknown,
+}
+
+/// When the memory travelled, as it turned out: what was asked for may have left the choice open.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Mode {
+    /// All of it before the process ran at the destination.
+    Precopy,
+    /// All of it after.
+    Postcopy,
+    /// Some in rounds before, the rest after.
+    Hybrid,
 }
 
 /// One round of copying.
@@ -44,7 +61,7 @@ pub struct Report {
     pub pid: i32,
     /// The destination as the operator named it.
     pub destination: String,
-    /// When its memory travelled.
+    /// When its memory travelled: see [`Report::settle_mode`].
     pub mode: Mode,
     /// How it ended.
     pub outcome: Outcome,
@@ -72,18 +89,21 @@ pub struct Report {
     pub pages_data: u64,
     /// Of both, those sent after the freeze.
     pub pages_after_freeze: u64,
+    /// What was done after the resume.
+    #[serde(flatten)]
+    pub postcopy: Postcopy,
     /// Bytes of pages with contents by the bytes they took on the wire; 1 if none were sent.
     pub compression_ratio: f64,
 }
 
 impl Report {
     /// The report of a migration that has just begun: not moved.
-    pub fn new(migration_id: String, pid: i32, destination: String, mode: Mode) -> Self {
+    pub fn new(migration_id: String, pid: i32, destination: String) -> Self {
         Self {
             migration_id,
             pid,
             destination,
-            mode,
+            mode: Mode::Precopy,
             outcome: Outcome::NotMoved,
             reasons: Vec::new(),
             notes: Vec::new(),
@@ -96,8 +116,18 @@ impl Report {
             pages_zero: 0,
             pages_data: 0,
             pages_after_freeze: 0,
+            postcopy: Postcopy::default(),
             compression_ratio: 1.0,
         }
+    }
+
+    /// Says in `mode` what rounds and post-copy have become.
+    pub fn settle_mode(&mut self) {
+        self.mode = match (self.postcopy.happened(), self.rounds.is_empty()) {
+            (false, _) => Mode::Precopy,
+            (true, false) => Mode::Hybrid,
+            (true, true) => Mode::Postcopy,
+        };
     }
 
     /// The exit status that says the same: 0 moved, 1 not moved, 3 somebody has to look.
@@ -219,8 +249,9 @@ impl fmt::Display for Bytes {
     }
 }
 
+/// A number of bytes as people read it.
 #[allow(clippy::cast_precision_loss, reason = "shown with two digits")]
-fn bytes(count: u64) -> Bytes {
+pub fn bytes(count: u64) -> impl fmt::Display {
     Bytes(count as f64)
 }
 
@@ -246,7 +277,7 @@ impl fmt::Display for Report {
             writeln!(f, "  note: {note}")?;
         }
         writeln!(f, "total time: {:.1} ms", ms(self.total))?;
-        if self.rounds.is_empty() {
+        if self.rounds.is_empty() && !self.postcopy.happened() {
             return Ok(());
         }
         writeln!(f, "downtime: {:.1} ms", ms(self.downtime))?;
@@ -267,6 +298,9 @@ impl fmt::Display for Report {
             self.pages_after_freeze,
             self.rounds.len()
         )?;
+        if self.postcopy.happened() {
+            writeln!(f, "{}", self.postcopy)?;
+        }
         let phases: Vec<_> =
             self.phases.0.iter().map(|(name, took)| format!("{name} {:.2}", ms(*took))).collect();
         writeln!(f, "phases (ms): {}", phases.join(", "))
@@ -312,7 +346,7 @@ mod tests {
     use super::*;
 
     fn report() -> Report {
-        let mut report = Report::new("m1".into(), 42, "b:7077".into(), Mode::Precopy);
+        let mut report = Report::new("m1".into(), 42, "b:7077".into());
         report.outcome = Outcome::Moved;
         report.downtime = Duration::from_micros(8125);
         report.total = Duration::from_millis(1500);
@@ -344,6 +378,13 @@ mod tests {
             "pages_data",
             "pages_after_freeze",
             "compression_ratio",
+            "pages_postcopy",
+            "pages_faulted",
+            "pages_pushed",
+            "fault_latency_us",
+            "postcopy_ms",
+            "recoveries",
+            "paused_ms",
         ] {
             assert!(json.get(key).is_some(), "{key}");
         }
@@ -369,6 +410,25 @@ mod tests {
         let text = refused.to_string();
         assert!(text.contains("runs here as before") && text.contains("fd 5: is an inotify"), "{text}");
         assert_eq!((report().exit_status(), refused.exit_status()), (0, 1));
+    }
+
+    #[test]
+    fn the_mode_is_what_happened() {
+        let mut report = report();
+        report.settle_mode();
+        assert_eq!(report.mode, Mode::Precopy);
+        assert!(!report.to_string().contains("post-copy"));
+        report.postcopy.took = Duration::from_millis(250);
+        report.postcopy.pages_postcopy = 1000;
+        report.settle_mode();
+        assert_eq!(report.mode, Mode::Hybrid);
+        let json = serde_json::to_value(&report).unwrap();
+        assert_eq!((&json["mode"], &json["postcopy_ms"]), (&"hybrid".into(), &250.0.into()));
+        report.rounds.clear();
+        report.settle_mode();
+        assert_eq!(report.mode, Mode::Postcopy);
+        let text = report.to_string();
+        assert!(text.contains("post-copy: 1000 pages in 250.0 ms") && text.contains("downtime"), "{text}");
     }
 
     #[test]

@@ -25,6 +25,9 @@ use crate::engine::skeleton::{ReservedPid, Skeleton, SkeletonError};
 use crate::engine::state::files;
 use crate::journal::{self, Incoming, IncomingState, Journal, JournalError};
 use crate::migration::{MigrationId, ProcessKey};
+use crate::operator::protocol::Phase;
+use crate::operator::{End, Posting};
+use crate::pageserver::frame::HEADER_BYTES;
 use crate::proto::control::{Begin, Timings};
 use crate::proto::image::{Clocks, Process};
 use crate::report::PhaseClock;
@@ -88,6 +91,8 @@ pub(super) struct Driver {
     pub next_ask: u64,
     pub clock: PhaseClock,
     pub peer: String,
+    /// What operators see.
+    pub posting: Posting,
 }
 
 impl Driver {
@@ -105,6 +110,10 @@ impl Driver {
                     Action::Arm(after) => timer = Some(Instant::now() + after),
                     Action::Disarm => timer = None,
                     Action::Finish(outcome) => {
+                        self.posting.end(match outcome {
+                            Outcome::Moved => End::Moved,
+                            Outcome::NotMoved(_) => End::NotMoved,
+                        });
                         self.say_goodbye();
                         return outcome;
                     }
@@ -191,13 +200,17 @@ impl Driver {
     ) -> Option<Event> {
         // Frames that were under way when we gave up are nobody's.
         let assembly = self.assembly.as_mut()?;
+        self.posting.carried((HEADER_BYTES + frame.payload().len()) as u64);
         match assembly.apply(frame) {
             Ok(Applied::Placed) if last_progress.elapsed() > PROGRESS_EVERY => {
                 *last_progress = Instant::now();
                 Some(Event::Progress)
             }
             Ok(Applied::Placed) => None,
-            Ok(Applied::RoundEnd(round)) => Some(Event::RoundPlaced(round)),
+            Ok(Applied::RoundEnd(round)) => {
+                self.posting.round(round.saturating_add(1));
+                Some(Event::RoundPlaced(round))
+            }
             Ok(Applied::State(process)) => match self.restore(&process) {
                 Ok(key) => Some(Event::Applied(key)),
                 Err(error) => Some(self.failed("restoring the process", &error)),
@@ -209,6 +222,7 @@ impl Driver {
     /// The last frame has come: the rest of the state goes into the skeleton.
     fn restore(&mut self, process: &Process) -> Result<ProcessKey, ActionError> {
         self.clock.begin("build");
+        self.posting.phase(Phase::Frozen);
         let mut skeleton = self.assembly.take().ok_or(ActionError::Order)?.into_skeleton()?;
         let log = self.state_dir.join("logs").join(format!("{}-{}.log", process.pid, self.id));
         let descriptors = process.files.clone().unwrap_or_default();
@@ -232,6 +246,7 @@ impl Driver {
             Action::Build => Ok(Some(self.build())),
             Action::Record(process) => {
                 self.record(process, IncomingState::Prepared)?;
+                self.posting.phase(Phase::Committing);
                 Ok(Some(Event::Recorded))
             }
             Action::Accept => {
@@ -262,6 +277,7 @@ impl Driver {
                     tracing::error!(error = &error as &dyn std::error::Error, "resuming the process");
                 }
                 self.clock.end();
+                self.posting.phase(Phase::Complete);
                 reaper::adopt(right.process().pid);
                 Ok(None)
             }
@@ -293,7 +309,10 @@ impl Driver {
         }
         if reasons.is_empty() && !self.begin.check_only {
             match ReservedPid::take(Tid::try_from(self.begin.pid).unwrap_or(0)) {
-                Ok(reserved) => self.assembly = Some(Assembly::new(reserved)),
+                Ok(reserved) => {
+                    self.assembly = Some(Assembly::new(reserved));
+                    self.posting.round(1);
+                }
                 Err(error) => {
                     reasons.push(Reason::new(
                         format!("pid {}", self.begin.pid),

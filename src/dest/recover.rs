@@ -1,8 +1,8 @@
 //! What a restarted service finds in its journal: processes that are its own, and what was left to do.
 
 use std::path::Path;
-use std::sync::PoisonError;
 use std::sync::mpsc::{Receiver, channel};
+use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
@@ -17,6 +17,8 @@ use crate::engine::alive;
 use crate::engine::procfs;
 use crate::engine::sys::pidfd::PidFd;
 use crate::journal::{self, Incoming, IncomingState, Journal, JournalError};
+use crate::operator::protocol::{Phase, Side};
+use crate::operator::{About, Board, client};
 use crate::transport::LinkSender;
 
 /// The one question that is being answered.
@@ -27,7 +29,7 @@ const ASKER: LinkId = LinkId(1);
 ///
 /// # Errors
 /// If the journal cannot be read at all.
-pub(super) fn recover(state_dir: &Path, registry: &Registry) -> Result<(), JournalError> {
+pub(super) fn recover(state_dir: &Path, registry: &Registry, board: &Arc<Board>) -> Result<(), JournalError> {
     let journal = Journal::<Incoming>::open(state_dir)?;
     let (records, unreadable) = journal.list()?;
     for error in unreadable {
@@ -58,9 +60,12 @@ pub(super) fn recover(state_dir: &Path, registry: &Registry) -> Result<(), Journ
         let id = recovered.record.id;
         let entry = Entry { inbox, peer: recovered.record.peer.clone() };
         registry.lock().unwrap_or_else(PoisonError::into_inner).insert(id, entry);
+        let posting = board.post(recovered.about(), Arc::default());
+        posting.phase(Phase::Complete);
         let registry = registry.clone();
         let thread = std::thread::Builder::new().name("dest-recovered".into()).spawn(move || {
             recovered.answer(&asks);
+            drop(posting);
             registry.lock().unwrap_or_else(PoisonError::into_inner).remove(&id);
         });
         if let Err(error) = thread {
@@ -79,6 +84,17 @@ struct Recovered {
 }
 
 impl Recovered {
+    fn about(&self) -> About {
+        let Incoming { id, process, peer, .. } = &self.record;
+        About {
+            id: *id,
+            side: Side::Destination,
+            pid: i32::try_from(process.pid).unwrap_or(0),
+            command: client::command_of(process.pid),
+            peer: peer.clone(),
+        }
+    }
+
     fn answer(&mut self, asks: &Receiver<Ask>) {
         while let Ok(ask) = asks.recv() {
             self.asker = Some(ask.answer);

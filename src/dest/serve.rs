@@ -17,6 +17,8 @@ use crate::engine::kernel::Host;
 use crate::identity::{IdentityError, Node};
 use crate::journal::JournalError;
 use crate::migration::MigrationId;
+use crate::operator::protocol::Side;
+use crate::operator::{About, Board, Listener, client};
 use crate::report::PhaseClock;
 use crate::transport::{Incoming, Link, Server, Settings, TransportError};
 use crate::wire::Body;
@@ -66,6 +68,7 @@ struct Service {
     config: ServeConfig,
     host: Arc<Host>,
     registry: Registry,
+    board: Arc<Board>,
 }
 
 /// Runs the service until the network fails or it is killed.
@@ -77,7 +80,9 @@ pub fn serve(config: ServeConfig) -> Result<(), ServeError> {
     let node = Arc::new(Node::open(&config.state_dir)?);
     let host = Arc::new(Host::probe()?);
     let registry = Registry::default();
-    recover::recover(&config.state_dir, &registry)?;
+    let board = Arc::new(Board::default());
+    recover::recover(&config.state_dir, &registry, &board)?;
+    let _listener = Listener::start(&config.state_dir, board.clone());
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .thread_name("net")
@@ -91,7 +96,7 @@ pub fn serve(config: ServeConfig) -> Result<(), ServeError> {
         writeln!(out, "listening on {addr} (fingerprint {})", node.fingerprint())
             .and_then(|()| out.flush())
             .map_err(io("writing to standard output"))?;
-        let service = Arc::new(Service { config, host, registry });
+        let service = Arc::new(Service { config, host, registry, board });
         while let Some(link) = server.accept().await {
             match link {
                 Err(failed) => {
@@ -168,7 +173,15 @@ impl Service {
             registry.insert(id, Entry { inbox, peer: peer.clone() });
         }
         tracing::info!(%id, pid = begin.pid, comm = begin.comm, peer, "migration begins");
+        let about = About {
+            id,
+            side: Side::Destination,
+            pid: i32::try_from(begin.pid).unwrap_or(0),
+            command: client::shown(begin.comm.as_bytes()),
+            peer: link.peer().addr.to_string(),
+        };
         let driver = Driver {
+            posting: self.board.post(about, Arc::default()),
             id,
             begin,
             received: received.ok(),

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use super::{Body, Event, Here, LATENCY, OPERATOR, Opener, PROCESS, SENTINEL, STEP, World};
+use crate::config::Mode;
 use crate::dest::protocol::Message as ToDest;
 use crate::journal::OutgoingState;
 use crate::source::machine::SourceMachine;
@@ -22,7 +23,8 @@ pub(super) enum Do {
 
 impl World {
     pub(super) fn start_source(&mut self) {
-        let (machine, actions) = SourceMachine::start(PROCESS, Limits::default());
+        let (machine, actions) =
+            SourceMachine::start(PROCESS, Limits { mode: Mode::Precopy, ..Limits::default() });
         self.source = Some(machine);
         self.source_plan(actions);
     }

@@ -1,7 +1,11 @@
 //! One fault at every step, two at every pair of steps, many at random.
 
-use super::{Fault, Here, There, World};
-use crate::source::protocol::Outcome;
+use std::time::Duration;
+
+use super::{Fault, Here, PROCESS, There, World};
+use crate::source::machine::SourceMachine;
+use crate::source::policy::{FreezeReason, Hurry, Limits, Round};
+use crate::source::protocol::{Action, Event, Message, Outcome};
 
 /// Every kind of fault, with times around the timeouts of the machines.
 const ALL: &[Fault] = &[
@@ -140,5 +144,27 @@ fn many_faults_at_random() {
             })
             .collect();
         run_with(Some(seed), seed % 2 == 0, &faults);
+    }
+}
+
+/// An order to hurry is remembered until the round is done, and then decides.
+#[test]
+fn hurry_ends_the_rounds() {
+    for hurry in [None, Some(Hurry::Force), Some(Hurry::Postcopy)] {
+        let (mut machine, _) = SourceMachine::start(PROCESS, Limits::default());
+        let mut tell = |event| machine.handle(Duration::ZERO, event).unwrap();
+        tell(Event::Message(Message::Ready));
+        if let Some(hurry) = hurry {
+            assert_eq!(tell(Event::Hurry(hurry)), vec![]);
+        }
+        let dirty_after = 50_000;
+        let round = Round { pages: 90_000, bytes: 1, duration: Duration::from_millis(900), dirty_after };
+        tell(Event::RoundSent(round));
+        let actions = tell(Event::Message(Message::RoundPlaced(1)));
+        let want = match hurry {
+            None => Action::StartRound(2),
+            Some(hurry) => Action::Freeze(FreezeReason::Hurried(hurry)),
+        };
+        assert!(actions.contains(&want), "{hurry:?}: {actions:?}");
     }
 }

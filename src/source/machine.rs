@@ -36,7 +36,7 @@ use std::time::Duration;
 
 use crate::engine::reason::Reason;
 use crate::migration::{Fate, ProcessKey, RunRight};
-use crate::source::policy::{self, Limits, Round, Verdict};
+use crate::source::policy::{self, Hurry, Limits, Round, Verdict};
 use crate::source::protocol::{Action, Cause, Event, Message, Outcome, Tell, WrongState};
 
 /// Longest wait for the next message before limbo.
@@ -136,6 +136,7 @@ pub struct SourceMachine {
     state: State,
     limits: Limits,
     rounds: Vec<Round>,
+    hurry: Option<Hurry>,
 }
 
 impl SourceMachine {
@@ -143,7 +144,7 @@ impl SourceMachine {
     pub fn start(process: ProcessKey, limits: Limits) -> (Self, Vec<Action>) {
         let state = State::Asking { right: RunRight::of(process) };
         (
-            Self { state, limits, rounds: Vec::new() },
+            Self { state, limits, rounds: Vec::new(), hurry: None },
             vec![Action::Send(Tell::Begin), Action::Arm(PEER_TIMEOUT)],
         )
     }
@@ -173,6 +174,10 @@ impl SourceMachine {
     /// # Errors
     /// For an event that the driver cannot have in this state; the state stays as it was.
     pub fn handle(&mut self, now: Duration, event: Event) -> Result<Vec<Action>, WrongState> {
+        if let Event::Hurry(hurry) = event {
+            self.hurry = Some(hurry);
+            return Ok(vec![]);
+        }
         let state = std::mem::replace(&mut self.state, State::Done);
         let (next, result) = match state {
             State::Asking { right } => self.asking(right, event),
@@ -218,7 +223,7 @@ impl SourceMachine {
             return (State::Copying { right, round, sent, placed }, Ok(vec![Action::Arm(PEER_TIMEOUT)]));
         };
         self.rounds.push(measured);
-        let decision = policy::decide(&self.rounds, &self.limits);
+        let decision = policy::decide(&self.rounds, &self.limits, self.hurry);
         match decision.verdict {
             Verdict::Continue => {
                 let next = State::Copying { right, round: round + 1, sent: None, placed: false };

@@ -23,7 +23,6 @@ pub use ask::OverQuic;
 pub use check::{Verdict, check};
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::{SigSet, Signal};
@@ -36,6 +35,8 @@ use crate::engine::reason::Reason;
 use crate::identity::{IdentityError, Node};
 use crate::journal::JournalError;
 use crate::migration::{MigrationId, ProcessKey};
+use crate::operator::protocol::Side;
+use crate::operator::{self, About, Board, End, Listener, Orders};
 use crate::report::{Outcome, Report};
 use crate::transport::{self, Incoming, Link, Settings};
 use crate::wire::{Body, Control};
@@ -65,12 +66,23 @@ pub enum SourceError {
 /// # Errors
 /// [`SourceError`] before anything was even looked at.
 pub fn run(config: &SourceConfig) -> Result<Report, SourceError> {
-    let cancelled = watch_signals();
+    let orders = watch_signals();
     let started = Instant::now();
     let node = Arc::new(Node::open(&config.state_dir)?);
     let host = Host::probe()?;
     let id = new_id()?;
-    let mut report = Report::new(id.to_string(), config.pid, config.to.to_string(), config.mode);
+    let mut report = Report::new(id.to_string(), config.pid, config.to.to_string());
+    let board = Arc::new(Board::default());
+    let about = About {
+        id,
+        side: Side::Source,
+        pid: config.pid,
+        command: operator::client::command_of(config.pid.unsigned_abs()),
+        peer: config.to.to_string(),
+    };
+    let posting = board.post(about, orders);
+    // Dropped after the posting has ended: an order that waits for that is still answered.
+    let _listener = Listener::start(&config.state_dir, board);
     let settings =
         Settings { bandwidth: config.bandwidth.map(|b| b.bytes_per_second()), ..Settings::default() };
     let hello = crate::hello::hello();
@@ -115,6 +127,7 @@ pub fn run(config: &SourceConfig) -> Result<Report, SourceError> {
         }
         report.reasons = plan.reasons;
         report.total = started.elapsed();
+        posting.end(End::NotMoved);
         return Ok(report);
     }
     let process = ProcessKey { pid: config.pid.unsigned_abs(), start_ticks: key.unwrap_or(0) };
@@ -127,7 +140,8 @@ pub fn run(config: &SourceConfig) -> Result<Report, SourceError> {
         settings,
         begin: plan.begin,
         link,
-        cancelled,
+        posting,
+        began: started,
         report,
         scanned: plan.scanned,
         state: driver::Held::default(),
@@ -189,25 +203,25 @@ fn new_id() -> Result<MigrationId, SourceError> {
 
 /// SIGINT and SIGTERM cancel the migration; a thread of its own waits for them. To be called before any
 /// other thread exists.
-fn watch_signals() -> Arc<AtomicBool> {
-    let cancelled = Arc::new(AtomicBool::new(false));
+fn watch_signals() -> Arc<Orders> {
+    let orders = Arc::new(Orders::default());
     let mut set = SigSet::empty();
     set.add(Signal::SIGINT);
     set.add(Signal::SIGTERM);
     set.add(Signal::SIGHUP);
     if let Err(errno) = set.thread_block() {
         tracing::warn!(%errno, "signals will end the command instead of cancelling the migration");
-        return cancelled;
+        return orders;
     }
-    let flag = cancelled.clone();
+    let told = orders.clone();
     let watch = move || {
         while let Ok(signal) = set.wait() {
             eprintln!("migrate: {signal}: cancelling");
-            flag.store(true, Ordering::Relaxed);
+            told.cancel();
         }
     };
     if let Err(error) = std::thread::Builder::new().name("signals".into()).spawn(watch) {
         tracing::warn!(%error, "signals are not watched");
     }
-    cancelled
+    orders
 }

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use crate::engine::reason::Reason;
 use crate::migration::{Fate, RunRight};
-use crate::source::policy::{FreezeReason, Round};
+use crate::source::policy::{FreezeReason, Hurry, Round};
 
 /// What the destination said.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -80,6 +80,8 @@ pub enum Event {
     Timeout,
     /// The operator wants the process to stay.
     Cancel,
+    /// The rounds are to end here: heard before the freeze, where one decides about it.
+    Hurry(Hurry),
     /// An action could not be performed; the rest of its list was dropped.
     Failed {
         /// What was being done.

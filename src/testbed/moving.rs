@@ -104,6 +104,14 @@ impl Lan {
         Ok(outcome(exit, &stdout, stderr))
     }
 
+    /// Starts any `migrate` command on a host without waiting for its end.
+    ///
+    /// # Errors
+    /// It could not be started.
+    pub fn begin(&self, host: &Host, words: &[&str]) -> Result<Job> {
+        host.spawn(&self.migrate(words))
+    }
+
     /// Starts `migrate serve` on a host and waits until it listens.
     ///
     /// # Errors

@@ -8,13 +8,12 @@ mod perform;
 use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use super::machine::SourceMachine;
-use super::policy::Limits;
+use super::policy::{self, Limits, Order, Told};
 use super::precopy::{Precopy, PrecopyError};
-use super::protocol::{Action, Event, Message, Outcome};
+use super::protocol::{Action, Cause, Event, Message, Outcome};
 use super::sentinel::{self, Sentinel};
 use super::wire::to_message;
 use crate::config::SourceConfig;
@@ -31,6 +30,7 @@ use crate::engine::state::files::ScannedProcesses;
 use crate::identity::Node;
 use crate::journal::{Journal, JournalError, Outgoing};
 use crate::migration::{MigrationId, ProcessKey};
+use crate::operator::{End, Posting};
 use crate::proto::control::{Begin, Timings};
 use crate::report::{PhaseClock, Report};
 use crate::transport::{Incoming, Link, Settings, TransportError};
@@ -38,8 +38,8 @@ use crate::wire::Hello;
 
 /// How long threads may take to stop.
 const FREEZE_PATIENCE: Duration = Duration::from_secs(2);
-/// How often the operator's wish to cancel is looked for.
-const CANCEL_POLL: Duration = Duration::from_millis(100);
+/// How often the operator's orders are looked for.
+const ORDER_POLL: Duration = Duration::from_millis(100);
 /// How long the goodbye may take.
 const FINISH_PATIENCE: Duration = Duration::from_secs(2);
 
@@ -82,7 +82,10 @@ pub(super) struct Driver<'a> {
     pub settings: Settings,
     pub begin: Begin,
     pub link: Option<Link>,
-    pub cancelled: Arc<AtomicBool>,
+    /// What operators see and want.
+    pub posting: Posting,
+    /// When the migration began.
+    pub began: Instant,
     pub report: Report,
     /// Processes that preflight has looked at for shared descriptors.
     pub scanned: ScannedProcesses,
@@ -102,6 +105,7 @@ pub(super) struct Held {
     sentinel: Option<Sentinel>,
     was_stopped: bool,
     frozen_at: Option<Instant>,
+    told: Told,
     reasons: Vec<Reason>,
 }
 
@@ -112,7 +116,11 @@ impl Driver<'_> {
 
     /// Runs the machine to its end and completes the report.
     pub(super) fn run(mut self) -> Report {
-        let limits = Limits { max_downtime: self.config.max_downtime, max_rounds: self.config.max_rounds };
+        let limits = Limits {
+            mode: self.config.mode,
+            max_downtime: self.config.max_downtime,
+            max_rounds: self.config.max_rounds,
+        };
         let started = Instant::now();
         let mut clock = PhaseClock::start();
         clock.begin("prepare");
@@ -121,7 +129,6 @@ impl Driver<'_> {
         let mut timer: Option<Instant> = None;
         let mut outcome = None;
         let mut todo: VecDeque<Action> = actions.into();
-        let mut cancel_told = false;
         loop {
             while let Some(action) = todo.pop_front() {
                 match action {
@@ -148,14 +155,7 @@ impl Driver<'_> {
             }
             let event = match events.pop_front() {
                 Some(event) => event,
-                None => {
-                    if self.cancelled.load(Ordering::Relaxed) && !cancel_told {
-                        cancel_told = true;
-                        Event::Cancel
-                    } else {
-                        self.wait(&mut timer, &mut clock)
-                    }
-                }
+                None => self.wait(&mut timer, &mut clock),
             };
             match machine.handle(started.elapsed(), event) {
                 Ok(actions) => todo.extend(actions),
@@ -172,10 +172,10 @@ impl Driver<'_> {
                 *timer = None;
                 return Event::Timeout;
             }
-            if self.cancelled.load(Ordering::Relaxed) {
-                return Event::Cancel;
+            if let Some(event) = self.news() {
+                return event;
             }
-            let wait = timer.map_or(CANCEL_POLL, |t| (t - now).min(CANCEL_POLL));
+            let wait = timer.map_or(ORDER_POLL, |t| (t - now).min(ORDER_POLL));
             let Some(link) = self.link.as_mut() else {
                 std::thread::sleep(wait);
                 continue;
@@ -201,6 +201,14 @@ impl Driver<'_> {
                 }
             }
         }
+    }
+
+    /// What the operator or the clock wants, as far as the machine does not know it yet.
+    fn news(&mut self) -> Option<Event> {
+        Some(match self.state.told.news(ordered(&self.posting, self.config, self.began))? {
+            Order::Cancel => Event::Cancel,
+            Order::Hurry(hurry) => Event::Hurry(hurry),
+        })
     }
 
     fn take_timings(&mut self, message: &Message, timings: Option<Timings>, clock: &mut PhaseClock) {
@@ -241,6 +249,11 @@ impl Driver<'_> {
     }
 
     fn conclude(mut self, outcome: Outcome, clock: PhaseClock, started: Instant) -> Report {
+        self.posting.end(match &outcome {
+            Outcome::Moved => End::Moved,
+            Outcome::NotMoved(_) => End::NotMoved,
+            Outcome::Unknown => End::Unknown,
+        });
         let stats = self.state.precopy.as_ref().map(Precopy::stats).unwrap_or_default();
         self.report.pages_zero = stats.pages_zero;
         self.report.pages_data = stats.pages_data;
@@ -257,9 +270,22 @@ impl Driver<'_> {
         self.report.phases = clock.finish();
         self.report.phases.merge(remote);
         self.report.total = started.elapsed();
+        self.report.settle_mode();
+        if let (Outcome::NotMoved(Cause::Cancelled), Some(timeout)) = (&outcome, self.config.timeout)
+            && !self.posting.orders().cancelled()
+        {
+            let why = format!("the time for it was over (--timeout {:?})", timeout.after);
+            self.state.reasons.push(Reason::new("migration", why, "give it more, or --on-timeout postcopy"));
+        }
         super::outcome::describe(&mut self.report, outcome, std::mem::take(&mut self.state.reasons));
         self.report
     }
+}
+
+/// What is wanted of the migration now.
+fn ordered(posting: &Posting, config: &SourceConfig, began: Instant) -> Option<Order> {
+    let orders = posting.orders();
+    policy::order(began.elapsed(), config.timeout, orders.cancelled(), orders.postcopy())
 }
 
 fn step_name(action: &Action) -> &'static str {

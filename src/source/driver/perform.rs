@@ -1,8 +1,9 @@
 //! The single actions.
 
 use std::path::PathBuf;
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
+
+use bytes::Bytes;
 
 use crate::engine::address::AddressSet;
 use crate::engine::capture::{self};
@@ -14,16 +15,17 @@ use crate::engine::reason::Reason;
 use crate::engine::state::files::{self, FilesOptions};
 use crate::journal::{self, Journal, JournalError, Outgoing, OutgoingState};
 use crate::migration::ProcessKey;
+use crate::operator::protocol::Phase;
 use crate::report::{PhaseClock, Round, RoundProgress};
 use crate::source::machine::SourceMachine;
-use crate::source::policy::{self, Limits};
-use crate::source::precopy::Precopy;
+use crate::source::policy::{self, Limits, Order};
+use crate::source::precopy::{Go, Precopy};
 use crate::source::protocol::{Action, Event, Tell};
 use crate::source::sentinel::Sentinel;
 use crate::source::wire::to_control;
 use crate::transport::{self, Settings};
 
-use super::{ActionError, Driver, FREEZE_PATIENCE, chain};
+use super::{ActionError, Driver, FREEZE_PATIENCE, chain, ordered};
 
 impl Driver<'_> {
     pub(super) fn perform(
@@ -40,6 +42,9 @@ impl Driver<'_> {
                     // Not before now: on another machine the clocks go on from here.
                     self.begin.clocks = Some(clocks::look(self.pid())?.now);
                 }
+                if tell == Tell::Commit {
+                    self.posting.phase(Phase::Committing);
+                }
                 Ok(self.send(tell))
             }
             Action::StartSentinel => self.start_sentinel().map(|()| None),
@@ -48,6 +53,7 @@ impl Driver<'_> {
                 tracing::info!(?reason, "freezing");
                 priority::urgent();
                 clock.begin("freeze");
+                self.posting.phase(Phase::Frozen);
                 self.state.sleeps.look(self.config.pid);
                 self.state.frozen_at = Some(Instant::now());
                 let frozen = Frozen::freeze(self.pid(), FREEZE_PATIENCE)?;
@@ -167,23 +173,38 @@ impl Driver<'_> {
         let start = Instant::now();
         let sender = self.link.as_ref().ok_or(ActionError::Order)?.sender();
         let precopy = self.state.precopy.as_mut().ok_or(ActionError::Order)?;
-        let cancelled = self.cancelled.clone();
-        let mut sink = |bytes| sender.send_frame_blocking(bytes);
-        let (sent, dirty_after) = precopy.round(number, &mut sink, &|| cancelled.load(Ordering::Relaxed))?;
+        let (posting, config, began) = (&self.posting, self.config, self.began);
+        posting.round(number);
+        let mut sink = |bytes: Bytes| {
+            posting.carried(bytes.len() as u64);
+            sender.send_frame_blocking(bytes)
+        };
+        let go = |left| {
+            posting.remaining(left);
+            match ordered(posting, config, began) {
+                None => Go::On,
+                Some(Order::Hurry(_)) => Go::Stop,
+                Some(Order::Cancel) => Go::Cancel,
+            }
+        };
+        let (sent, dirty_after) = precopy.round(number, &mut sink, &go)?;
         let took = start.elapsed();
         self.report.rounds.push(Round { pages: sent.pages, bytes_wire: sent.bytes, took, dirty_after });
         let round = policy::Round { pages: sent.pages, bytes: sent.bytes, duration: took, dirty_after };
+        let per_second = u128::from(dirty_after) * 1_000_000 / took.as_micros().max(1);
+        let per_second = u64::try_from(per_second).unwrap_or(u64::MAX);
+        self.posting.remaining(dirty_after);
+        self.posting.dirty_rate(per_second);
         if self.config.progress {
             let mut rounds = machine.rounds().to_vec();
             rounds.push(round);
-            let expected = policy::decide(&rounds, limits).downtime;
-            let per_second = u128::from(dirty_after) * 1_000_000 / took.as_micros().max(1);
+            let expected = policy::decide(&rounds, limits, None).downtime;
             let line = RoundProgress {
                 number,
                 pages: sent.pages,
                 bytes_wire: sent.bytes,
                 took,
-                dirty_pages_per_second: u64::try_from(per_second).unwrap_or(u64::MAX),
+                dirty_pages_per_second: per_second,
                 expected_downtime: expected,
             };
             eprintln!("{line}");
@@ -209,14 +230,24 @@ impl Driver<'_> {
         let sender = self.link.as_ref().ok_or(ActionError::Order)?.sender();
         let precopy = self.state.precopy.as_mut().ok_or(ActionError::Order)?;
         let frozen = self.state.frozen.as_mut().ok_or(ActionError::Order)?;
-        let mut sink = |bytes| sender.send_frame_blocking(bytes);
+        let (posting, config, began) = (&self.posting, self.config, self.began);
+        let mut sink = |bytes: Bytes| {
+            posting.carried(bytes.len() as u64);
+            sender.send_frame_blocking(bytes)
+        };
+        // The process stands still: hurry is of no use any more.
+        let go = |left| {
+            posting.remaining(left);
+            if ordered(posting, config, began) == Some(Order::Cancel) { Go::Cancel } else { Go::On }
+        };
         clock.begin("scan");
         let mut rest = precopy.final_scan()?;
         self.report.pages_after_freeze = rest.pages();
         let guards = std::mem::take(&mut rest.guards);
         clock.begin("pages");
-        let owed = precopy.send_rest(round, rest, u64::MAX, &[], &mut sink)?;
+        let owed = precopy.send_rest(round, rest, u64::MAX, &[], &mut sink, &go)?;
         let _ = owed;
+        posting.remaining(0);
         clock.begin("capture");
         let options = FilesOptions { tcp_close: self.config.tcp_close, shell_job: self.config.shell_job };
         let captured = capture::capture(frozen, &options, &self.state.sleeps, guards, &self.scanned)?;

@@ -5,7 +5,7 @@ use std::collections::HashSet;
 use prost::Message as _;
 
 use super::ranges::page_chunks;
-use super::{Precopy, PrecopyError, Sink};
+use super::{Go, Precopy, PrecopyError, Sink};
 use crate::engine::extents::Extents;
 use crate::engine::memory::PAGE_BYTES;
 use crate::engine::state::mm::canonical;
@@ -25,7 +25,7 @@ impl Precopy {
         &mut self,
         round: u32,
         sink: &mut impl Sink<E>,
-        cancelled: &dyn Fn() -> bool,
+        go: &dyn Fn(u64) -> Go,
     ) -> Result<(), PrecopyError<E>> {
         if self.pending.is_none() {
             self.scan()?;
@@ -35,9 +35,10 @@ impl Precopy {
         let untouched = self.send_untouched(round, &runs, sink)?;
         let touched = self.touched(&runs, &untouched);
         let (late, early) = owed::split(&touched, &self.placed);
-        self.send_pages(round, &early, sink, cancelled)?;
+        self.send_pages(round, &early, sink, &without_stop(go))?;
         self.packer.flush(sink)?;
-        self.put_missing(round, &late, sink)
+        self.put_missing(round, &late, sink)?;
+        self.put(frame::round_end(round), sink)
     }
 
     fn put_missing<E: std::error::Error>(
@@ -58,7 +59,7 @@ impl Precopy {
 
     /// Sends the rest of the memory: all of it if it is no more than `eager_pages`, else only what may not
     /// follow late and the pages of `hot`, and announces the others. Returns all that is owed then, each page
-    /// by one name.
+    /// by one name. It is not ended early, but can be given up.
     ///
     /// # Errors
     /// See [`PrecopyError`].
@@ -69,6 +70,7 @@ impl Precopy {
         eager_pages: u64,
         hot: &[u64],
         sink: &mut impl Sink<E>,
+        go: &dyn Fn(u64) -> Go,
     ) -> Result<Extents, PrecopyError<E>> {
         self.send_layout(round, rest.layout, sink)?;
         for &(start, end) in &rest.gone {
@@ -96,7 +98,7 @@ impl Precopy {
                 early.insert(page, page + PAGE_BYTES);
             }
         }
-        self.send_pages(round, &early, sink, &|| false)?;
+        self.send_pages(round, &early, sink, &without_stop(go))?;
         self.packer.flush(sink)?;
         self.put_missing(round, &late, sink)?;
         Ok(canonical(std::mem::take(&mut self.owed), &self.placed))
@@ -122,5 +124,13 @@ impl Remainder {
     /// Paths of the files that are mapped.
     pub fn mapped_paths(&self) -> HashSet<&[u8]> {
         self.layout.files.iter().map(|f| f.path.as_slice()).collect()
+    }
+}
+
+/// What must go goes: only giving up ends it.
+fn without_stop(go: &dyn Fn(u64) -> Go) -> impl Fn(u64) -> Go + '_ {
+    move |left| match go(left) {
+        Go::Stop => Go::On,
+        answer => answer,
     }
 }

@@ -2,6 +2,7 @@
 
 use crate::engine::extents::Extents;
 use crate::engine::memory::PAGE_BYTES;
+use crate::engine::sys::vm::RemoteRange;
 use crate::proto::image::Layout;
 
 /// Marks what lies in `start..end` fresh. A mapping that it covers in part is split: it has merged with a
@@ -39,6 +40,11 @@ pub(super) fn clip(set: &mut Extents, layout: &Layout) {
     for (start, end) in holes {
         set.remove(start, end);
     }
+}
+
+/// A range as what is read.
+pub(super) fn range(start: u64, end: u64) -> RemoteRange {
+    RemoteRange { start, len: usize::try_from(end - start).unwrap_or(usize::MAX) }
 }
 
 /// A range as runs of at most `u32::MAX` pages.

@@ -6,6 +6,7 @@ mod grounds;
 mod kinds;
 mod moves;
 mod network;
+mod operator;
 mod refusals;
 mod servers;
 
@@ -20,6 +21,7 @@ pub(crate) fn all() -> Vec<Case> {
         kinds::moved(),
         servers::cases(),
         network::cases(),
+        operator::cases(),
         clocks::cases(),
         moves::cases(),
         crash::cases(),
