@@ -181,6 +181,8 @@ fn left_behind(state_dir: &Path, known: &mut Known) -> Result<(), JournalError> 
         let owner_lives = is_alive(record.owner);
         let phase = match record.state {
             OutgoingState::Limbo => Phase::Limbo,
+            OutgoingState::Serving if owner_lives => Phase::Postcopy,
+            OutgoingState::Serving => Phase::Paused,
             OutgoingState::Taking | OutgoingState::Moved => Phase::Interrupted,
         };
         known.migrations.push(MigrationStatus {
@@ -196,6 +198,7 @@ fn left_behind(state_dir: &Path, known: &mut Known) -> Result<(), JournalError> 
         }
         let phase = match record.state {
             IncomingState::Prepared => Phase::Interrupted,
+            IncomingState::Accepted if record.misses => Phase::Paused,
             IncomingState::Accepted => Phase::Complete,
         };
         known.migrations.push(MigrationStatus {
@@ -357,6 +360,7 @@ mod tests {
             destination: "b:7077".into(),
             peer: String::new(),
             state: OutgoingState::Limbo,
+            owes: false,
             was_stopped: false,
             addresses: vec![],
         };
@@ -393,6 +397,7 @@ mod tests {
                 boot: record.boot.clone(),
                 peer: "sha256:00".into(),
                 state: IncomingState::Accepted,
+                misses: false,
                 was_stopped: false,
                 addresses: vec![],
             })

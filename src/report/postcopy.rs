@@ -16,6 +16,10 @@ pub struct Postcopy {
     pub pages_faulted: u64,
     /// Of these, those that were there before it touched them.
     pub pages_pushed: u64,
+    /// Of these, those that it gave up before they came.
+    pub pages_dropped: u64,
+    /// Pages that arrived although they were not missing: 0 unless something is wrong.
+    pub pages_twice: u64,
     /// How long it waited for a page, in microseconds.
     pub fault_latency_us: Latency,
     /// From the resume until nothing was missing.

@@ -71,8 +71,9 @@ impl World {
         self.note(|| format!("source does {what:?}"));
         let can_fail = matches!(
             what,
-            Do::Action(Action::StartSentinel | Action::StartRound(_) | Action::Freeze(_) | Action::SendFinal)
-                | Do::Journal(OutgoingState::Taking | OutgoingState::Limbo)
+            Do::Action(
+                Action::StartSentinel | Action::StartRound(_) | Action::Freeze { .. } | Action::SendFinal
+            ) | Do::Journal(OutgoingState::Taking | OutgoingState::Limbo)
                 | Do::TakeAddresses
                 | Do::RaiseFence
         );
@@ -114,7 +115,7 @@ impl World {
                 self.at(after, Event::SourceTimer(self.source_timer));
             }
             Action::StartSentinel => self.resolvers[SENTINEL].wanted = true,
-            Action::StartRound(round) => {
+            Action::StartRound(round) | Action::Announce(round) => {
                 self.transmit(self.source_link, Body::Round(round));
                 // Two rounds: the first does not fit into the downtime, the second does.
                 let dirty_after = if round == 1 { 100_000 } else { 0 };
@@ -122,7 +123,7 @@ impl World {
                     Round { pages: 9000, bytes: 1, duration: Duration::from_millis(90), dirty_after };
                 self.source_tells(Told::RoundSent(measured));
             }
-            Action::Freeze(_) => {
+            Action::Freeze { .. } => {
                 self.here = Here::Frozen { fence: false };
                 self.source_tells(Told::Frozen);
             }

@@ -163,7 +163,8 @@ fn hurry_ends_the_rounds() {
         let actions = tell(Event::Message(Message::RoundPlaced(1)));
         let want = match hurry {
             None => Action::StartRound(2),
-            Some(hurry) => Action::Freeze(FreezeReason::Hurried(hurry)),
+            Some(Hurry::Postcopy) => Action::Announce(2),
+            Some(hurry) => Action::Freeze { reason: FreezeReason::Hurried(hurry), eager_pages: u64::MAX },
         };
         assert!(actions.contains(&want), "{hurry:?}: {actions:?}");
     }

@@ -1,7 +1,7 @@
 //! The source's half of the protocol: what to do next, decided without I/O.
 //!
 //! The driver feeds [`Event`]s to [`SourceMachine::handle`] and performs the [`Action`]s it gets, in order.
-//! `StartSentinel`, `StartRound`, `Freeze`, `TakeAddresses`, `SendFinal` and `EnterLimbo` can fail: the driver
+//! `StartSentinel`, `StartRound`, `Announce`, `Freeze`, `TakeAddresses`, `SendFinal` and `EnterLimbo` can fail: the driver
 //! then drops the rest of the list and reports [`Event::Failed`]. All other actions never end the list; a
 //! `Send` without a connection is reported as [`Event::LinkLost`] after it.
 //!
@@ -36,7 +36,7 @@ use std::time::Duration;
 
 use crate::engine::reason::Reason;
 use crate::migration::{Fate, ProcessKey, RunRight};
-use crate::source::policy::{self, Hurry, Limits, Round, Verdict};
+use crate::source::policy::{self, FreezeReason, Hurry, Limits, Round, Verdict};
 use crate::source::protocol::{Action, Cause, Event, Message, Outcome, Tell, WrongState};
 
 /// Longest wait for the next message before limbo.
@@ -137,6 +137,8 @@ pub struct SourceMachine {
     limits: Limits,
     rounds: Vec<Round>,
     hurry: Option<Hurry>,
+    /// The rounds are over: why the process is frozen next, and what may go before the resume.
+    last: Option<(FreezeReason, u64)>,
 }
 
 impl SourceMachine {
@@ -144,7 +146,7 @@ impl SourceMachine {
     pub fn start(process: ProcessKey, limits: Limits) -> (Self, Vec<Action>) {
         let state = State::Asking { right: RunRight::of(process) };
         (
-            Self { state, limits, rounds: Vec::new(), hurry: None },
+            Self { state, limits, rounds: Vec::new(), hurry: None, last: None },
             vec![Action::Send(Tell::Begin), Action::Arm(PEER_TIMEOUT)],
         )
     }
@@ -198,12 +200,23 @@ impl SourceMachine {
     fn asking(&mut self, right: RunRight, event: Event) -> Step {
         match event {
             Event::Message(Message::Ready) => {
-                let actions = vec![Action::StartSentinel, Action::StartRound(1), Action::Arm(PEER_TIMEOUT)];
+                let decision = policy::decide(&[], &self.limits, self.hurry);
+                let first = match decision.verdict {
+                    Verdict::Freeze(reason) if decision.eager_pages == 0 => self.announce(1, reason, 0),
+                    _ => Action::StartRound(1),
+                };
+                let actions = vec![Action::StartSentinel, first, Action::Arm(PEER_TIMEOUT)];
                 (State::Copying { right, round: 1, sent: None, placed: false }, Ok(actions))
             }
             Event::Message(Message::Refused(reasons)) => stay(right, Cause::Refused(reasons), Held::Running),
             other => ended(State::Asking { right }, other),
         }
+    }
+
+    /// What is dirty is announced before the freeze, so that the freeze has to deal only with the rest.
+    fn announce(&mut self, round: u32, reason: FreezeReason, eager_pages: u64) -> Action {
+        self.last = Some((reason, eager_pages));
+        Action::Announce(round)
     }
 
     fn copying(
@@ -222,23 +235,31 @@ impl SourceMachine {
         let Some(measured) = sent.filter(|_| placed) else {
             return (State::Copying { right, round, sent, placed }, Ok(vec![Action::Arm(PEER_TIMEOUT)]));
         };
+        if let Some((reason, eager_pages)) = self.last {
+            return freeze(right, reason, eager_pages, Duration::ZERO);
+        }
         self.rounds.push(measured);
         let decision = policy::decide(&self.rounds, &self.limits, self.hurry);
-        match decision.verdict {
-            Verdict::Continue => {
-                let next = State::Copying { right, round: round + 1, sent: None, placed: false };
-                (next, Ok(vec![Action::StartRound(round + 1), Action::Arm(PEER_TIMEOUT)]))
+        let next = round + 1;
+        let action = match decision.verdict {
+            Verdict::Continue => Action::StartRound(next),
+            Verdict::Freeze(reason)
+                if reason == FreezeReason::Converged || decision.eager_pages == u64::MAX =>
+            {
+                return freeze(right, reason, decision.eager_pages, decision.downtime);
             }
-            Verdict::Freeze(reason) => {
-                // On a slow link a limit that does not know of its pace would freeze only to give up.
-                let patience = PREPARE_TIMEOUT.saturating_add(decision.downtime.saturating_mul(2));
-                (
-                    State::Freezing { right, give_up: None },
-                    Ok(vec![Action::Arm(patience.min(LONGEST_PREPARE)), Action::Freeze(reason)]),
-                )
-            }
-        }
+            Verdict::Freeze(reason) => self.announce(next, reason, decision.eager_pages),
+        };
+        let state = State::Copying { right, round: next, sent: None, placed: false };
+        (state, Ok(vec![action, Action::Arm(PEER_TIMEOUT)]))
     }
+}
+
+fn freeze(right: RunRight, reason: FreezeReason, eager_pages: u64, downtime: Duration) -> Step {
+    // On a slow link a limit that does not know of its pace would freeze only to give up.
+    let patience = PREPARE_TIMEOUT.saturating_add(downtime.saturating_mul(2));
+    let actions = vec![Action::Arm(patience.min(LONGEST_PREPARE)), Action::Freeze { reason, eager_pages }];
+    (State::Freezing { right, give_up: None }, Ok(actions))
 }
 
 type Step = (State, Result<Vec<Action>, WrongState>);

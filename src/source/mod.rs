@@ -17,6 +17,7 @@ pub mod precopy;
 pub mod protocol;
 pub mod resolve;
 pub mod sentinel;
+mod serving;
 mod wire;
 
 pub use ask::OverQuic;

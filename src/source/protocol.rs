@@ -102,8 +102,16 @@ pub enum Action {
     StartSentinel,
     /// Scan, read and send this round; report [`Event::RoundSent`].
     StartRound(u32),
-    /// Stop all threads; report [`Event::Frozen`].
-    Freeze(FreezeReason),
+    /// In place of a round: announce what is dirty, to follow after the resume; report [`Event::RoundSent`].
+    Announce(u32),
+    /// Stop all threads; report [`Event::Frozen`]. If what is dirty then is more than `eager_pages`, it follows
+    /// after the resume.
+    Freeze {
+        /// Why now.
+        reason: FreezeReason,
+        /// See above; `u64::MAX` if nothing may follow.
+        eager_pages: u64,
+    },
     /// Record the addresses that move (journal and sentinel), then remove them here.
     TakeAddresses,
     /// Send the last pages and the state.

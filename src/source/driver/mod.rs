@@ -3,6 +3,7 @@
 //! Runs on one thread, which is the tracer of the process. The network has a thread of its own (see
 //! `transport`), so frames leave while the next ones are read.
 
+mod late;
 mod perform;
 
 use std::collections::VecDeque;
@@ -15,7 +16,8 @@ use super::policy::{self, Limits, Order, Told};
 use super::precopy::{Precopy, PrecopyError};
 use super::protocol::{Action, Cause, Event, Message, Outcome};
 use super::sentinel::{self, Sentinel};
-use super::wire::to_message;
+use super::serving::Serving;
+use super::wire::{Extras, to_message};
 use crate::config::SourceConfig;
 use crate::engine::address::AddressSet;
 use crate::engine::capture::CaptureError;
@@ -31,7 +33,8 @@ use crate::identity::Node;
 use crate::journal::{Journal, JournalError, Outgoing};
 use crate::migration::{MigrationId, ProcessKey};
 use crate::operator::{End, Posting};
-use crate::proto::control::{Begin, Timings};
+use crate::pageserver::frame::FrameError;
+use crate::proto::control::{Begin, PageRuns};
 use crate::report::{PhaseClock, Report};
 use crate::transport::{Incoming, Link, Settings, TransportError};
 use crate::wire::Hello;
@@ -66,6 +69,12 @@ enum ActionError {
     Sentinel(#[from] sentinel::SentinelError),
     #[error(transparent)]
     Address(#[from] crate::engine::address::AddressError),
+    #[error(transparent)]
+    Urgent(#[from] TransportError),
+    #[error("starting to push owed pages")]
+    Push(#[source] std::io::Error),
+    #[error("the destination's list of missing pages")]
+    Missing(#[source] FrameError),
     #[error("the sentinel has ended")]
     NoSentinel,
     #[error("this step came before the one that it needs")]
@@ -106,6 +115,17 @@ pub(super) struct Held {
     was_stopped: bool,
     frozen_at: Option<Instant>,
     told: Told,
+    /// Where the destination takes requests for single pages of its own.
+    urgent_port: u16,
+    /// What may go between freeze and resume.
+    eager_pages: u64,
+    /// The service of owed pages; none if nothing may follow.
+    serving: Option<Serving>,
+    owes: bool,
+    /// What the destination misses, by its last word.
+    missing: Option<PageRuns>,
+    committed_at: Option<Instant>,
+    lost_at: Option<Instant>,
     reasons: Vec<Reason>,
 }
 
@@ -172,7 +192,7 @@ impl Driver<'_> {
                 *timer = None;
                 return Event::Timeout;
             }
-            if let Some(event) = self.news() {
+            if let Some(event) = self.news().or_else(|| self.service_news()) {
                 return event;
             }
             let wait = timer.map_or(ORDER_POLL, |t| (t - now).min(ORDER_POLL));
@@ -183,20 +203,20 @@ impl Driver<'_> {
             match link.recv_timeout(wait) {
                 None => {}
                 Some(Incoming::Control(message)) => match to_message(*message) {
-                    Ok((message, timings)) => {
-                        self.take_timings(&message, timings.timings, clock);
+                    Ok((message, extras)) => {
+                        self.take_extras(&message, extras, clock);
                         return Event::Message(message);
                     }
                     Err(error) => {
                         tracing::warn!(%error, "the destination broke the protocol");
-                        self.link = None;
+                        self.lose_link();
                         return Event::LinkLost;
                     }
                 },
                 Some(Incoming::Frame(_)) => {}
                 Some(Incoming::Lost(error)) => {
                     tracing::info!(error = &error as &dyn std::error::Error, "connection ended");
-                    self.link = None;
+                    self.lose_link();
                     return Event::LinkLost;
                 }
             }
@@ -211,8 +231,10 @@ impl Driver<'_> {
         })
     }
 
-    fn take_timings(&mut self, message: &Message, timings: Option<Timings>, clock: &mut PhaseClock) {
+    /// What came beside the word.
+    fn take_extras(&mut self, message: &Message, extras: Extras, clock: &mut PhaseClock) {
         match message {
+            Message::Ready => self.state.urgent_port = extras.urgent_port,
             Message::Prepared => clock.begin("commit"),
             Message::Committed => {
                 if let Some(since) = self.state.frozen_at {
@@ -220,9 +242,14 @@ impl Driver<'_> {
                 }
                 clock.end();
             }
+            Message::Resumed => {
+                self.state.urgent_port = extras.urgent_port;
+                self.state.missing = extras.missing;
+            }
+            Message::Drained => self.take_stats(extras.stats),
             _ => {}
         }
-        if let Some(timings) = timings {
+        if let Some(timings) = extras.timings {
             self.report.phases.add_remote("dest_", &timings.phase_us);
         }
     }
@@ -252,7 +279,7 @@ impl Driver<'_> {
         self.posting.end(match &outcome {
             Outcome::Moved => End::Moved,
             Outcome::NotMoved(_) => End::NotMoved,
-            Outcome::Unknown => End::Unknown,
+            Outcome::Unknown | Outcome::Unfinished | Outcome::Lost(_) => End::Unknown,
         });
         let stats = self.state.precopy.as_ref().map(Precopy::stats).unwrap_or_default();
         self.report.pages_zero = stats.pages_zero;
@@ -263,6 +290,8 @@ impl Driver<'_> {
             let ratio = stats.bytes_raw as f64 / stats.bytes_wire as f64;
             self.report.compression_ratio = ratio;
         }
+        self.count_served();
+        self.state.serving = None;
         if let Some(link) = self.link.take() {
             let _ = link.finish(FINISH_PATIENCE);
         }
@@ -292,7 +321,9 @@ fn step_name(action: &Action) -> &'static str {
     match action {
         Action::StartSentinel => "starting the sentinel",
         Action::StartRound(_) => "copying memory",
-        Action::Freeze(_) => "freezing the process",
+        Action::Announce(_) => "announcing what is to follow",
+        Action::Freeze { .. } => "freezing the process",
+        Action::Serve => "serving owed pages",
         Action::TakeAddresses => "taking the addresses",
         Action::SendFinal => "sending the final state",
         Action::EnterLimbo => "preparing the commit",

@@ -9,6 +9,7 @@ use crate::engine::address::AddressSet;
 use crate::engine::capture::{self};
 use crate::engine::clocks::{self};
 use crate::engine::dirty::UffdTracker;
+use crate::engine::extents::Extents;
 use crate::engine::freeze::Frozen;
 use crate::engine::priority;
 use crate::engine::reason::Reason;
@@ -25,6 +26,7 @@ use crate::source::sentinel::Sentinel;
 use crate::source::wire::to_control;
 use crate::transport::{self, Settings};
 
+use super::late;
 use super::{ActionError, Driver, FREEZE_PATIENCE, chain, ordered};
 
 impl Driver<'_> {
@@ -49,8 +51,11 @@ impl Driver<'_> {
             }
             Action::StartSentinel => self.start_sentinel().map(|()| None),
             Action::StartRound(round) => self.round(round, machine, limits, clock).map(Some),
-            Action::Freeze(reason) => {
+            Action::Announce(round) => self.announce(round, clock).map(Some),
+            Action::Serve => self.serve(),
+            Action::Freeze { reason, eager_pages } => {
                 tracing::info!(?reason, "freezing");
+                self.state.eager_pages = eager_pages;
                 priority::urgent();
                 clock.begin("freeze");
                 self.posting.phase(Phase::Frozen);
@@ -86,6 +91,7 @@ impl Driver<'_> {
                 Ok(None)
             }
             Action::Thaw(_right) => {
+                self.state.serving = None;
                 self.state.precopy = None;
                 if let Some(frozen) = self.state.frozen.take()
                     && let Err(error) = frozen.thaw()
@@ -94,7 +100,6 @@ impl Driver<'_> {
                 }
                 Ok(None)
             }
-            Action::Serve => Ok(Some(Event::NothingOwed)),
             Action::Conclude(_right) => {
                 let recorded = self.record(OutgoingState::Moved).is_ok();
                 // Before the kill, which takes the memory apart, and the longer the more there is of it: the
@@ -106,6 +111,8 @@ impl Driver<'_> {
                 Ok(Some(Event::Killed { recorded }))
             }
             Action::LeaveHeld(_right) => {
+                self.link = None;
+                self.state.serving = None;
                 if let Some(frozen) = self.state.frozen.take() {
                     frozen.leave_held();
                 }
@@ -146,7 +153,7 @@ impl Driver<'_> {
     }
 
     /// The first round begins with the one brief stop that creates the userfaultfd.
-    fn start_tracking(&mut self, clock: &mut PhaseClock) -> Result<(), ActionError> {
+    pub(super) fn start_tracking(&mut self, clock: &mut PhaseClock) -> Result<(), ActionError> {
         clock.begin("track");
         self.state.sleeps.look(self.config.pid);
         let mut frozen = Frozen::freeze(self.pid(), FREEZE_PATIENCE)?;
@@ -155,7 +162,7 @@ impl Driver<'_> {
         frozen.thaw()?;
         let tracker = tracker?;
         self.state.precopy = Some(Precopy::new(self.pid(), Box::new(tracker), self.config.compression)?);
-        Ok(())
+        self.prepare_service()
     }
 
     fn round(
@@ -245,8 +252,17 @@ impl Driver<'_> {
         self.report.pages_after_freeze = rest.pages();
         let guards = std::mem::take(&mut rest.guards);
         clock.begin("pages");
-        let owed = precopy.send_rest(round, rest, u64::MAX, &[], &mut sink, &go)?;
-        let _ = owed;
+        let serving = self.state.serving.as_ref();
+        // Without the service nothing may follow.
+        let eager_pages = if serving.is_some() { self.state.eager_pages } else { u64::MAX };
+        let hot = late::hot_pages(frozen);
+        // What is owed must be known before the destination can ask for it.
+        let owe = |owed: Extents, huge| {
+            if let Some(serving) = serving {
+                serving.store().owe(owed, huge);
+            }
+        };
+        self.state.owes = precopy.send_rest(round, rest, eager_pages, &hot, owe, &mut sink, &go)?;
         posting.remaining(0);
         clock.begin("capture");
         let options = FilesOptions { tcp_close: self.config.tcp_close, shell_job: self.config.shell_job };
@@ -266,7 +282,7 @@ impl Driver<'_> {
         Ok(Some(Event::LimboEntered))
     }
 
-    fn record(&self, state: OutgoingState) -> Result<(), JournalError> {
+    pub(super) fn record(&self, state: OutgoingState) -> Result<(), JournalError> {
         let Some(journal) = &self.state.journal else { return Ok(()) };
         let peer = self.link.as_ref().map(|l| l.peer().fingerprint.to_string()).unwrap_or_default();
         journal.write(&Outgoing {
@@ -277,7 +293,7 @@ impl Driver<'_> {
             destination: self.config.to.to_string(),
             peer,
             state,
-            owes: false,
+            owes: self.state.owes,
             was_stopped: self.state.was_stopped,
             addresses: self.state.addresses.as_ref().map(AddressSet::records).unwrap_or_default(),
         })
@@ -285,6 +301,9 @@ impl Driver<'_> {
 
     fn reconnect(&mut self) -> Event {
         self.link = None;
+        if let Some(serving) = self.state.serving.as_mut() {
+            serving.stop();
+        }
         let addrs = self.config.to.resolve().unwrap_or_default();
         let settings = Settings { handshake_timeout: Duration::from_secs(2), ..self.settings.clone() };
         match transport::connect(self.node.clone(), addrs, self.hello.clone(), settings) {

@@ -17,7 +17,7 @@ use crate::source::owed;
 impl Precopy {
     /// In place of a last round before post-copy: what the last scan found is not sent but announced, while
     /// the process still runs, so that the freeze has to deal only with what is written from now on. What
-    /// may not follow late is sent.
+    /// may not follow late is sent. Returns how many pages are owed then.
     ///
     /// # Errors
     /// See [`PrecopyError`].
@@ -26,11 +26,11 @@ impl Precopy {
         round: u32,
         sink: &mut impl Sink<E>,
         go: &dyn Fn(u64) -> Go,
-    ) -> Result<(), PrecopyError<E>> {
+    ) -> Result<u64, PrecopyError<E>> {
         if self.pending.is_none() {
             self.scan()?;
         }
-        let Some((layout, runs)) = self.pending.take() else { return Ok(()) };
+        let Some((layout, runs)) = self.pending.take() else { return Ok(0) };
         self.send_layout(round, layout, sink)?;
         let untouched = self.send_untouched(round, &runs, sink)?;
         let touched = self.touched(&runs, &untouched);
@@ -38,7 +38,8 @@ impl Precopy {
         self.send_pages(round, &early, sink, &without_stop(go))?;
         self.packer.flush(sink)?;
         self.put_missing(round, &late, sink)?;
-        self.put(frame::round_end(round), sink)
+        self.put(frame::round_end(round), sink)?;
+        Ok(self.owed.total() / PAGE_BYTES)
     }
 
     fn put_missing<E: std::error::Error>(
@@ -50,16 +51,20 @@ impl Precopy {
         if late.is_empty() {
             return Ok(());
         }
+        self.note_owed(late);
+        self.put(frame::missing(round, &page_runs::encode(late).encode_to_vec())?, sink)
+    }
+
+    fn note_owed(&mut self, late: &Extents) {
         for (start, end) in late.iter() {
             self.owed.insert(start, end);
             self.sent.insert(start, end);
         }
-        self.put(frame::missing(round, &page_runs::encode(late).encode_to_vec())?, sink)
     }
 
     /// Sends the rest of the memory: all of it if it is no more than `eager_pages`, else only what may not
-    /// follow late and the pages of `hot`, and announces the others. Returns all that is owed then, each page
-    /// by one name. It is not ended early, but can be given up.
+    /// follow late and the pages of `hot`, and announces the others. `owe` is told all that is owed then, each
+    /// page by one name, and the mappings of huge pages; true if there is anything. It is not ended early, but can be given up.
     ///
     /// # Errors
     /// See [`PrecopyError`].
@@ -69,9 +74,10 @@ impl Precopy {
         rest: Remainder,
         eager_pages: u64,
         hot: &[u64],
+        owe: impl FnOnce(Extents, Vec<(u64, u64, u64)>),
         sink: &mut impl Sink<E>,
         go: &dyn Fn(u64) -> Go,
-    ) -> Result<Extents, PrecopyError<E>> {
+    ) -> Result<bool, PrecopyError<E>> {
         self.send_layout(round, rest.layout, sink)?;
         for &(start, end) in &rest.gone {
             for (at, pages) in page_chunks(start, end) {
@@ -100,8 +106,16 @@ impl Precopy {
         }
         self.send_pages(round, &early, sink, &without_stop(go))?;
         self.packer.flush(sink)?;
-        self.put_missing(round, &late, sink)?;
-        Ok(canonical(std::mem::take(&mut self.owed), &self.placed))
+        let announced = self.owed.is_empty() && late.is_empty();
+        // The destination may ask as soon as it has read this.
+        self.note_owed(&late);
+        let owed = canonical(std::mem::take(&mut self.owed), &self.placed);
+        let huge = self.placed.vmas.iter().filter(|v| v.page_bytes > 0);
+        owe(owed, huge.map(|v| (v.start, v.end, v.page_bytes)).collect());
+        if !late.is_empty() {
+            self.put(frame::missing(round, &page_runs::encode(&late).encode_to_vec())?, sink)?;
+        }
+        Ok(!announced)
     }
 }
 
