@@ -4,6 +4,7 @@
 //!
 //! - [`source`]: the outgoing side, behind `migrate --to HOST:PORT PID`.
 //! - [`dest`]: the incoming side, behind `migrate serve`.
+//! - [`lazy`]: the missing pages of a process that runs at the destination already.
 //! - [`pageserver`]: the page frames of a migration, packed and unpacked in memory.
 //! - [`transport`], [`identity`], [`wire`]: QUIC with mutual TLS, who is trusted, what the messages mean.
 //! - [`engine`]: one host's mechanics (tracees, memory, kernel state); knows no network.
@@ -22,6 +23,7 @@ pub mod engine;
 pub mod hello;
 pub mod identity;
 pub mod journal;
+pub mod lazy;
 pub mod migration;
 pub mod operator;
 pub mod pageserver;

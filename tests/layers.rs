@@ -46,6 +46,8 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("config", &["engine", "pageserver"]),
     ("identity", &[]),
     ("telemetry", &[]),
+    // Knows the process and its memory; the pages come from whoever calls it.
+    ("lazy", &["engine", "proto"]),
     // Plain types only: why a move is refused.
     ("wire", &["engine", "proto"]),
     // The image types are the generated messages themselves.
@@ -73,6 +75,7 @@ const SIDE: &[&str] = &[
 /// Words that may not appear in the code of a room, with the reason.
 const FORBIDDEN: &[(&str, &[&str], &str)] = &[
     ("engine", &["tokio::", "quinn::", "rustls::"], "the engine knows no network and blocks"),
+    ("lazy", &["tokio::", "quinn::"], "faults are answered by threads, and pages come from elsewhere"),
     ("pageserver", &["quinn::", "rustls::"], "frames are packed without a network"),
     ("testbed", &["tokio::", "quinn::"], "the grounds are simple and blocking"),
 ];

@@ -12,3 +12,13 @@ pub fn set_nice(tid: Tid, nice: i32) -> Result<(), Errno> {
     // SAFETY: takes three integers and touches no memory of ours.
     Errno::result(unsafe { libc::setpriority(libc::PRIO_PROCESS, tid.unsigned_abs(), nice) }).map(drop)
 }
+
+/// Puts the calling thread before all ordinary ones (SCHED_FIFO, lowest priority of it).
+///
+/// # Errors
+/// EPERM without CAP_SYS_NICE.
+pub fn first_in_line() -> Result<(), Errno> {
+    let param = libc::sched_param { sched_priority: 1 };
+    // SAFETY: `param` is live for the whole call and only read; 0 is the calling thread.
+    Errno::result(unsafe { libc::sched_setscheduler(0, libc::SCHED_FIFO, &raw const param) }).map(drop)
+}
