@@ -19,6 +19,9 @@ use crate::wire::{Body, Role, WireError, encode};
 const ID: MigrationId = MigrationId::new([7; 16]);
 const LOCAL: IpAddr = IpAddr::V4(std::net::Ipv4Addr::LOCALHOST);
 
+/// Bytes, and the error that they must lead to.
+type Nonsense = (Vec<u8>, fn(&TransportError) -> bool);
+
 /// A destination with its service for single pages.
 struct Grounds {
     a: Place,
@@ -294,7 +297,7 @@ fn a_source_that_sends_something_else_is_given_up() {
     // Each alone shows it: nothing of the 16 MiB that the layout's header announces has to come.
     let mut layout = frame::layout(1, b"x").unwrap()[..40].to_vec();
     layout[12..16].copy_from_slice(&(16u32 << 20).to_le_bytes());
-    let nonsense: [(Vec<u8>, fn(&TransportError) -> bool); 2] = [
+    let nonsense: [Nonsense; 2] = [
         (layout, |end| matches!(end, TransportError::Misplaced(Kind::Layout))),
         (vec![9; 40], |end| matches!(end, TransportError::Frame(FrameError::Kind(9)))),
     ];
@@ -321,7 +324,7 @@ fn an_attach_is_bounded_in_time_and_length() {
         |id: &str| encode(&Body::Attach(Attach { migration_id: id.into() }).into()).unwrap().to_vec();
     let long = u32::try_from(crate::wire::MAX_HELLO_BYTES + 1).unwrap().to_le_bytes().to_vec();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-    let firsts: [(Vec<u8>, fn(&TransportError) -> bool); 4] = [
+    let firsts: [Nonsense; 4] = [
         (Vec::new(), |end| matches!(end, TransportError::Slow { .. })),
         (long, |end| matches!(end, TransportError::Wire(WireError::TooLong { .. }))),
         (attach("../x"), |end| matches!(end, TransportError::Wire(WireError::Expected(_)))),
