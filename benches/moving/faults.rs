@@ -30,8 +30,8 @@ const ID: MigrationId = MigrationId::new([9; 16]);
 const PUSHED: u32 = 1;
 const ASKED: u32 = 2;
 /// How long one way is measured, and how often, in turn with the others.
-const TAKES: Duration = Duration::from_millis(1500);
-const TURNS: usize = 3;
+const TAKES: Duration = Duration::from_millis(1000);
+const TURNS: usize = 5;
 const WAIT: Duration = Duration::from_secs(10);
 
 /// How requests travel.

@@ -163,8 +163,10 @@ async fn run(
     if ready.send(Ok(link)).is_err() {
         return;
     }
+    // A task is reached in one turn of the runtime, the future that it blocks on only in the next.
+    let answering = tokio::spawn(answer(send, receive, serve));
     let end = tokio::select! {
-        end = answer(send, receive, serve) => end,
+        end = answering => end.unwrap_or(TransportError::Closed),
         _ = dropped => {
             connection.close(code::DONE, b"");
             let _ = tokio::time::timeout(CLOSE_TIMEOUT, endpoint.wait_idle()).await;
