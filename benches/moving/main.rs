@@ -2,13 +2,15 @@
 //!
 //! Two hosts in namespaces of this machine, a real redis-server that is moved back and forth between them
 //! while clients use it. `docs/benchmarks.md` explains the tables. As root, with redis-server installed;
-//! words after `--` choose parts: `calls`, `link`, `downtime`, `throughput`.
+//! words after `--` choose parts: `calls`, `faults`, `link`,
+//! `downtime`, `throughput`.
 
 #![allow(clippy::cast_precision_loss, clippy::cast_possible_truncation, reason = "numbers for people")]
 
 mod calls;
 mod client;
 mod data;
+mod faults;
 mod grounds;
 mod link;
 mod table;
@@ -52,7 +54,14 @@ fn main() -> Result<()> {
         remote_calls()?;
     }
     let agent = vec![std::env::current_exe()?.into_os_string(), AGENT.into()];
-    let lan = Lan::start(&Tools { migrate: env!("CARGO_BIN_EXE_migrate").into(), agent })?;
+    let tools = Tools { migrate: env!("CARGO_BIN_EXE_migrate").into(), agent };
+    if wanted("faults") {
+        faults::run(&tools, MBIT)?;
+    }
+    if !["downtime", "throughput", "link"].into_iter().any(wanted) {
+        return Ok(());
+    }
+    let lan = Lan::start(&tools)?;
     lan.share_identity()?;
     let services = [lan.serve(&lan.a)?, lan.serve(&lan.b)?];
     warm();

@@ -21,6 +21,8 @@ const TARGET: Duration = Duration::from_micros(500);
 const TARGET_PART: u32 = 8;
 /// Least bytes in flight: less would not fill one send to the kernel.
 const LEAST_WINDOW_BYTES: u64 = 16 << 10;
+/// And least packets: every second one is acknowledged at once, a single one only after 25 ms.
+const LEAST_WINDOW_PACKETS: u64 = 4;
 /// Bytes that QUIC may hold beyond what is in flight, so that it has something to send at each moment.
 const AHEAD_BYTES: u64 = 64 << 10;
 
@@ -70,6 +72,7 @@ impl ControllerFactory for Factory {
             politeness: self.politeness.clone(),
             window: None,
             next: now,
+            mtu: current_mtu.into(),
             base: Duration::ZERO,
             round_trip: Duration::ZERO,
         })
@@ -83,6 +86,7 @@ struct Polite {
     window: Option<u64>,
     /// When it may change again: the last change has shown by then.
     next: Instant,
+    mtu: u64,
     /// The shortest round trip seen.
     base: Duration,
     /// The smoothed one.
@@ -106,7 +110,7 @@ impl Polite {
             reason = "a window in bytes, from a positive factor"
         )]
         let wanted = (window as f64 * factor) as u64;
-        let least = LEAST_WINDOW_BYTES.min(self.usual.window());
+        let least = LEAST_WINDOW_BYTES.max(LEAST_WINDOW_PACKETS * self.mtu).min(self.usual.window());
         self.window = Some(wanted.clamp(least, self.usual.window()));
         self.next = now + self.round_trip;
     }
@@ -139,6 +143,7 @@ impl Controller for Polite {
     }
 
     fn on_mtu_update(&mut self, new_mtu: u16) {
+        self.mtu = new_mtu.into();
         self.usual.on_mtu_update(new_mtu);
     }
 
@@ -178,6 +183,7 @@ mod tests {
             politeness,
             window: None,
             next: now,
+            mtu: 1500,
             base,
             round_trip: base,
         }
@@ -220,6 +226,10 @@ mod tests {
         assert_eq!(controller.window, Some(1_310_720), "once in a round trip");
         against(&mut controller, 1e5, 60);
         assert_eq!(controller.window, Some(LEAST_WINDOW_BYTES));
+        controller.on_mtu_update(9000);
+        controller.next = now;
+        against(&mut controller, 1e5, 60);
+        assert_eq!(controller.window, Some(36_000), "jumbo frames: four of them");
     }
 
     #[test]

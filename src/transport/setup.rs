@@ -8,8 +8,8 @@ use std::time::Duration;
 
 use bytes::{BufMut, Bytes, BytesMut};
 use quinn::{
-    Connection, Endpoint, EndpointConfig, IdleTimeout, MtuDiscoveryConfig, ReadExactError, RecvStream,
-    SendStream, TransportConfig, VarInt, WriteError,
+    AckFrequencyConfig, Connection, Endpoint, EndpointConfig, IdleTimeout, MtuDiscoveryConfig,
+    ReadExactError, RecvStream, SendStream, TransportConfig, VarInt, WriteError,
 };
 use tokio::time::timeout;
 
@@ -44,6 +44,12 @@ const LATE_ROUND_TRIPS: f32 = 1.5;
 /// And when so many later ones have arrived: so many that time decides, for the same reason.
 const LATER_PACKETS: u32 = 64;
 
+/// On a connection for single pages the peer acknowledges late, not with every second packet: sending an
+/// acknowledgement costs about as much as a page does, and would come before the page is looked at. A lost
+/// packet is noticed sooner nevertheless: QUIC counts with 25 ms otherwise.
+const URGENT_ACK_PACKETS: u32 = 16;
+const URGENT_ACK_DELAY: Duration = Duration::from_millis(4);
+
 /// A connection with its streams, both Hellos exchanged.
 pub(super) struct Streams {
     pub(super) connection: Connection,
@@ -71,6 +77,7 @@ fn transport_config(
     settings: &Settings,
     accept_streams: u8,
     politeness: &Arc<Politeness>,
+    role: Role,
 ) -> Arc<TransportConfig> {
     let mut config = TransportConfig::default();
     // A time that QUIC cannot express (beyond 146 years) means none.
@@ -84,6 +91,13 @@ fn transport_config(
     let mut discovery = MtuDiscoveryConfig::default();
     discovery.upper_bound(MAX_UDP_PAYLOAD);
     config.mtu_discovery_config(Some(discovery));
+    if role == Role::Urgent {
+        let mut acks = AckFrequencyConfig::default();
+        acks.ack_eliciting_threshold(VarInt::from_u32(URGENT_ACK_PACKETS));
+        acks.max_ack_delay(Some(URGENT_ACK_DELAY));
+        acks.reordering_threshold(VarInt::from_u32(URGENT_ACK_PACKETS));
+        config.ack_frequency_config(Some(acks));
+    }
     config.packet_threshold(LATER_PACKETS);
     config.time_threshold(LATE_ROUND_TRIPS);
     config.congestion_controller_factory(polite::factory(INITIAL_WINDOW_BYTES, politeness));
@@ -119,7 +133,7 @@ pub(super) fn server_config(
 ) -> Result<(quinn::ServerConfig, Arc<tls::Verifier>), TransportError> {
     let (crypto, verifier) = tls::server(node)?;
     let mut config = quinn::ServerConfig::with_crypto(Arc::new(crypto));
-    config.transport_config(transport_config(settings, 1, politeness));
+    config.transport_config(transport_config(settings, 1, politeness, Role::Control));
     config.migration(false);
     Ok((config, verifier))
 }
@@ -139,7 +153,7 @@ pub(super) async fn dial(
     let (crypto, verifier) = tls::client(node)?;
     let mut config = quinn::ClientConfig::new(Arc::new(crypto));
     let politeness = Arc::new(Politeness::default());
-    config.transport_config(transport_config(settings, 0, &politeness));
+    config.transport_config(transport_config(settings, 0, &politeness, role));
     let connecting = endpoint
         .connect_with(config, addr, "migrate")
         .map_err(|source| TransportError::Connect { addr, source })?;

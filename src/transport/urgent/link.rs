@@ -150,7 +150,7 @@ async fn run(
     lost: Lost,
     ready: &mpsc::Sender<Result<UrgentLink, TransportError>>,
 ) {
-    let Streams { connection, peer, control: (send, receive), .. } = streams;
+    let Streams { connection, peer, control: (mut send, mut receive), .. } = streams;
     let is_lost = Arc::new(AtomicBool::new(false));
     let (dropper, dropped) = oneshot::channel();
     let link = UrgentLink {
@@ -163,17 +163,24 @@ async fn run(
     if ready.send(Ok(link)).is_err() {
         return;
     }
+    // A task is reached in one turn of the runtime, the future that it blocks on only in the next.
+    let closing = connection.clone();
+    let answering = tokio::spawn(async move {
+        let end = answer(&mut send, &mut receive, serve).await;
+        // Before the streams are dropped, which would look like an end in good order. Tells the peer if it
+        // broke the rules.
+        let end = pump::checked(Err::<(), _>(end), &closing).err().unwrap_or(TransportError::Closed);
+        closing.close(code::GAVE_UP, b"");
+        end
+    });
     let end = tokio::select! {
-        end = answer(send, receive, serve) => end,
+        end = answering => end.unwrap_or(TransportError::Closed),
         _ = dropped => {
             connection.close(code::DONE, b"");
             let _ = tokio::time::timeout(CLOSE_TIMEOUT, endpoint.wait_idle()).await;
             return;
         }
     };
-    // Tells the peer if it broke the rules.
-    let end = pump::checked(Err::<(), _>(end), &connection).err().unwrap_or(TransportError::Closed);
-    connection.close(code::GAVE_UP, b"");
     tracing::debug!(peer = %connection.remote_address(), %end, "connection for single pages ended");
     is_lost.store(true, Ordering::Release);
     lost(end);
@@ -181,7 +188,7 @@ async fn run(
 }
 
 /// Answers requests until the connection ends: all that have come are served in one go.
-async fn answer(mut send: SendStream, mut receive: RecvStream, mut serve: Serve) -> TransportError {
+async fn answer(send: &mut SendStream, receive: &mut RecvStream, mut serve: Serve) -> TransportError {
     let mut chunks = [const { Bytes::new() }; CHUNKS];
     let mut received = BytesMut::new();
     let mut answers: Vec<Bytes> = Vec::new();
@@ -205,12 +212,12 @@ async fn answer(mut send: SendStream, mut receive: RecvStream, mut serve: Serve)
                 serve(page, &mut |frame| answers.push(frame));
             }
             if answers.iter().map(Bytes::len).sum::<usize>() >= GATHERED_BYTES
-                && let Err(error) = write(&mut send, &mut answers).await
+                && let Err(error) = write(send, &mut answers).await
             {
                 return error;
             }
         }
-        if let Err(error) = write(&mut send, &mut answers).await {
+        if let Err(error) = write(send, &mut answers).await {
             return error;
         }
     }

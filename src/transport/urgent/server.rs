@@ -257,7 +257,7 @@ impl Drop for UrgentServer {
 
 fn listen(node: &Node, main: SocketAddr) -> Result<Endpoint, TransportError> {
     let at = |port| setup::listen(node, SocketAddr::new(main.ip(), port), &settings());
-    match main.port().checked_add(1) {
+    match main.port().checked_add(1).filter(|next| *next > 1) {
         Some(next) => at(next).or_else(|_| at(0)),
         None => at(0),
     }
