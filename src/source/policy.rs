@@ -147,11 +147,7 @@ pub fn decide(rounds: &[Round], limits: &Limits, hurry: Option<Hurry>) -> Decisi
         (FreezeReason::Hurried(Hurry::Force), _) => u64::MAX,
         (FreezeReason::Hurried(Hurry::Postcopy), _) | (_, Mode::Postcopy) => 0,
         (_, Mode::Precopy) => u64::MAX,
-        (reason, Mode::Auto) => {
-            let fitting = pace(rounds).pages_within(limits.max_downtime.saturating_sub(fixed));
-            // What was found to fit is not to be cut off by rounding.
-            if reason == FreezeReason::Converged { fitting.max(dirty) } else { fitting }
-        }
+        (_, Mode::Auto) => pace(rounds).pages_within(limits.max_downtime.saturating_sub(fixed)),
     };
     let downtime = pace(rounds).transfer_time(dirty.min(eager_pages)).saturating_add(fixed);
     Decision { verdict, downtime, eager_pages }
@@ -340,7 +336,7 @@ mod tests {
             ("nothing measured", vec![], Continue, u64::MAX),
             ("idle process, one round", vec![round(100_000, 100, 0)], Freeze(Converged), 600),
             ("exactly the budget", vec![round(100_000, 100, 600)], Freeze(Converged), 600),
-            ("what fits is not rounded off", vec![round(7_000, 7, 42)], Freeze(Converged), 42),
+            ("a slower link", vec![round(7_000, 7, 42)], Freeze(Converged), 42),
             ("one page above it", vec![round(100_000, 100, 601)], Continue, u64::MAX),
             ("the first round pays", vec![round(100_000, 100, 90_000)], Continue, u64::MAX),
             ("written as fast as sent", vec![round(100_000, 100, 100_000)], Freeze(Outrun), 600),

@@ -25,6 +25,7 @@ pub(crate) fn cases() -> Vec<Case> {
         Case::new("operator/two_services_and_a_dead_one", two_services),
         Case::new("operator/timeout_cancel", timeout_cancel),
         Case::new("operator/timeout_force", timeout_force),
+        Case::new("operator/timeout_postcopy", timeout_postcopy),
     ]
 }
 
@@ -251,5 +252,18 @@ fn timeout_force(lan: &Lan) -> Result {
     let outcome = lan.finish_move(&lan.a, &job, MOVE)?.expect_moved()?;
     cut_short(&outcome.report)?;
     ensure(outcome.report["mode"] == "precopy", || outcome.report.to_string())?;
+    workload.check_going_on(&lan.b)
+}
+
+/// The end of the time: the process is frozen within the first round, and what that has not sent follows.
+fn timeout_postcopy(lan: &Lan) -> Result {
+    let mut workload = Workload::start(&lan.a, "writer", WRITER)?;
+    workload.check(&lan.a)?;
+    // Allowed in each mode, as `migrate postcopy` is.
+    let options = ["--mode", "precopy", "--timeout", "1s", "--on-timeout", "postcopy"];
+    let job = slow_move(lan, &workload, &options)?;
+    let outcome = lan.finish_move(&lan.a, &job, MOVE)?.expect_moved()?;
+    cut_short(&outcome.report)?;
+    ensure(outcome.report["mode"] == "hybrid", || outcome.report.to_string())?;
     workload.check_going_on(&lan.b)
 }
