@@ -20,6 +20,7 @@ use nix::sys::signal::Signal;
 
 use crate::engine::address::{AddressError, AddressSet};
 use crate::engine::alive::{self, AliveError};
+use crate::engine::fence;
 use crate::journal::{Journal, JournalError, Outgoing, OutgoingState, boot_id};
 use crate::migration::{Fate, MigrationId, ProcessKey};
 
@@ -228,7 +229,7 @@ fn perform(
     for step in steps {
         match step {
             Step::ReturnAddresses => addresses = return_addresses(record),
-            Step::LowerFence if record.was_stopped => {}
+            Step::LowerFence if record.was_stopped || fence::another_stop_waits(record.process.pid) => {}
             Step::LowerFence => signal(Signal::SIGCONT)?,
             Step::RecordServing => {
                 let (owner, state) = (own_key()?, OutgoingState::Serving);
