@@ -10,6 +10,7 @@ mod case;
 mod cases;
 mod memcached;
 mod relay;
+mod stranger;
 mod visible;
 mod workload;
 
