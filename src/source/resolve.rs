@@ -34,7 +34,7 @@ const LAST_PAUSE: Duration = Duration::from_secs(10);
 pub enum Step {
     /// Add the addresses again that the source had taken.
     ReturnAddresses,
-    /// SIGCONT, unless the process was stopped before.
+    /// SIGCONT, unless the process was stopped before, or somebody else has stopped it since.
     LowerFence,
     /// Write [`OutgoingState::Serving`], with ourselves as the owner; the rest follows from that record.
     RecordServing,

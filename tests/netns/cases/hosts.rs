@@ -170,7 +170,7 @@ fn check(lan: &Lan, states: &[&str], words: &[&str]) -> Result {
     let mut left = String::new();
     for host in [&lan.a, &lan.b] {
         let records = std::fs::read_dir(host.outside(format!("{STATE}/outgoing")));
-        let records = records.map_or(0, |list| list.flatten().filter(|e| is_record(e)).count());
+        let records = records.map_or(0, |list| list.flatten().filter(is_record).count());
         write!(left, "{records} ")?;
     }
     ensure(left == "0 0 " && lan.b.processes()? == before, || format!("left: {left} {:?}", lan.b.processes()))

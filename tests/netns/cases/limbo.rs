@@ -22,6 +22,7 @@ pub(crate) fn cases() -> Vec<Case> {
         Case::new("limbo/resume_accepted", |lan| limbo(lan, true)),
         Case::new("limbo/resume_not_accepted", |lan| limbo(lan, false)),
         Case::new("limbo/source_killed_with_address", addresses),
+        Case::new("limbo/signals_before_the_commit", late_signals),
     ]
 }
 
@@ -109,6 +110,31 @@ fn expect(outcome: &Outcome, code: i32, word: &str) -> Result {
     ensure(outcome.exit.code == Some(code) && outcome.report["outcome"] == word, || {
         format!("not {code} {word}: {:?} {} {}", outcome.exit, outcome.report, outcome.stderr)
     })
+}
+
+/// Signals that come while the process is held, most of them after its capture: none is lost, and the stop
+/// among them is one.
+fn late_signals(lan: &Lan) -> Result {
+    const SIGNALS: usize = 200;
+    let mut workload = Workload::start(&lan.a, "late_signals", &[])?;
+    lan.share_identity()?;
+    lan.serve(&lan.b)?;
+    let relay = Relay::start(lan, Weather { lost: 0, repeated: 0, delay: FAR })?;
+    let job = lan.start_move(&lan.a, &relay.address, workload.pid(), &["--move-ip", Lan::MOVE_IP])?;
+    at_state(&lan.a, &job, "taking")?;
+    for _ in 0..SIGNALS {
+        lan.a.signal(workload.pid(), libc::SIGRTMIN())?;
+    }
+    lan.a.signal(workload.pid(), libc::SIGSTOP)?;
+    // The state is far away by now, and so is the answer to it.
+    ensure(record(&lan.a).is_some_and(|r| r["state"] == "taking"), || "it went too fast".to_owned())?;
+    lan.finish_move(&lan.a, &job, MOVE)?.expect_moved()?;
+    wait_for("the stop at the destination", SETTLE, || Ok(stopped(&lan.b, workload.pid()).then_some(())))?;
+    lan.b.signal(workload.pid(), libc::SIGCONT)?;
+    workload.check(&lan.b)?;
+    let wanted = format!("got {SIGNALS}\n");
+    let said = lan.b.stdout(&workload.job);
+    ensure(said.contains(&wanted), || format!("it said: {said}"))
 }
 
 /// kill -9 of a source command that moves an address: the address is where the process is, on one host.
