@@ -16,7 +16,7 @@
 //!   |   freeze                                   |
 //!   | == last round, State ===================>  |
 //!   | <---------------------------- Prepared --  |   all state applied, threads stopped
-//!   | -- Commit ------------------------------>  |   the right to run goes over
+//!   | -- Commit ------------------------------>  |   the right to run goes over, and late signals
 //!   | <--------------------------- Committed --  |   recorded there; the process runs there
 //!   | -- Confirm ----------------------------->  |   the source has let go
 //!

@@ -13,12 +13,12 @@ use super::assemble::{Applied, AssembleError, Assembly};
 use super::machine::DestMachine;
 use super::protocol::{Action, Cause, Event, LinkId, Message, Outcome, Tell};
 use super::reaper;
-use super::wire::{Extras, to_control, to_message};
+use super::wire::{Extras, late_signals, to_control, to_message};
 use crate::engine::address::{Address, AddressSet};
 use crate::engine::alive;
 use crate::engine::clocks::{self, ClockError, Shift};
 use crate::engine::kernel::Host;
-use crate::engine::reason::Reason;
+use crate::engine::reason::{Reason, chain};
 use crate::engine::remote::Tid;
 use crate::engine::restore::{self, RestoreError};
 use crate::engine::skeleton::{ReservedPid, Skeleton, SkeletonError};
@@ -28,7 +28,7 @@ use crate::migration::{MigrationId, ProcessKey};
 use crate::operator::protocol::Phase;
 use crate::operator::{End, Posting};
 use crate::pageserver::frame::HEADER_BYTES;
-use crate::proto::control::{Begin, Timings};
+use crate::proto::control::{Begin, LateSignal, Timings};
 use crate::proto::image::{Clocks, Process};
 use crate::report::PhaseClock;
 use crate::transport::{self, Link, LinkSender};
@@ -86,6 +86,8 @@ pub(super) struct Driver {
     pub skeleton: Option<Skeleton>,
     pub process: Option<ProcessKey>,
     pub stopped: bool,
+    /// Signals that the source got after the capture: they come with the commit.
+    pub late: Vec<LateSignal>,
     pub addresses: Option<AddressSet>,
     pub asks: HashMap<u64, LinkSender>,
     pub next_ask: u64,
@@ -171,14 +173,17 @@ impl Driver {
             let Some(link) = self.link.as_mut() else { continue };
             match link.recv_timeout(left.min(INBOX_POLL)) {
                 None => {}
-                Some(transport::Incoming::Control(message)) => match to_message(*message) {
-                    Ok(message) => return Event::Message(OWN_LINK, message),
-                    Err(error) => {
-                        tracing::warn!(%error, "the source broke the protocol");
-                        self.link = None;
-                        return Event::LinkLost(OWN_LINK);
+                Some(transport::Incoming::Control(mut message)) => {
+                    self.late.extend(late_signals(&mut message));
+                    match to_message(*message) {
+                        Ok(message) => return Event::Message(OWN_LINK, message),
+                        Err(error) => {
+                            tracing::warn!(%error, "the source broke the protocol");
+                            self.link = None;
+                            return Event::LinkLost(OWN_LINK);
+                        }
                     }
-                },
+                }
                 Some(transport::Incoming::Lost(error)) => {
                     tracing::info!(error = &error as &dyn std::error::Error, "connection ended");
                     self.link = None;
@@ -272,7 +277,7 @@ impl Driver {
             }
             Action::Resume(right) => {
                 if let Some(skeleton) = self.skeleton.take()
-                    && let Err(error) = skeleton.resume(self.stopped)
+                    && let Err(error) = skeleton.resume(self.stopped, &self.late)
                 {
                     tracing::error!(error = &error as &dyn std::error::Error, "resuming the process");
                 }
@@ -381,17 +386,6 @@ fn step_name(action: &Action) -> &'static str {
         Action::Accept => "accepting the process",
         _ => "switching over",
     }
-}
-
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text.push_str(": ");
-        text.push_str(&error.to_string());
-        cause = error.source();
-    }
-    text
 }
 
 /// The addresses of a plan, with what `ip address add` would give them.

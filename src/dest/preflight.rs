@@ -4,7 +4,7 @@ use super::driver::parse_addresses;
 use crate::engine::address::{self, AddressSet};
 use crate::engine::kernel::{self, Host};
 use crate::engine::pids;
-use crate::engine::reason::Reason;
+use crate::engine::reason::{Reason, chain};
 use crate::engine::remote::Tid;
 use crate::engine::state::calls::AttrError;
 use crate::engine::state::files::{self, ListenPort};
@@ -34,7 +34,7 @@ pub(super) fn check(begin: &Begin, host: &Host, same_kernel: bool) -> (Vec<Reaso
     if let Some(early) = &begin.early {
         match attributes(early) {
             Ok(found) => reasons.extend(found),
-            Err(error) => reasons.push(Reason::new("this host", error.to_string(), "")),
+            Err(error) => reasons.push(Reason::new("this host", chain(&error), "")),
         }
     }
     let addresses = match parse_addresses(&begin.move_ips) {
@@ -47,7 +47,7 @@ pub(super) fn check(begin: &Begin, host: &Host, same_kernel: bool) -> (Vec<Reaso
     let specs: Vec<_> = addresses.iter().map(|a| a.spec.clone()).collect();
     match address::check_destination(&specs) {
         Ok(found) => reasons.extend(found),
-        Err(error) => reasons.push(Reason::new("addresses", error.to_string(), "")),
+        Err(error) => reasons.push(Reason::new("addresses", chain(&error), "")),
     }
     if addresses.is_empty() || !reasons.is_empty() {
         return (reasons, None);
@@ -55,7 +55,7 @@ pub(super) fn check(begin: &Begin, host: &Host, same_kernel: bool) -> (Vec<Reaso
     match AddressSet::of(&addresses) {
         Ok(set) => (reasons, Some(set)),
         Err(error) => {
-            reasons.push(Reason::new("addresses", error.to_string(), ""));
+            reasons.push(Reason::new("addresses", chain(&error), ""));
             (reasons, None)
         }
     }

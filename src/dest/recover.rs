@@ -14,6 +14,7 @@ use super::serve::{Entry, Registry};
 use super::wire::{Extras, to_control};
 use crate::engine::address::AddressSet;
 use crate::engine::alive;
+use crate::engine::fence;
 use crate::engine::procfs;
 use crate::engine::sys::pidfd::PidFd;
 use crate::journal::{self, Incoming, IncomingState, Journal, JournalError};
@@ -149,6 +150,7 @@ impl Recovered {
         let stopped = procfs::parse_stat(&stat).is_ok_and(|s| s.state == b'T');
         if stopped
             && !self.record.was_stopped
+            && !fence::another_stop_waits(self.record.process.pid)
             && let Err(errno) = process.signal(Signal::SIGCONT)
         {
             tracing::error!(pid = self.record.process.pid, %errno, "lowering the fence");

@@ -194,6 +194,7 @@ impl Service {
             skeleton: None,
             process: None,
             stopped: false,
+            late: Vec::new(),
             addresses: None,
             asks: HashMap::new(),
             next_ask: 0,

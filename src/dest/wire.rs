@@ -3,8 +3,8 @@
 use super::protocol::{Message, Tell};
 use crate::migration::{Fate, MigrationId};
 use crate::proto::control::{
-    self, Abort, Answer, Committed, DrainStats, Drained, Lost, PageRuns, Prepared, Ready, Refused, Resumed,
-    RoundPlaced, Timings,
+    self, Abort, Answer, Committed, DrainStats, Drained, LateSignal, Lost, PageRuns, Prepared, Ready,
+    Refused, Resumed, RoundPlaced, Timings,
 };
 use crate::wire::{Body, Control};
 
@@ -61,6 +61,14 @@ pub(super) fn migration_of(message: &Control) -> Option<MigrationId> {
         Body::Resume(m) => m.migration_id.parse().ok(),
         Body::Gone(m) => m.migration_id.parse().ok(),
         _ => None,
+    }
+}
+
+/// Takes the late signals out of a commit.
+pub(super) fn late_signals(message: &mut Control) -> Vec<LateSignal> {
+    match message.message.as_mut() {
+        Some(Body::Commit(commit)) => std::mem::take(&mut commit.late),
+        _ => Vec::new(),
     }
 }
 

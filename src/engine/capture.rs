@@ -4,6 +4,7 @@ use std::os::fd::OwnedFd;
 
 use super::clocks::ClocksProbe;
 use super::freeze::{Frozen, signal_is_due};
+use super::late::Seen;
 use super::memory::MemoryError;
 use super::procfs::{Status, parse_stat, parse_status};
 use super::reason::Reason;
@@ -73,6 +74,8 @@ pub struct Captured {
     pub process: Process,
     /// Established connections, to be closed for their peers after the commit.
     pub closing: Vec<OwnedFd>,
+    /// The pending signals that are in it, for [`Frozen::late_signals`].
+    pub seen: Seen,
 }
 
 /// Captures the state of a frozen process. Nothing of it is consumed or changed. `scanned` are processes
@@ -130,8 +133,9 @@ pub fn capture(
     let before = signals::all_pending(&process);
     pending_signals(frozen, &mut process)?;
     timers::account_for_fired(&before, &mut process);
+    let seen = Seen::of(&process);
     process.stopped = signals::take_stop(&mut process, frozen.is_to_stop());
-    Ok(Captured { process, closing: captured.closing })
+    Ok(Captured { process, closing: captured.closing, seen })
 }
 
 /// Pending signals of the process and of each thread; the status of each thread, on the way.

@@ -6,20 +6,22 @@
 //! never bound to our life.
 
 use std::fs::File;
-use std::os::unix::fs::FileExt;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use super::inject::{CodeRoom, Injector, StoppedThread, choose_doorbell, io, sys};
+use super::fence::{Fence, Queue};
+use super::inject::{CodeRoom, Injector, StoppedThread, choose_doorbell, io, signal_bit, sys};
+use super::late::Seen;
 use super::procfs;
 use super::regs;
 use super::remote::{Batch, InjectError, Outcome, RemoteCalls, Tid};
 use super::rseq;
-use super::sys::blob;
 use super::sys::ptrace::{self, Stop};
+use super::vdso;
+use crate::proto::control::LateSignal;
 
 /// Why a process could not be stopped.
 #[derive(Debug, thiserror::Error)]
@@ -60,11 +62,11 @@ pub struct Frozen {
     pid: Tid,
     threads: Vec<StoppedThread>,
     injection: Option<(Injector, CodeRoom)>,
-    /// The process was in a group stop (SIGSTOP) already.
+    /// The process was in a group stop (SIGSTOP) already, or came into one while we stopped it.
     pub group_stopped: bool,
     stop_seen: bool,
     left_rseq: bool,
-    fenced: bool,
+    fence: Option<Fence>,
     over: bool,
 }
 
@@ -94,7 +96,7 @@ impl Frozen {
             group_stopped,
             stop_seen: false,
             left_rseq: false,
-            fenced: false,
+            fence: None,
             over: false,
         };
         loop {
@@ -124,7 +126,9 @@ impl Frozen {
                 }
             }
             while let Some(&tid) = seized.0.last() {
-                if wait_for_stop(tid, deadline, patience)? {
+                if let Some(signal) = wait_for_stop(tid, deadline, patience)? {
+                    // A SIGSTOP that was on its way: the last to stop know of it.
+                    frozen.group_stopped |= signal != libc::SIGTRAP;
                     let thread = StoppedThread::take(tid)?;
                     if regs::is_32_bit(&thread.regs) {
                         return Err(FreezeError::ThirtyTwoBit(tid));
@@ -188,25 +192,54 @@ impl Frozen {
         injector.erase(room)
     }
 
-    /// From here on the process must not run even if we die: see [`Frozen::lift_fence`]. SIGSTOP stays
-    /// pending while the threads are traced; if the kernel lets go of them because we died, each finds it
-    /// (or the group stop) before it reaches user mode.
+    /// Whether the process would stand still by itself if it were let go now: stopped before we came, or by
+    /// a stop that has come since, and no SIGCONT after that.
+    ///
+    /// # Errors
+    /// If it is gone.
+    pub fn stop_is_due(&self) -> Result<bool, InjectError> {
+        let pending = self.queues().try_fold(0, |set, queue| Ok(set | queue.signals(self.pid)?))?;
+        let stop = self.is_to_stop() || pending & signal_bit(libc::SIGSTOP) != 0;
+        // A stop takes SIGCONT out of the queues: one that waits has come after it.
+        Ok(stop && pending & signal_bit(libc::SIGCONT) == 0)
+    }
+
+    /// What was sent to the process since it was captured.
+    ///
+    /// # Errors
+    /// If it is gone.
+    pub fn late_signals(&self, seen: &Seen) -> Result<Vec<LateSignal>, InjectError> {
+        let continued = self.fence.as_ref().map_or(&[][..], Fence::continued);
+        let now = self.queues().map(|queue| Ok((queue.number(), queue.entries(self.pid)?)));
+        Ok(seen.since(continued, now.collect::<Result<_, InjectError>>()?))
+    }
+
+    fn queues(&self) -> impl Iterator<Item = Queue> {
+        std::iter::once(Queue::Process).chain(self.threads.iter().map(|t| Queue::Thread(t.tid)))
+    }
+
+    fn tids(&self) -> Vec<Tid> {
+        self.threads.iter().map(|t| t.tid).collect()
+    }
+
+    /// From here on the process must not run even if we die (see [`super::fence`]), until
+    /// [`Frozen::lift_fence`].
+    ///
+    /// # Errors
+    /// If it is gone.
     pub fn fence(&mut self) -> Result<(), InjectError> {
-        kill(Pid::from_raw(self.pid), Signal::SIGSTOP).map_err(|e| sys("fencing", self.pid, e))?;
-        self.fenced = true;
+        // A thread in injected code would take the fence's stop for somebody else's.
+        self.close_injection()?;
+        self.fence = Some(Fence::raise(self.pid, &self.tids())?);
         Ok(())
     }
 
-    /// Takes the pending SIGSTOP out again: the leader runs into its delivery, with everything else
-    /// blocked, and the signal is dropped there. The process stays stopped.
+    /// Takes the fence down again. The process stays stopped.
+    ///
+    /// # Errors
+    /// If it is gone.
     pub fn lift_fence(&mut self) -> Result<(), InjectError> {
-        if !self.fenced {
-            return Ok(());
-        }
-        let leader = self.threads.first_mut().ok_or(InjectError::Gone(self.pid))?;
-        drop_pending_stop(leader.tid)?;
-        self.fenced = false;
-        Ok(())
+        self.fence.take().map_or(Ok(()), |fence| fence.lift(self.pid, &self.tids()))
     }
 
     /// Lets the process run on as it was.
@@ -219,7 +252,13 @@ impl Frozen {
 
     /// Leaves the process stopped by its fence, in everything else as it was.
     pub fn leave_held(mut self) {
-        self.fenced = false;
+        // Once more: a SIGCONT may have come. What this one removes, who resolves the migration sends again.
+        if let Err(error) = Fence::raise(self.pid, &self.tids()) {
+            tracing::error!(pid = self.pid, %error, "fencing a process that stays held");
+        }
+        self.fence = None;
+        // It is in the journal.
+        self.stop_seen = false;
         if let Err(error) = self.let_go() {
             tracing::error!(pid = self.pid, %error, "letting go of a held process");
         }
@@ -244,8 +283,9 @@ impl Frozen {
             return Ok(());
         }
         self.over = true;
-        let mut result = self.close_injection().and_then(|()| self.lift_fence());
-        if self.stop_seen {
+        let mut result = self.lift_fence().and(self.close_injection());
+        // One that our injected code has run into. It would take a later SIGCONT out of the queues.
+        if self.stop_seen && self.stop_is_due().unwrap_or(true) {
             let _ = kill(Pid::from_raw(self.pid), Signal::SIGSTOP);
         }
         for thread in &mut self.threads {
@@ -280,7 +320,7 @@ impl Frozen {
         let pid = self.pid;
         self.leave_rseq_sections()?;
         let mem = self.open_memory()?;
-        let room = vdso_tail(pid, &mem)?;
+        let room = vdso::tail(pid, &mem)?;
         let (caught, ignored, pending) = signal_sets(pid, &self.threads)?;
         let signal = choose_doorbell(caught, ignored, pending).ok_or(InjectError::NoRoom {
             tid: pid,
@@ -326,27 +366,6 @@ impl RemoteCalls for Frozen {
     }
 }
 
-/// Takes a pending SIGSTOP out of a stopped process: the thread runs into its delivery, with everything
-/// else blocked, and drops it there. Registers, mask and the restart of an interrupted call stay as they
-/// are: in the stop of a delivery the kernel has not yet decided about a restart.
-pub(super) fn drop_pending_stop(tid: Tid) -> Result<(), InjectError> {
-    let step = |step| move |errno| sys(step, tid, errno);
-    let regs = ptrace::regs(tid).map_err(step("reading registers"))?;
-    let mask = ptrace::sigmask(tid).map_err(step("reading the mask"))?;
-    ptrace::set_sigmask(tid, u64::MAX).map_err(step("blocking signals"))?;
-    loop {
-        ptrace::cont(tid, 0).map_err(step("lifting the fence"))?;
-        match ptrace::wait(tid).map_err(step("lifting the fence"))? {
-            (Stop::Signal(libc::SIGSTOP), _) => break,
-            (Stop::Gone, _) => return Err(InjectError::Gone(tid)),
-            (Stop::Signal(_) | Stop::Event(_), _) => {}
-            (Stop::Other(_), status) => return Err(InjectError::UnexpectedStop { tid, status }),
-        }
-    }
-    ptrace::set_regs(tid, &regs).map_err(step("restoring registers"))?;
-    ptrace::set_sigmask(tid, mask).map_err(step("restoring the mask"))
-}
-
 /// Runs each batch in its thread; the leader, parked in injected code, takes its own turn.
 pub(super) fn run_in(
     injector: &mut Injector,
@@ -382,7 +401,7 @@ impl Drop for Seized {
         for &tid in &self.0 {
             let _ = ptrace::interrupt(tid);
             let deadline = Instant::now() + Duration::from_millis(200);
-            if let Ok(true) = wait_for_stop(tid, deadline, Duration::from_millis(200)) {
+            if let Ok(Some(_)) = wait_for_stop(tid, deadline, Duration::from_millis(200)) {
                 let _ = ptrace::detach(tid, 0);
             } else {
                 // It will be let go when this thread of ours ends.
@@ -392,13 +411,18 @@ impl Drop for Seized {
     }
 }
 
-/// Waits until an interrupted thread has stopped; false if it is gone.
-pub(super) fn wait_for_stop(tid: Tid, deadline: Instant, patience: Duration) -> Result<bool, FreezeError> {
+/// Waits until an interrupted thread has stopped: by SIGTRAP, or by the signal of a stop of the whole
+/// process. `None` if it is gone.
+pub(super) fn wait_for_stop(
+    tid: Tid,
+    deadline: Instant,
+    patience: Duration,
+) -> Result<Option<i32>, FreezeError> {
     let mut tries = 0u32;
     loop {
         match ptrace::poll(tid).map_err(|e| FreezeError::Inject(sys("waiting", tid, e)))? {
-            Some((Stop::Event(_), _)) => return Ok(true),
-            Some((Stop::Gone, _)) => return Ok(false),
+            Some((Stop::Event(signal), _)) => return Ok(Some(signal)),
+            Some((Stop::Gone, _)) => return Ok(None),
             // A signal was on its way: deliver it; the stop that we asked for comes before user mode.
             Some((Stop::Signal(signal), _)) => {
                 ptrace::cont(tid, signal).map_err(|e| FreezeError::Inject(sys("going on", tid, e)))?;
@@ -446,47 +470,4 @@ pub fn signal_is_due(pid: Tid, tid: Tid, mask: u64) -> bool {
         .filter_map(|l| l.strip_prefix("SigPnd:").or_else(|| l.strip_prefix("ShdPnd:")))
         .filter_map(|v| u64::from_str_radix(v.trim(), 16).ok())
         .any(|set| set & !mask != 0)
-}
-
-/// The unused end of the vdso: behind its ELF file, up to the end of the page.
-fn vdso_tail(pid: Tid, mem: &File) -> Result<CodeRoom, InjectError> {
-    const MAX_VDSO_BYTES: u64 = 64 * 1024;
-    let no_room = |why| InjectError::NoRoom { tid: pid, why };
-    let text = std::fs::read(format!("/proc/{pid}/maps")).map_err(|e| io("reading its maps", pid, &e))?;
-    let maps = procfs::parse_maps(&text).map_err(|_| no_room("its memory map cannot be read"))?;
-    let vdso = maps.iter().find(|m| m.path == b"[vdso]").ok_or(no_room("it has no vdso"))?;
-    let len = vdso.end - vdso.start;
-    if len > MAX_VDSO_BYTES {
-        return Err(no_room("its vdso is unexpectedly large"));
-    }
-    let mut image = vec![0u8; usize::try_from(len).unwrap_or(0)];
-    mem.read_exact_at(&mut image, vdso.start).map_err(|e| io("reading its vdso", pid, &e))?;
-    let used = elf_end(&image).ok_or(no_room("its vdso is not an ELF file"))?.next_multiple_of(16);
-    let tail = image.get(used..).unwrap_or_default();
-    // A service that was killed in the middle leaves its code there, which nobody will ever run.
-    let code = blob::blob().code;
-    if !tail.iter().all(|b| *b == 0) && !tail.starts_with(code) {
-        return Err(no_room("the end of its vdso is in use"));
-    }
-    Ok(CodeRoom { start: vdso.start + used as u64, len: tail.len() })
-}
-
-/// The end of an ELF file's contents: segments and section table.
-fn elf_end(image: &[u8]) -> Option<usize> {
-    let word = |at: usize, len: usize| -> Option<u64> {
-        let mut bytes = [0u8; 8];
-        bytes[..len].copy_from_slice(image.get(at..at + len)?);
-        Some(u64::from_le_bytes(bytes))
-    };
-    if !image.starts_with(b"\x7fELF") {
-        return None;
-    }
-    let mut end = word(40, 8)?.checked_add(word(58, 2)? * word(60, 2)?)?;
-    let (table, size, count) = (word(32, 8)?, word(54, 2)?, word(56, 2)?);
-    for i in 0..count {
-        let at = usize::try_from(table.checked_add(i * size)?).ok()?;
-        end = end.max(word(at.checked_add(8)?, 8)?.checked_add(word(at.checked_add(32)?, 8)?)?);
-    }
-    let end = usize::try_from(end).ok()?;
-    (end <= image.len()).then_some(end)
 }

@@ -10,7 +10,7 @@ use std::io::Read;
 
 use super::freeze::thread_ids;
 use super::procfs::{Stat, Status, parse_stat, parse_status};
-use super::reason::Reason;
+use super::reason::{Reason, chain};
 use super::remote::Tid;
 use super::state::{calls::AttrError, creds, limits, timers};
 
@@ -104,13 +104,7 @@ pub fn check(pid: Tid, shell_job: bool) -> Findings {
 }
 
 fn unreadable(pid: Tid, error: &AttrError) -> Reason {
-    let mut why = error.to_string();
-    let mut source = std::error::Error::source(error);
-    while let Some(cause) = source {
-        why = format!("{why}: {cause}");
-        source = cause.source();
-    }
-    Reason::new(format!("pid {pid}"), format!("could not be examined: {why}"), "")
+    Reason::new(format!("pid {pid}"), format!("could not be examined: {}", chain(error)), "")
 }
 
 /// Stat and status of a thread; `None` if it is gone.

@@ -1,4 +1,5 @@
-//! Why a process cannot be moved: what preflight collects, all at once, and the operator reads.
+//! Why a process cannot be moved: what preflight collects, all at once, and the operator reads. Also what an
+//! operator reads of an error.
 
 use std::fmt;
 

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use nix::errno::Errno;
 
-use super::reason::Reason;
+use super::reason::{Reason, chain};
 use super::regs;
 use super::remote::{Batch, InjectError, RemoteCalls, Tid};
 use super::skeleton::{Skeleton, SkeletonError};
@@ -82,13 +82,7 @@ pub enum RestoreError {
 impl RestoreError {
     /// As a reason for the source's operator.
     pub fn reason(&self, pid: Tid) -> Reason {
-        let mut why = format!("cannot be restored: {self}");
-        let mut cause = std::error::Error::source(self);
-        while let Some(error) = cause {
-            why.push_str(&format!(": {error}"));
-            cause = error.source();
-        }
-        Reason::new(format!("pid {pid}"), why, "")
+        Reason::new(format!("pid {pid}"), format!("cannot be restored: {}", chain(self)), "")
     }
 }
 

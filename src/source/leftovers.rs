@@ -3,9 +3,8 @@
 use std::path::{Path, PathBuf};
 
 use super::OverQuic;
-use super::driver::chain;
 use super::resolve::{self, Patience, Resolution, ResolveError};
-use crate::engine::reason::Reason;
+use crate::engine::reason::{Reason, chain};
 use crate::journal::{Journal, JournalError, Outgoing, OutgoingState};
 use crate::migration::ProcessKey;
 

@@ -32,7 +32,7 @@ use ring::rand::{SecureRandom, SystemRandom};
 use crate::config::SourceConfig;
 use crate::engine::alive;
 use crate::engine::kernel::{Host, HostError};
-use crate::engine::reason::Reason;
+use crate::engine::reason::{Reason, chain};
 use crate::identity::{IdentityError, Node};
 use crate::journal::JournalError;
 use crate::migration::{MigrationId, ProcessKey};
@@ -165,7 +165,7 @@ fn connect(
     let addrs = to
         .resolve()
         .map_err(|e| Reason::new(object.clone(), format!("has no address: {e}"), "check the name"))?;
-    transport::connect(node, addrs, hello, settings).map_err(|e| Reason::new(object, driver::chain(&e), ""))
+    transport::connect(node, addrs, hello, settings).map_err(|e| Reason::new(object, chain(&e), ""))
 }
 
 /// What a destination says of a plan.
@@ -179,7 +179,7 @@ enum Answer {
 fn ask(link: &mut Link, begin: crate::proto::control::Begin) -> Answer {
     let request = Control { message: Some(Body::Begin(begin)) };
     if let Err(error) = link.send_control(&request) {
-        return Answer::Against(vec![Reason::new("destination", driver::chain(&error), "")]);
+        return Answer::Against(vec![Reason::new("destination", chain(&error), "")]);
     }
     match link.recv_timeout(CHECK_PATIENCE) {
         Some(Incoming::Control(answer)) => match answer.message {
@@ -189,9 +189,7 @@ fn ask(link: &mut Link, begin: crate::proto::control::Begin) -> Answer {
             Some(Body::Ready(_)) => Answer::Consent,
             _ => Answer::Silence,
         },
-        Some(Incoming::Lost(error)) => {
-            Answer::Against(vec![Reason::new("destination", driver::chain(&error), "")])
-        }
+        Some(Incoming::Lost(error)) => Answer::Against(vec![Reason::new("destination", chain(&error), "")]),
         _ => Answer::Silence,
     }
 }

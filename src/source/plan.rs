@@ -8,7 +8,7 @@ use crate::engine::kernel::Host;
 use crate::engine::memory::Memory;
 use crate::engine::preflight;
 use crate::engine::procfs::parse_status;
-use crate::engine::reason::Reason;
+use crate::engine::reason::{Reason, chain};
 use crate::engine::remote::Tid;
 use crate::engine::state::calls::{AttrError, read_as};
 use crate::engine::state::files::{self, FilesOptions, ScannedProcesses};
@@ -132,13 +132,7 @@ fn attributes(pid: Tid) -> Result<Process, AttrError> {
 }
 
 fn unreadable(object: impl Into<String>, error: &dyn std::error::Error) -> Reason {
-    let mut why = format!("could not be examined: {error}");
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        why.push_str(&format!(": {error}"));
-        cause = error.source();
-    }
-    Reason::new(object, why, "")
+    Reason::new(object, format!("could not be examined: {}", chain(error)), "")
 }
 
 /// VmRSS, in bytes.

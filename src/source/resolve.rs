@@ -20,6 +20,7 @@ use nix::sys::signal::Signal;
 
 use crate::engine::address::{AddressError, AddressSet};
 use crate::engine::alive::{self, AliveError};
+use crate::engine::fence;
 use crate::journal::{Journal, JournalError, Outgoing, OutgoingState, boot_id};
 use crate::migration::{Fate, MigrationId, ProcessKey};
 
@@ -33,7 +34,7 @@ const LAST_PAUSE: Duration = Duration::from_secs(10);
 pub enum Step {
     /// Add the addresses again that the source had taken.
     ReturnAddresses,
-    /// SIGCONT, unless the process was stopped before.
+    /// SIGCONT, unless the process was stopped before, or somebody else has stopped it since.
     LowerFence,
     /// Write [`OutgoingState::Serving`], with ourselves as the owner; the rest follows from that record.
     RecordServing,
@@ -228,7 +229,7 @@ fn perform(
     for step in steps {
         match step {
             Step::ReturnAddresses => addresses = return_addresses(record),
-            Step::LowerFence if record.was_stopped => {}
+            Step::LowerFence if record.was_stopped || fence::another_stop_waits(record.process.pid) => {}
             Step::LowerFence => signal(Signal::SIGCONT)?,
             Step::RecordServing => {
                 let (owner, state) = (own_key()?, OutgoingState::Serving);

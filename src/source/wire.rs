@@ -4,7 +4,7 @@ use super::protocol::{Message, Tell};
 use crate::engine::reason::Reason;
 use crate::migration::{Fate, MigrationId};
 use crate::proto::control::{
-    self, Abort, Begin, Commit, Confirm, DrainStats, Gone, PageRuns, Query, Resume, Timings,
+    self, Abort, Begin, Commit, Confirm, DrainStats, Gone, LateSignal, PageRuns, Query, Resume, Timings,
 };
 use crate::wire::{Body, Control};
 
@@ -13,11 +13,11 @@ use crate::wire::{Body, Control};
 #[error("unexpected message of the destination: {0}")]
 pub(super) struct Unexpected(String);
 
-pub(super) fn to_control(tell: &Tell, id: MigrationId, begin: &Begin) -> Control {
+pub(super) fn to_control(tell: &Tell, id: MigrationId, begin: &Begin, late: &[LateSignal]) -> Control {
     let migration_id = id.to_string();
     let body = match tell {
         Tell::Begin => Body::Begin(begin.clone()),
-        Tell::Commit => Body::Commit(Commit { migration_id }),
+        Tell::Commit => Body::Commit(Commit { migration_id, late: late.to_vec() }),
         Tell::Query => Body::Query(Query { migration_id }),
         Tell::Resume => Body::Resume(Resume { migration_id }),
         Tell::Gone(cause) => {

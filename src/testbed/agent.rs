@@ -10,9 +10,8 @@ use std::process::{Command, Stdio};
 use nix::errno::Errno;
 use nix::mount::{MsFlags, mount};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
-use nix::unistd::{Pid, sethostname, setsid};
+use nix::unistd::{sethostname, setsid};
 use serde::{Deserialize, Serialize};
 
 use crate::engine::sys::inherit::close_inherited;
@@ -143,7 +142,8 @@ fn answer(line: &[u8]) -> io::Result<()> {
             say(&Event::Started(started))
         }
         Request::Signal { pid, signal } => {
-            let sent = Signal::try_from(signal).and_then(|signal| kill(Pid::from_raw(pid), signal));
+            // Also signals that have no name.
+            let sent = crate::engine::sys::queue::send_to_process(pid, signal);
             say(&Event::Signalled(sent.map_err(|error| error.to_string())))
         }
     }

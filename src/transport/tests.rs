@@ -77,7 +77,7 @@ pub(super) fn trusted_pair(settings: Settings) -> (Place, Place, Listening, Link
 }
 
 fn commit(id: &str) -> Control {
-    Body::Commit(crate::proto::control::Commit { migration_id: id.to_owned() }).into()
+    Body::Commit(crate::proto::control::Commit { migration_id: id.to_owned(), late: Vec::new() }).into()
 }
 
 fn end(link: &mut Link) -> TransportError {

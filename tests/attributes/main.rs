@@ -24,7 +24,8 @@ def ok(rc):
     if rc < 0: raise OSError(ctypes.get_errno(), 'call failed')
     return rc
 def ready():
-    print('ready', flush=True)
+    # print() may read the clock, which is fatal to a program that has forbidden itself the time stamp counter.
+    os.write(1, b'ready\n')
     while True: signal.pause()
 ";
 

@@ -37,6 +37,10 @@ impl Case {
 pub(crate) enum Need {
     /// A program in the search path.
     Program(&'static str),
+    /// Threads of the kernel in sight: not in a PID namespace of our own.
+    KernelThreads,
+    /// A kernel that runs 32-bit programs.
+    Programs32Bit,
 }
 
 impl Need {
@@ -47,6 +51,14 @@ impl Need {
                 let path = std::env::var_os("PATH").unwrap_or_default();
                 let found = std::env::split_paths(&path).any(|directory| directory.join(name).exists());
                 (!found).then(|| format!("{name} is not installed"))
+            }
+            Self::KernelThreads => {
+                let comm = std::fs::read_to_string("/proc/2/comm").unwrap_or_default();
+                (comm.trim_end() != "kthreadd").then(|| "no thread of the kernel is in sight".to_owned())
+            }
+            Self::Programs32Bit => {
+                let there = std::path::Path::new("/proc/sys/abi/vsyscall32").exists();
+                (!there).then(|| "the kernel runs no 32-bit programs".to_owned())
             }
         }
     }

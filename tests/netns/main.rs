@@ -10,6 +10,7 @@ mod case;
 mod cases;
 mod memcached;
 mod relay;
+mod stranger;
 mod visible;
 mod workload;
 
@@ -19,6 +20,7 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use case::Case;
+use migrate::engine::reason::chain;
 use migrate::testbed::{Lan, Tools, agent};
 
 /// The word that makes this program the first process of a host.
@@ -122,17 +124,6 @@ fn hosts() -> case::Result<Lan> {
 
 fn kernel() -> String {
     std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default().trim().to_owned()
-}
-
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(inner) = cause {
-        text.push_str(": ");
-        text.push_str(&inner.to_string());
-        cause = inner.source();
-    }
-    text
 }
 
 fn indented(text: &str) -> String {

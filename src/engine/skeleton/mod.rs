@@ -14,14 +14,17 @@ use nix::errno::Errno;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use super::freeze::{drop_pending_stop, run_in};
+use super::fence::Fence;
+use super::freeze::run_in;
 use super::inject::{Injector, StoppedThread, sys};
+use super::late;
 use super::memory::{Memory, MemoryError, PAGE_BYTES};
 use super::regs;
 use super::remote::{Batch, InjectError, Outcome, RemoteCalls, Tid};
 use super::state::mm;
 use super::sys::clone;
 use super::sys::ptrace::{self, Stop};
+use crate::proto::control::LateSignal;
 use crate::proto::image::Layout;
 
 pub use reserve::ReservedPid;
@@ -96,6 +99,7 @@ pub struct Skeleton {
     layout: Layout,
     channel: OwnedFd,
     channel_in_process: i32,
+    fence: Option<Fence>,
     over: bool,
 }
 
@@ -277,13 +281,13 @@ impl Skeleton {
     }
 
     /// From here on the process outlives us: the right to run it has been accepted. The leader is last,
-    /// its one call is the moment of acceptance. If we die now, it stays stopped: a SIGSTOP is pending
-    /// until [`Skeleton::resume`].
+    /// its one call is the moment of acceptance. If we die now, it stays stopped by a fence until
+    /// [`Skeleton::resume`].
     ///
     /// # Errors
     /// If the process is gone.
     pub fn accept(&mut self) -> Result<(), SkeletonError> {
-        kill(Pid::from_raw(self.pid), Signal::SIGSTOP).map_err(|e| sys("fencing", self.pid, e))?;
+        self.fence = Some(Fence::raise(self.pid, &self.tids())?);
         for thread in self.threads.iter().rev() {
             ptrace::set_options(thread.tid, 0).map_err(|e| sys("accepting", thread.tid, e))?;
         }
@@ -291,16 +295,19 @@ impl Skeleton {
         Ok(())
     }
 
-    /// Lets all threads run, or leaves them stopped if they came so. Call [`Skeleton::accept`] first.
+    /// Lets all threads run, or leaves them stopped if they came so, with the signals that came late. Call
+    /// [`Skeleton::accept`] first.
     ///
     /// # Errors
     /// If the process is gone.
-    pub fn resume(mut self, stopped: bool) -> Result<(), SkeletonError> {
-        let mut result = Ok(());
-        if !stopped {
-            let leader = self.threads.first_mut().ok_or(InjectError::Gone(self.pid))?;
-            result = drop_pending_stop(leader.tid).map_err(Into::into);
+    pub fn resume(mut self, stopped: bool, late: &[LateSignal]) -> Result<(), SkeletonError> {
+        let tids = self.tids();
+        if stopped {
+            kill(Pid::from_raw(self.pid), Signal::SIGSTOP).map_err(|e| sys("stopping", self.pid, e))?;
         }
+        let lifted = self.fence.take().map_or(Ok(()), |fence| fence.lift(self.pid, &tids));
+        let mut result = lifted.map_err(Into::into);
+        late::send(self.pid, &tids, late);
         for thread in self.threads.iter().rev() {
             let gone = ptrace::detach(thread.tid, 0).map_err(|e| sys("resuming", thread.tid, e).into());
             result = result.and(gone);

@@ -128,6 +128,7 @@ impl ReservedPid {
             layout: Layout::default(),
             channel,
             channel_in_process: self.channel_in_process,
+            fence: None,
             over: false,
         };
         skeleton.clear()?;

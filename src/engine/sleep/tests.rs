@@ -254,7 +254,7 @@ fn exit_of_skeleton(number: i64, change: impl FnOnce(&mut Regs, u64), remaining_
     ptrace::set_regs(pid, &r).unwrap();
     ptrace::set_sigmask(pid, 0).unwrap();
     skeleton.accept().unwrap();
-    skeleton.resume(false).unwrap();
+    skeleton.resume(false, &[]).unwrap();
     let (stop, status) = ptrace::wait(pid).unwrap();
     assert!(stop == ptrace::Stop::Gone && libc::WIFEXITED(status), "{status:#x}");
     (libc::WEXITSTATUS(status), start.elapsed())

@@ -25,7 +25,7 @@ pub(super) fn deadline(pid: Tid, tid: Tid) -> Option<u64> {
         let before = armed()?;
         ptrace::seize(tid, 0).ok()?;
         let stopped = ptrace::interrupt(tid).is_ok()
-            && wait_for_stop(tid, Instant::now() + PATIENCE, PATIENCE).is_ok_and(|s| s);
+            && wait_for_stop(tid, Instant::now() + PATIENCE, PATIENCE).is_ok_and(|s| s.is_some());
         let during = armed();
         if !stopped || ptrace::detach(tid, 0).is_err() {
             return None;

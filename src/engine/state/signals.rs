@@ -149,7 +149,7 @@ fn bit(signal: i32) -> u64 {
 }
 
 /// The signal of a `siginfo_t`, if it is one that can be sent.
-fn signal_of(info: &[u8]) -> Option<i32> {
+pub fn signal_of(info: &[u8]) -> Option<i32> {
     if info.len() != SIGINFO_BYTES {
         return None;
     }

@@ -12,6 +12,7 @@ pub mod pidfd;
 pub mod priority;
 pub mod probe;
 pub mod ptrace;
+pub mod queue;
 pub mod socket;
 pub mod timens;
 pub mod uffd;

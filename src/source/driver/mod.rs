@@ -24,8 +24,9 @@ use crate::engine::capture::CaptureError;
 use crate::engine::clocks::ClockError;
 use crate::engine::dirty::TrackError;
 use crate::engine::freeze::{FreezeError, Frozen};
+use crate::engine::late::Seen;
 use crate::engine::memory::MemoryError;
-use crate::engine::reason::Reason;
+use crate::engine::reason::{Reason, chain};
 use crate::engine::remote::{InjectError, Tid};
 use crate::engine::sleep::SleepBook;
 use crate::engine::state::files::ScannedProcesses;
@@ -34,7 +35,7 @@ use crate::journal::{Journal, JournalError, Outgoing};
 use crate::migration::{MigrationId, ProcessKey};
 use crate::operator::{End, Posting};
 use crate::pageserver::frame::FrameError;
-use crate::proto::control::{Begin, PageRuns};
+use crate::proto::control::{Begin, LateSignal, PageRuns};
 use crate::report::{PhaseClock, Report};
 use crate::transport::{Incoming, Link, Settings, TransportError};
 use crate::wire::Hello;
@@ -113,6 +114,9 @@ pub(super) struct Held {
     journal: Option<Journal<Outgoing>>,
     sentinel: Option<Sentinel>,
     was_stopped: bool,
+    /// The signals that the captured state has, and those that came after it.
+    seen: Seen,
+    late: Vec<LateSignal>,
     frozen_at: Option<Instant>,
     told: Told,
     /// Where the destination takes requests for single pages of its own.
@@ -338,16 +342,4 @@ fn refusals(error: &ActionError) -> Option<Vec<Reason>> {
         ActionError::Capture(error) => error.reasons(),
         _ => None,
     }
-}
-
-/// An error and its causes, in one line.
-pub(super) fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text.push_str(": ");
-        text.push_str(&error.to_string());
-        cause = error.source();
-    }
-    text
 }

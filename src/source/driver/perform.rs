@@ -12,7 +12,7 @@ use crate::engine::dirty::UffdTracker;
 use crate::engine::extents::Extents;
 use crate::engine::freeze::Frozen;
 use crate::engine::priority;
-use crate::engine::reason::Reason;
+use crate::engine::reason::{Reason, chain};
 use crate::engine::state::files::{self, FilesOptions};
 use crate::journal::{self, Journal, JournalError, Outgoing, OutgoingState};
 use crate::migration::ProcessKey;
@@ -27,7 +27,7 @@ use crate::source::wire::to_control;
 use crate::transport::{self, Settings};
 
 use super::late;
-use super::{ActionError, Driver, FREEZE_PATIENCE, chain, ordered};
+use super::{ActionError, Driver, FREEZE_PATIENCE, ordered};
 
 impl Driver<'_> {
     pub(super) fn perform(
@@ -63,7 +63,6 @@ impl Driver<'_> {
                 self.state.frozen_at = Some(Instant::now());
                 let frozen = Frozen::freeze(self.pid(), FREEZE_PATIENCE)?;
                 self.state.sleeps.note(frozen.threads());
-                self.state.was_stopped = frozen.group_stopped;
                 self.state.frozen = Some(frozen);
                 Ok(Some(Event::Frozen))
             }
@@ -133,7 +132,7 @@ impl Driver<'_> {
     }
 
     fn send(&mut self, tell: Tell) -> Option<Event> {
-        let message = to_control(&tell, self.id, &self.begin);
+        let message = to_control(&tell, self.id, &self.begin, &self.state.late);
         match self.link.as_ref().map(|l| l.send_control(&message)) {
             Some(Ok(())) => None,
             _ => Some(Event::LinkLost),
@@ -268,7 +267,10 @@ impl Driver<'_> {
         let options = FilesOptions { tcp_close: self.config.tcp_close, shell_job: self.config.shell_job };
         let captured = capture::capture(frozen, &options, &self.state.sleeps, guards, &self.scanned)?;
         self.state.closing = captured.closing;
+        self.state.seen = captured.seen;
         precopy.send_state(round, &captured.process, &mut sink)?;
+        // While the destination is at work.
+        frozen.close_injection()?;
         clock.begin("apply");
         Ok(())
     }
@@ -277,8 +279,12 @@ impl Driver<'_> {
         if !self.state.sentinel.as_mut().is_some_and(Sentinel::is_alive) {
             return Err(ActionError::NoSentinel);
         }
+        // With the stop and the SIGCONT that may have come since the freeze.
+        self.state.was_stopped = self.state.frozen.as_ref().ok_or(ActionError::Order)?.stop_is_due()?;
         self.record(OutgoingState::Limbo)?;
-        self.state.frozen.as_mut().ok_or(ActionError::Order)?.fence()?;
+        let frozen = self.state.frozen.as_mut().ok_or(ActionError::Order)?;
+        frozen.fence()?;
+        self.state.late = frozen.late_signals(&self.state.seen)?;
         Ok(Some(Event::LimboEntered))
     }
 

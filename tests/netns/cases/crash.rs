@@ -11,7 +11,7 @@ use crate::workload::Workload;
 const INSTANTS: usize = 20;
 const MOVE: Duration = Duration::from_secs(120);
 /// How long it may take until it is clear which host runs the process.
-const SETTLE: Duration = Duration::from_secs(60);
+pub(crate) const SETTLE: Duration = Duration::from_secs(60);
 /// How long a link stays cut.
 const CUT: Duration = Duration::from_secs(3);
 
@@ -93,7 +93,7 @@ fn strike(lan: &Lan, blow: Blow, here: &Host, there: &Host, job: &Job, service: 
 }
 
 /// The one host that has the process, once that is clear. Both running it at once is an error at any time.
-fn settled(lan: &Lan, pid: i32) -> Result<&Host> {
+pub(crate) fn settled(lan: &Lan, pid: i32) -> Result<&Host> {
     let host = wait_for("one host having the process", SETTLE, || {
         let (on_a, on_b) = (Life::of(&lan.a, pid), Life::of(&lan.b, pid));
         Ok(match (on_a, on_b) {
@@ -110,6 +110,16 @@ fn settled(lan: &Lan, pid: i32) -> Result<&Host> {
         })
     })?;
     Ok(host)
+}
+
+/// Whether the process runs by itself on a host.
+pub(crate) fn runs(host: &Host, pid: i32) -> bool {
+    Life::of(host, pid) == Life::Runs
+}
+
+/// Whether a host has anything of the process.
+pub(crate) fn has(host: &Host, pid: i32) -> bool {
+    Life::of(host, pid) != Life::None
 }
 
 /// What a host has of the process.

@@ -3,7 +3,9 @@
 mod clocks;
 mod crash;
 mod grounds;
+mod hosts;
 mod kinds;
+mod limbo;
 mod moves;
 mod network;
 mod operator;
@@ -18,6 +20,7 @@ pub(crate) fn all() -> Vec<Case> {
         grounds::cases(),
         kinds::unmoved(),
         refusals::cases(),
+        hosts::cases(),
         kinds::moved(),
         servers::cases(),
         network::cases(),
@@ -25,6 +28,7 @@ pub(crate) fn all() -> Vec<Case> {
         clocks::cases(),
         moves::cases(),
         crash::cases(),
+        limbo::cases(),
     ];
     groups.into_iter().flatten().collect()
 }

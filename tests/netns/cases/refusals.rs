@@ -7,7 +7,7 @@ use migrate::testbed::{Host, Lan, Outcome, PRIVATE, Spawn};
 use crate::case::{Case, Result, ensure};
 use crate::workload::Workload;
 
-const REFUSAL: Duration = Duration::from_secs(30);
+pub(crate) const REFUSAL: Duration = Duration::from_secs(30);
 
 /// States of the counting program, what they are refused by, and words that the reasons must have.
 pub(crate) const STATES: &[(&str, &[&str], &[&str])] = &[
@@ -49,7 +49,7 @@ pub(crate) fn cases() -> Vec<Case> {
 }
 
 /// A process that cannot be moved is refused, and goes on.
-fn refused(lan: &Lan, mut workload: Workload, options: &[&str], words: &[&str]) -> Result {
+pub(crate) fn refused(lan: &Lan, mut workload: Workload, options: &[&str], words: &[&str]) -> Result {
     workload.check(&lan.a)?;
     lan.share_identity()?;
     let service = lan.serve(&lan.b)?;
@@ -62,7 +62,7 @@ fn refused(lan: &Lan, mut workload: Workload, options: &[&str], words: &[&str]) 
 }
 
 /// Exit status 1, `not_moved`, and every word in the reasons.
-fn says(outcome: &Outcome, words: &[&str]) -> Result {
+pub(crate) fn says(outcome: &Outcome, words: &[&str]) -> Result {
     let whole = || format!("{:?} {}\n{}", outcome.exit, outcome.report, outcome.stderr);
     ensure(outcome.exit.code == Some(1), || format!("the exit status is not 1: {}", whole()))?;
     ensure(outcome.report["outcome"] == "not_moved", || format!("the outcome: {}", whole()))?;

@@ -1,0 +1,196 @@
+//! The fence: a process that we hold and that must not run even if we die.
+//!
+//! It is a SIGSTOP in the own queue of each thread. If the kernel lets go of the threads because we died,
+//! each finds one (or the stop of the whole process that the first of them has begun) before it reaches user
+//! mode. What others send by kill(2) waits in the queue of the process and is never mixed up with it: a
+//! stop that comes while the fence is up is still there when it is lifted. (Only a SIGSTOP that is meant for
+//! one single thread, which nobody sends, is one with ours.)
+//!
+//! SIGCONT takes all stops out of all queues, the fence's too, and a stop takes SIGCONT out of them. So
+//! raising the fence notes which SIGCONTs it removes, and lifting it sends them again, from us.
+//!
+//! Lifting it lets each thread run into the delivery of its SIGSTOP, with all else blocked, and stops there.
+//! A thread whose SIGSTOP is gone is not let run at all; if a SIGCONT takes it away at the very moment, the
+//! kernel makes the traced thread report that before anything else, and it does not run either.
+
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use super::inject::{signal_bit, sys};
+use super::procfs;
+use super::remote::{InjectError, Tid};
+use super::state::signals::MAX_PENDING;
+use super::sys::attrs::traced_pending;
+use super::sys::ptrace::{self, Stop};
+use super::sys::queue::send_to_thread;
+
+/// How long a thread may take to reach the delivery of its SIGSTOP.
+const PATIENCE: Duration = Duration::from_secs(2);
+/// Entries of a queue that are asked for at a time.
+const PER_LOOK: u16 = 64;
+
+/// A raised fence. It stays when this value is dropped.
+#[derive(Debug)]
+pub(super) struct Fence {
+    /// The SIGCONTs that it has removed.
+    continued: Vec<Queue>,
+}
+
+/// Where a signal waits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Queue {
+    /// For the whole process.
+    Process,
+    /// For one thread.
+    Thread(Tid),
+}
+
+impl Fence {
+    /// Raises the fence around a process all of whose threads are `tids`, traced and stopped.
+    ///
+    /// # Errors
+    /// If the process is gone.
+    pub(super) fn raise(pid: Tid, tids: &[Tid]) -> Result<Self, InjectError> {
+        let mut continued = Vec::new();
+        let queues = tids.iter().map(|tid| Queue::Thread(*tid));
+        for queue in std::iter::once(Queue::Process).chain(queues) {
+            if queue.signals(pid)? & signal_bit(libc::SIGCONT) != 0 {
+                continued.push(queue);
+            }
+        }
+        let fence = Self { continued };
+        for &tid in tids {
+            if let Err(errno) = send_to_thread(pid, tid, libc::SIGSTOP) {
+                let error = sys("fencing", tid, errno);
+                return fence.lift(pid, tids).and(Err(error));
+            }
+        }
+        Ok(fence)
+    }
+
+    /// The SIGCONTs that raising the fence has taken out of the queues.
+    pub(super) fn continued(&self) -> &[Queue] {
+        &self.continued
+    }
+
+    /// Takes it down again; the threads stay stopped.
+    ///
+    /// # Errors
+    /// If a thread is gone or does not behave; the others are done all the same.
+    pub(super) fn lift(self, pid: Tid, tids: &[Tid]) -> Result<(), InjectError> {
+        let mut result = Ok(());
+        let mut under_way = Vec::with_capacity(tids.len());
+        for &tid in tids {
+            match start(tid) {
+                Ok(Some(before)) => under_way.push((tid, before)),
+                Ok(None) => {}
+                Err(error) => result = result.and(Err(error)),
+            }
+        }
+        let deadline = Instant::now() + PATIENCE;
+        for (tid, (regs, mask)) in under_way {
+            let done = arrive(tid, deadline).and_then(|()| {
+                ptrace::set_regs(tid, &regs).map_err(|e| sys("restoring registers", tid, e))?;
+                ptrace::set_sigmask(tid, mask).map_err(|e| sys("restoring the mask", tid, e))
+            });
+            result = result.and(done);
+        }
+        result.and_then(|()| self.send_continued(pid))
+    }
+
+    /// SIGCONT again, unless a stop has come since: that would have removed it.
+    fn send_continued(self, pid: Tid) -> Result<(), InjectError> {
+        let stop = signal_bit(libc::SIGSTOP);
+        for queue in self.continued {
+            if Queue::Process.signals(pid)? & stop != 0 {
+                break;
+            }
+            match queue {
+                Queue::Process => kill(Pid::from_raw(pid), Signal::SIGCONT),
+                Queue::Thread(tid) => send_to_thread(pid, tid, libc::SIGCONT),
+            }
+            .map_err(|e| sys("sending SIGCONT again", pid, e))?;
+        }
+        Ok(())
+    }
+}
+
+impl Queue {
+    /// The signals that wait here; `pid` is any traced and stopped thread of the process, for its queue.
+    pub(super) fn signals(self, pid: Tid) -> Result<u64, InjectError> {
+        let number = |info: &Vec<u8>| info.first_chunk().map_or(0, |c| i32::from_ne_bytes(*c));
+        Ok(self.entries(pid)?.iter().fold(0, |set, info| set | signal_bit(number(info))))
+    }
+
+    /// The entries that wait here, in order.
+    pub(super) fn entries(self, pid: Tid) -> Result<Vec<Vec<u8>>, InjectError> {
+        let (tid, shared) = match self {
+            Queue::Process => (pid, true),
+            Queue::Thread(tid) => (tid, false),
+        };
+        let mut all: Vec<Vec<u8>> = Vec::new();
+        // A process with more is refused by the capture.
+        while all.len() <= MAX_PENDING {
+            let some = traced_pending(tid, shared, all.len() as u64, PER_LOOK)
+                .map_err(|e| sys("reading the pending signals", tid, e))?;
+            let last = some.len() < usize::from(PER_LOOK);
+            all.extend(some);
+            if last {
+                break;
+            }
+        }
+        Ok(all)
+    }
+}
+
+/// Whether this is a SIGSTOP of a fence of ours.
+pub(super) fn is_ours(info: &[u8]) -> bool {
+    // siginfo_t: signal, errno, code; then for SI_TKILL the sender's PID.
+    let word = |at: usize| info.get(at..at + 4).and_then(|b| b.try_into().ok()).map(i32::from_ne_bytes);
+    word(0) == Some(libc::SIGSTOP)
+        && word(8) == Some(libc::SI_TKILL)
+        && word(16) == i32::try_from(std::process::id()).ok()
+}
+
+/// Whether a stop that somebody else sent waits for a process, beside the one that a fence has put it in. For
+/// a process that nobody traces any more: what keeps it from running is not to be ended by SIGCONT then.
+pub fn another_stop_waits(pid: u32) -> bool {
+    let status = std::fs::read(format!("/proc/{pid}/status")).unwrap_or_default();
+    procfs::parse_status(&status).is_ok_and(|s| s.shared_pending & signal_bit(libc::SIGSTOP) != 0)
+}
+
+/// Lets the thread run into the delivery of our SIGSTOP, if that still waits for it; what it had before.
+fn start(tid: Tid) -> Result<Option<(ptrace::Regs, u64)>, InjectError> {
+    let step = |step| move |errno| sys(step, tid, errno);
+    if !our_stop_waits(tid)? {
+        return Ok(None);
+    }
+    let regs = ptrace::regs(tid).map_err(step("reading registers"))?;
+    let mask = ptrace::sigmask(tid).map_err(step("reading the mask"))?;
+    ptrace::set_sigmask(tid, u64::MAX).map_err(step("blocking signals"))?;
+    ptrace::cont(tid, 0).map_err(step("lifting the fence"))?;
+    Ok(Some((regs, mask)))
+}
+
+fn our_stop_waits(tid: Tid) -> Result<bool, InjectError> {
+    Ok(Queue::Thread(tid).entries(tid)?.iter().any(|info| is_ours(info)))
+}
+
+/// Waits until the thread stands in the delivery of SIGSTOP, or has reported that SIGCONT took it away.
+fn arrive(tid: Tid, deadline: Instant) -> Result<(), InjectError> {
+    let step = |errno| sys("lifting the fence", tid, errno);
+    loop {
+        match ptrace::poll(tid).map_err(step)? {
+            Some((Stop::Signal(libc::SIGSTOP), _)) => return Ok(()),
+            Some((Stop::Gone, _)) => return Err(InjectError::Gone(tid)),
+            Some((Stop::Event(_), _)) if our_stop_waits(tid)? => ptrace::cont(tid, 0).map_err(step)?,
+            Some((Stop::Event(_), _)) => return Ok(()),
+            Some((_, status)) => return Err(InjectError::UnexpectedStop { tid, status }),
+            None if Instant::now() > deadline => return Err(step(Errno::ETIMEDOUT)),
+            None => std::thread::yield_now(),
+        }
+    }
+}
