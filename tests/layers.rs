@@ -31,7 +31,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     // For the one call that the standard library lacks.
     ("testbed", &["engine"]),
     ("source", SIDE),
-    ("dest", SIDE),
+    ("dest", DEST),
     ("sim", &["config", "dest", "journal", "migration", "proto", "source", "wire"]),
     ("report", &["engine"]),
     // It shows the migrations of both sides, and knows neither.
@@ -62,6 +62,24 @@ const SIDE: &[&str] = &[
     "hello",
     "identity",
     "journal",
+    "migration",
+    "operator",
+    "pageserver",
+    "proto",
+    "report",
+    "telemetry",
+    "transport",
+    "wire",
+];
+
+/// The destination, with the pages that it misses.
+const DEST: &[&str] = &[
+    "config",
+    "engine",
+    "hello",
+    "identity",
+    "journal",
+    "lazy",
     "migration",
     "operator",
     "pageserver",

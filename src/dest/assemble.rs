@@ -2,12 +2,15 @@
 
 use prost::Message as _;
 
+use crate::engine::extents::Extents;
 use crate::engine::memory::{MemoryError, PAGE_BYTES};
 use crate::engine::remote::{Batch, InjectError, RemoteCalls};
 use crate::engine::skeleton::{ReservedPid, Skeleton, SkeletonError};
 use crate::engine::sys::vm::RemoteRange;
 use crate::pageserver::frame::{Frame, FrameError};
+use crate::pageserver::runs;
 use crate::pageserver::unpack::{Content, Unpacker};
+use crate::proto::control::PageRuns;
 use crate::proto::image::{Layout, Process, VmaKind};
 
 /// Why the skeleton could not be built up.
@@ -67,20 +70,28 @@ pub struct Assembly {
     unpacker: Unpacker,
     /// Ranges to drop before the next page is placed.
     drops: Vec<(u64, u64)>,
+    /// Pages that were announced, and have not come yet.
+    missing: Extents,
 }
 
 impl Assembly {
     /// Starts from a reserved PID; the skeleton follows with the first map.
     pub fn new(reserved: ReservedPid) -> Self {
-        Self { reserved: Some(reserved), skeleton: None, unpacker: Unpacker::default(), drops: Vec::new() }
+        Self {
+            reserved: Some(reserved),
+            skeleton: None,
+            unpacker: Unpacker::default(),
+            drops: Vec::new(),
+            missing: Extents::new(),
+        }
     }
 
-    /// The finished skeleton.
+    /// The finished skeleton, and the pages that will come after the resume.
     ///
     /// # Errors
     /// If no map ever came.
-    pub fn into_skeleton(self) -> Result<Skeleton, AssembleError> {
-        self.skeleton.ok_or(AssembleError::NoLayout)
+    pub fn into_skeleton(self) -> Result<(Skeleton, Extents), AssembleError> {
+        Ok((self.skeleton.ok_or(AssembleError::NoLayout)?, self.missing))
     }
 
     /// Does what a frame asks for.
@@ -98,6 +109,7 @@ impl Assembly {
                 if let Some(reserved) = self.reserved.take() {
                     self.skeleton = Some(reserved.execute(&layout)?);
                 }
+                forget_unmapped(&mut self.missing, &layout);
                 self.skeleton.as_mut().ok_or(AssembleError::NoLayout)?.reconcile(layout)?;
                 Ok(Applied::Placed)
             }
@@ -110,12 +122,16 @@ impl Assembly {
                 let runs: Vec<RemoteRange> =
                     pages.runs().map(|(start, bytes)| RemoteRange { start, len: bytes.len() }).collect();
                 memory.write_runs(pages.bytes(), &runs)?;
+                if !self.missing.is_empty() {
+                    runs.iter().for_each(|r| self.missing.remove(r.start, r.start + r.len as u64));
+                }
                 Ok(Applied::Placed)
             }
             Content::Zero { addr, pages, present } => {
                 self.drop_pending()?;
                 let skeleton = self.skeleton.as_mut().ok_or(AssembleError::NoLayout)?;
                 let end = addr + u64::from(pages) * PAGE_BYTES;
+                self.missing.remove(addr, end);
                 if present {
                     let mut at = addr;
                     while at < end {
@@ -130,10 +146,22 @@ impl Assembly {
                 Ok(Applied::Placed)
             }
             Content::Drop { addr, pages } => {
-                self.drops.push((addr, addr + u64::from(pages) * PAGE_BYTES));
+                let end = addr + u64::from(pages) * PAGE_BYTES;
+                self.missing.remove(addr, end);
+                self.drops.push((addr, end));
                 Ok(Applied::Placed)
             }
-            Content::Missing(_) => Ok(Applied::Placed),
+            Content::Missing(bytes) => {
+                let message = PageRuns::decode(bytes)
+                    .map_err(|source| AssembleError::Decode { what: "list of missing pages", source })?;
+                for (start, end) in runs::decode(&message)?.iter() {
+                    // What is here of them is stale, and must be gone before the process can see it.
+                    self.drops.push((start, end));
+                    self.missing.insert(start, end);
+                }
+                self.drop_pending()?;
+                Ok(Applied::Placed)
+            }
             Content::RoundEnd => {
                 self.drop_pending()?;
                 Ok(Applied::RoundEnd(round))
@@ -156,11 +184,29 @@ impl Assembly {
     }
 }
 
+/// Pages of mappings that are gone, or start over, are nobody's.
+fn forget_unmapped(missing: &mut Extents, layout: &Layout) {
+    if missing.is_empty() {
+        return;
+    }
+    let mut at = 0;
+    for vma in &layout.vmas {
+        missing.remove(at, vma.start);
+        if vma.fresh {
+            missing.remove(vma.start, vma.end);
+        }
+        at = vma.end;
+    }
+    missing.remove(at, u64::MAX);
+}
+
 /// Makes ranges read as if they had never been written: zero, or the file again.
 fn drop_ranges(skeleton: &mut Skeleton, ranges: &[(u64, u64)]) -> Result<(), AssembleError> {
     let mut batch = Batch::new();
+    let vmas = &skeleton.layout().vmas;
     for &(start, end) in ranges {
-        for vma in skeleton.layout().vmas.iter().filter(|v| v.start < end && start < v.end) {
+        let first = vmas.partition_point(|v| v.end <= start);
+        for vma in vmas.iter().skip(first).take_while(|v| v.start < end) {
             let (from, to) = (start.max(vma.start), end.min(vma.end));
             // In a shared object the page must go for everybody.
             let advice = match vma.kind() {

@@ -76,7 +76,10 @@ impl Drain {
                 Urgent::Frame(frame) => {
                     if let Err(error) = place(lazy, &frame, &mut unpacker) {
                         // It is missing still, and will be asked for again when the source comes again.
-                        tracing::error!(error = &error as &dyn std::error::Error, "a page that was asked for");
+                        tracing::error!(
+                            error = &error as &dyn std::error::Error,
+                            "a page that was asked for"
+                        );
                     }
                 }
                 Urgent::Lost(error) => tracing::info!(%error, "the connection for single pages ended"),
@@ -124,6 +127,12 @@ impl Drain {
             Some(lazy) => place(lazy, frame, &mut self.unpacker),
             None => Ok(()),
         }
+    }
+
+    /// How many pages are missing.
+    pub(super) fn pages_left(&self) -> u64 {
+        let stats = self.lazy.get().map(|lazy| lazy.stats()).unwrap_or_default();
+        (stats.initial + stats.inherited).saturating_sub(stats.installed + stats.dropped)
     }
 
     /// What is missing.

@@ -10,6 +10,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
 use super::assemble::{Applied, AssembleError, Assembly};
+use super::drain::Drain;
 use super::machine::DestMachine;
 use super::protocol::{Action, Cause, Event, LinkId, Message, Outcome, Tell};
 use super::reaper;
@@ -24,6 +25,7 @@ use crate::engine::restore::{self, RestoreError};
 use crate::engine::skeleton::{ReservedPid, Skeleton, SkeletonError};
 use crate::engine::state::files;
 use crate::journal::{self, Incoming, IncomingState, Journal, JournalError};
+use crate::lazy::LazyError;
 use crate::migration::{MigrationId, ProcessKey};
 use crate::operator::protocol::Phase;
 use crate::operator::{End, Posting};
@@ -40,8 +42,17 @@ pub(super) struct Ask {
     pub answer: LinkSender,
 }
 
-/// Where such messages arrive.
-pub(super) type Inbox = Receiver<Ask>;
+/// What other connections bring.
+#[derive(Debug)]
+pub(super) enum Arrival {
+    /// A message.
+    Ask(Ask),
+    /// A connection that takes the place of the one that began: the source goes on with missing pages.
+    Resume(Box<Link>),
+}
+
+/// Where it arrives.
+pub(super) type Inbox = Receiver<Arrival>;
 
 /// How often the own connection is left to look into the inbox.
 const INBOX_POLL: Duration = Duration::from_millis(20);
@@ -66,6 +77,8 @@ enum ActionError {
     Skeleton(#[from] SkeletonError),
     #[error(transparent)]
     Alive(#[from] alive::AliveError),
+    #[error("watching for missing pages")]
+    Lazy(#[from] LazyError),
     #[error("this step came before the one that it needs")]
     Order,
 }
@@ -95,13 +108,22 @@ pub(super) struct Driver {
     pub peer: String,
     /// What operators see.
     pub posting: Posting,
+    /// Pages that are missing after the resume.
+    pub drain: Drain,
+    /// The source was told that nothing is missing.
+    pub drained_told: bool,
 }
 
 impl Driver {
     /// Runs the machine until there is nothing left to do but answering that can be left to others.
-    pub(super) fn run(mut self) -> Outcome {
+    pub(super) fn run(self) -> Outcome {
+        let (machine, actions) = DestMachine::begin(OWN_LINK);
+        self.run_from(machine, actions)
+    }
+
+    /// Runs a machine that has begun already.
+    pub(super) fn run_from(mut self, mut machine: DestMachine, actions: Vec<Action>) -> Outcome {
         let started = Instant::now();
-        let (mut machine, actions) = DestMachine::begin(OWN_LINK);
         let mut todo: VecDeque<Action> = actions.into();
         let mut events = VecDeque::new();
         let mut timer: Option<Instant> = None;
@@ -156,19 +178,36 @@ impl Driver {
             }
             let left =
                 timer.map_or(Duration::from_secs(3600), |t| t.saturating_duration_since(Instant::now()));
-            let ask = match &self.link {
+            if let Some(event) = self.drained() {
+                return event;
+            }
+            // Faults are answered elsewhere: whether all is there can only be looked at.
+            if self.drain.is_active() && !self.drained_told {
+                self.posting.phase(if self.link.is_some() { Phase::Postcopy } else { Phase::Paused });
+                self.posting.remaining(self.drain.pages_left());
+            }
+            let poll = if self.drain.is_active() { left.min(INBOX_POLL) } else { left };
+            let arrival = match &self.link {
                 Some(_) => self.inbox.try_recv().ok(),
-                None => match self.inbox.recv_timeout(left) {
-                    Ok(ask) => Some(ask),
+                None => match self.inbox.recv_timeout(poll) {
+                    Ok(arrival) => Some(arrival),
                     Err(RecvTimeoutError::Timeout) => continue,
                     // The service is going down: so is this migration, unless it is accepted.
                     Err(RecvTimeoutError::Disconnected) => return Event::Timeout,
                 },
             };
-            if let Some(ask) = ask {
-                self.next_ask += 1;
-                self.asks.insert(self.next_ask, ask.answer);
-                return Event::Message(LinkId(self.next_ask), ask.message);
+            match arrival {
+                Some(Arrival::Ask(ask)) => {
+                    self.next_ask += 1;
+                    self.asks.insert(self.next_ask, ask.answer);
+                    return Event::Message(LinkId(self.next_ask), ask.message);
+                }
+                Some(Arrival::Resume(link)) => {
+                    // What is under way on the old connection is void from here on.
+                    self.link = Some(*link);
+                    return Event::Message(OWN_LINK, Message::Resume);
+                }
+                None => {}
             }
             let Some(link) = self.link.as_mut() else { continue };
             match link.recv_timeout(left.min(INBOX_POLL)) {
@@ -203,6 +242,15 @@ impl Driver {
         frame: &crate::pageserver::frame::Frame,
         last_progress: &mut Instant,
     ) -> Option<Event> {
+        if self.drain.is_active() {
+            if let Err(error) = self.drain.place(frame) {
+                tracing::error!(error = chain(&error), "a page that was missing");
+                // It is missing still; the source learns that when it connects again.
+                self.link = None;
+                return Some(Event::LinkLost(OWN_LINK));
+            }
+            return None;
+        }
         // Frames that were under way when we gave up are nobody's.
         let assembly = self.assembly.as_mut()?;
         self.posting.carried((HEADER_BYTES + frame.payload().len()) as u64);
@@ -228,10 +276,14 @@ impl Driver {
     fn restore(&mut self, process: &Process) -> Result<ProcessKey, ActionError> {
         self.clock.begin("build");
         self.posting.phase(Phase::Frozen);
-        let mut skeleton = self.assembly.take().ok_or(ActionError::Order)?.into_skeleton()?;
+        let (mut skeleton, missing) = self.assembly.take().ok_or(ActionError::Order)?.into_skeleton()?;
         let log = self.state_dir.join("logs").join(format!("{}-{}.log", process.pid, self.id));
         let descriptors = process.files.clone().unwrap_or_default();
         let built = files::build(&descriptors, Some(&log), &self.shift)?;
+        if !missing.is_empty() {
+            self.clock.begin("watch");
+            self.drain.start(&mut skeleton, missing)?;
+        }
         self.clock.begin("restore");
         let elapsed = clocks::catch_up(process.clocks.as_ref(), &self.shift)?;
         restore::restore(&mut skeleton, process, built, elapsed)?;
@@ -282,14 +334,25 @@ impl Driver {
                     tracing::error!(error = &error as &dyn std::error::Error, "resuming the process");
                 }
                 self.clock.end();
-                self.posting.phase(Phase::Complete);
+                self.posting.phase(if self.drain.is_active() { Phase::Postcopy } else { Phase::Complete });
                 reaper::adopt(right.process().pid);
                 Ok(None)
             }
-            Action::Attach(_) | Action::KillLost => Ok(None),
+            Action::Attach(_) => {
+                if !self.drain.is_done() {
+                    self.drain.detach();
+                }
+                Ok(None)
+            }
+            Action::KillLost => {
+                // What misses pages dies with its end.
+                self.drain.finish();
+                Ok(None)
+            }
             Action::Kill => {
                 self.assembly = None;
                 self.skeleton = None;
+                self.drain.finish();
                 Ok(None)
             }
             Action::Forget => {
@@ -342,16 +405,48 @@ impl Driver {
             boot: journal::boot_id()?,
             peer: self.peer.clone(),
             state,
-            misses: false,
+            misses: self.drain.is_active() && !self.drained_told,
             was_stopped: self.stopped,
             addresses: self.addresses.as_ref().map(AddressSet::records).unwrap_or_default(),
         })
     }
 
+    /// Nothing is missing any more, and the source does not know yet.
+    fn drained(&mut self) -> Option<Event> {
+        if self.drained_told || !self.drain.is_active() || !self.drain.is_done() || self.process.is_none() {
+            return None;
+        }
+        self.drained_told = true;
+        self.posting.remaining(0);
+        self.posting.phase(Phase::Complete);
+        // The record first: a service that finds it kills the process if it misses pages without us.
+        if let Some(process) = self.process
+            && let Err(error) = self.record(process, IncomingState::Accepted)
+        {
+            tracing::error!(error = chain(&error), "recording that nothing is missing");
+        }
+        self.drain.finish();
+        let stats = self.drain.stats();
+        tracing::info!(id = %self.id, ?stats, "no page is missing any more");
+        Some(Event::Drained(OWN_LINK))
+    }
+
     fn send(&mut self, to: LinkId, tell: &Tell) -> Option<Event> {
-        let timings = matches!(tell, Tell::Prepared | Tell::Committed)
-            .then(|| Timings { phase_us: self.clock.so_far().to_micros().collect() });
-        let message = to_control(tell, self.id, Extras { timings, ..Extras::default() });
+        // Only we know whether anything is missing.
+        let tell = if *tell == Tell::Resumed && self.drain.is_done() { &Tell::Drained } else { tell };
+        let mut extras = Extras::default();
+        match tell {
+            Tell::Prepared | Tell::Committed => {
+                extras.timings = Some(Timings { phase_us: self.clock.so_far().to_micros().collect() });
+            }
+            Tell::Ready => extras.urgent_port = self.drain.port(),
+            Tell::Resumed => {
+                (extras.missing, extras.urgent_port) = (self.drain.missing(), self.drain.port());
+            }
+            Tell::Drained => extras.stats = self.drain.stats(),
+            _ => {}
+        }
+        let message = to_control(tell, self.id, extras);
         let sent = match (to == OWN_LINK, &self.link) {
             (true, Some(link)) => link.send_control(&message).is_ok(),
             (true, None) => false,

@@ -4,6 +4,7 @@
 //! decides: frames become a skeleton ([`assemble`]), the skeleton a process.
 
 pub mod assemble;
+mod drain;
 mod driver;
 pub mod machine;
 mod preflight;

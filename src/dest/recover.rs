@@ -7,20 +7,21 @@ use std::time::Duration;
 
 use nix::sys::signal::Signal;
 
-use super::driver::Ask;
+use super::driver::Arrival;
 use super::machine::DestMachine;
-use super::protocol::{Action, Event, LinkId};
+use super::protocol::{Action, Event, LinkId, Message, Tell};
 use super::serve::{Entry, Registry};
 use super::wire::{Extras, to_control};
 use crate::engine::address::AddressSet;
 use crate::engine::alive;
 use crate::engine::fence;
 use crate::engine::procfs;
+use crate::engine::reason::Reason;
 use crate::engine::sys::pidfd::PidFd;
 use crate::journal::{self, Incoming, IncomingState, Journal, JournalError};
 use crate::operator::protocol::{Phase, Side};
 use crate::operator::{About, Board, client};
-use crate::transport::LinkSender;
+use crate::transport::{Link, LinkSender};
 
 /// The one question that is being answered.
 const ASKER: LinkId = LinkId(1);
@@ -52,8 +53,14 @@ pub(super) fn recover(state_dir: &Path, registry: &Registry, board: &Arc<Board>)
         };
         let accepted = record.state == IncomingState::Accepted;
         let (machine, actions) = DestMachine::recovered(record.process, accepted, process.is_some());
-        let mut recovered =
-            Recovered { record, process, machine, journal: Journal::open(state_dir)?, asker: None };
+        let mut recovered = Recovered {
+            record,
+            process,
+            machine,
+            journal: Journal::open(state_dir)?,
+            asker: None,
+            link: None,
+        };
         if recovered.perform(actions) {
             continue;
         }
@@ -82,6 +89,8 @@ struct Recovered {
     machine: DestMachine,
     journal: Journal<Incoming>,
     asker: Option<LinkSender>,
+    /// A connection that was handed over to us is ours to keep.
+    link: Option<Link>,
 }
 
 impl Recovered {
@@ -96,10 +105,20 @@ impl Recovered {
         }
     }
 
-    fn answer(&mut self, asks: &Receiver<Ask>) {
-        while let Ok(ask) = asks.recv() {
-            self.asker = Some(ask.answer);
-            match self.machine.handle(Duration::ZERO, Event::Message(ASKER, ask.message)) {
+    fn answer(&mut self, asks: &Receiver<Arrival>) {
+        while let Ok(arrival) = asks.recv() {
+            let message = match arrival {
+                Arrival::Ask(ask) => {
+                    self.asker = Some(ask.answer);
+                    ask.message
+                }
+                Arrival::Resume(link) => {
+                    self.asker = Some(link.sender());
+                    self.link = Some(*link);
+                    Message::Resume
+                }
+            };
+            match self.machine.handle(Duration::ZERO, Event::Message(ASKER, message)) {
                 Ok(actions) => {
                     if self.perform(actions) {
                         return;
@@ -126,13 +145,25 @@ impl Recovered {
                         tracing::error!(error = &error as &dyn std::error::Error, "adding addresses");
                     }
                 }
+                Action::Resume(_) if self.record.misses => self.kill(),
                 Action::Resume(_) => self.lower_fence(),
                 Action::Forget => {
                     if let Err(error) = self.journal.remove(self.record.id) {
                         tracing::error!(error = &error as &dyn std::error::Error, "forgetting");
                     }
                 }
+                Action::KillLost => self.kill(),
                 Action::Send(_, tell) => {
+                    // Without whoever held its userfaultfd it may have read zeros.
+                    let tell = match tell {
+                        Tell::Resumed if self.record.misses => {
+                            let why =
+                                "the service there ended while pages were missing, and nobody held them";
+                            Tell::Lost(vec![Reason::new(format!("pid {}", self.record.process.pid), why, "")])
+                        }
+                        Tell::Resumed => Tell::Drained,
+                        tell => tell,
+                    };
                     let message = to_control(&tell, self.record.id, Extras::default());
                     let _ = self.asker.as_ref().map(|l| l.send_control(&message));
                 }
@@ -141,6 +172,14 @@ impl Recovered {
             }
         }
         false
+    }
+
+    fn kill(&self) {
+        if let Some(process) = &self.process
+            && let Err(errno) = process.signal(Signal::SIGKILL)
+        {
+            tracing::error!(pid = self.record.process.pid, %errno, "ending a process that misses pages");
+        }
     }
 
     /// The old service died between acceptance and resume: the fence still holds the process.

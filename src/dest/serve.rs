@@ -6,7 +6,8 @@ use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::driver::{Ask, Driver, in_words};
+use super::drain::Drain;
+use super::driver::{Arrival, Ask, Driver, in_words};
 use super::machine::answer_unknown;
 use super::protocol::Message;
 use super::recover;
@@ -20,6 +21,7 @@ use crate::migration::MigrationId;
 use crate::operator::protocol::Side;
 use crate::operator::{About, Board, Listener, client};
 use crate::report::PhaseClock;
+use crate::transport::urgent::UrgentServer;
 use crate::transport::{Incoming, Link, Server, Settings, TransportError};
 use crate::wire::Body;
 
@@ -57,7 +59,7 @@ pub enum ServeError {
 /// A migration whose thread lives: where to send questions about it, and who may ask.
 #[derive(Debug)]
 pub(super) struct Entry {
-    pub inbox: Sender<Ask>,
+    pub inbox: Sender<Arrival>,
     pub peer: String,
 }
 
@@ -69,6 +71,7 @@ struct Service {
     host: Arc<Host>,
     registry: Registry,
     board: Arc<Board>,
+    urgent: Arc<UrgentServer>,
 }
 
 /// Runs the service until the network fails or it is killed.
@@ -92,11 +95,13 @@ pub fn serve(config: ServeConfig) -> Result<(), ServeError> {
     runtime.block_on(async {
         let mut server = Server::bind(node.clone(), config.listen, Settings::default(), crate::hello::hello)?;
         let addr = server.local_addr();
+        let urgent = Arc::new(UrgentServer::start(node.clone(), addr, crate::hello::hello)?);
         let mut out = std::io::stdout();
         writeln!(out, "listening on {addr} (fingerprint {})", node.fingerprint())
             .and_then(|()| out.flush())
             .map_err(io("writing to standard output"))?;
-        let service = Arc::new(Service { config, host, registry, board });
+        server.also_for(&urgent);
+        let service = Arc::new(Service { config, host, registry, board, urgent });
         while let Some(link) = server.accept().await {
             match link {
                 Err(failed) => {
@@ -135,8 +140,32 @@ impl Service {
                 return self.migration(id, begin, link);
             }
             let Ok(message) = to_message(*message) else { return };
+            if message == Message::Resume {
+                match self.resume(id, link) {
+                    Some(again) => link = again,
+                    None => return,
+                }
+            }
             self.answer(id, message, &link);
             patience = NEXT_WORD;
+        }
+    }
+
+    /// Hands a connection over to the migration that it goes on with; back if there is none.
+    fn resume(&self, id: MigrationId, link: Link) -> Option<Link> {
+        let peer = link.peer().fingerprint.to_string();
+        let registry = self.registry.lock().unwrap_or_else(PoisonError::into_inner);
+        let entry = registry.get(&id)?;
+        if entry.peer != peer {
+            tracing::warn!(%id, peer, "a connection for a migration of somebody else");
+            return None;
+        }
+        match entry.inbox.send(Arrival::Resume(Box::new(link))) {
+            Ok(()) => None,
+            Err(unsent) => match unsent.0 {
+                Arrival::Resume(link) => Some(*link),
+                Arrival::Ask(_) => None,
+            },
         }
     }
 
@@ -151,7 +180,11 @@ impl Service {
                 return;
             }
             Some(entry) => {
-                entry.inbox.send(Ask { message, answer: link.sender() }).err().map(|e| e.0.message)
+                let ask = Arrival::Ask(Ask { message, answer: link.sender() });
+                entry.inbox.send(ask).err().and_then(|unsent| match unsent.0 {
+                    Arrival::Ask(ask) => Some(ask.message),
+                    Arrival::Resume(_) => None,
+                })
             }
             None => Some(message),
         };
@@ -180,6 +213,8 @@ impl Service {
             command: client::shown(begin.comm.as_bytes()),
             peer: link.peer().addr.to_string(),
         };
+        // Before the answer: the source attaches as soon as it knows the port.
+        let drain = Drain::expect(self.urgent.clone(), id, link.peer().fingerprint);
         let driver = Driver {
             posting: self.board.post(about, Arc::default()),
             id,
@@ -200,6 +235,8 @@ impl Service {
             next_ask: 0,
             clock: PhaseClock::start(),
             peer,
+            drain,
+            drained_told: false,
         };
         let outcome = driver.run();
         tracing::info!(%id, "{}", in_words(&outcome));

@@ -309,7 +309,7 @@ mod tests {
                     Content::Data(pages) => {
                         for (start, contents) in pages.runs() {
                             for (i, page) in contents.chunks_exact(4096).enumerate() {
-                                let index = (start as usize - base) / 4096 + i;
+                                let index = usize::try_from(start).unwrap().wrapping_sub(base) / 4096 + i;
                                 assert!(page.iter().all(|b| usize::from(*b) == index % 251));
                                 seen[index] += 1;
                                 order.push(index);
@@ -317,8 +317,8 @@ mod tests {
                         }
                     }
                     Content::Zero { addr, pages, .. } => {
-                        for i in 0..pages as usize {
-                            let index = (addr as usize - base) / 4096 + i;
+                        for i in 0..usize::try_from(pages).unwrap() {
+                            let index = usize::try_from(addr).unwrap().wrapping_sub(base) / 4096 + i;
                             assert_eq!(index % 251, 0);
                             seen[index] += 1;
                             order.push(index);

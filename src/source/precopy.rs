@@ -22,7 +22,7 @@ use crate::pageserver::frame::{self, FrameError};
 use crate::pageserver::pack::{Compression, PackError, PackStats, Packer};
 use crate::proto::image::{Layout, Process};
 
-pub use late::Remainder;
+pub use late::{Following, Remainder};
 use ranges::{clip, mark_fresh, page_chunks, range};
 
 /// Bytes read from the process at a time: the fastest size, and it stays in the cache (FACTS on reads:

@@ -25,8 +25,10 @@ pub(crate) struct Weather {
     pub(crate) lost: u64,
     /// Of a thousand, so many arrive twice.
     pub(crate) repeated: u64,
-    /// Each arrives this much later, some up to twice as much, and so out of order.
+    /// Each arrives this much later.
     pub(crate) delay: Duration,
+    /// One of ten up to twice as much, and so out of order.
+    pub(crate) reorders: bool,
 }
 
 /// A running relay; it ends when dropped.
@@ -93,7 +95,8 @@ fn carry(front: &UdpSocket, there: SocketAddr, weather: Weather, stop: &AtomicBo
             let copies = 1 + u64::from(choices.below(1000) < weather.repeated);
             for _ in 0..copies {
                 let micros = u64::try_from(weather.delay.as_micros()).unwrap_or(0);
-                let more = if choices.below(10) == 0 { choices.below(micros + 1) } else { 0 };
+                let more =
+                    if weather.reorders && choices.below(10) == 0 { choices.below(micros + 1) } else { 0 };
                 let due = Instant::now() + Duration::from_micros(micros + more);
                 number += 1;
                 queue.push(Reverse((due, number, forth, client, datagram.to_vec())));

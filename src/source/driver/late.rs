@@ -67,7 +67,10 @@ impl Driver<'_> {
         let sender = self.link.as_ref().ok_or(ActionError::Order)?.sender();
         let precopy = self.state.precopy.as_mut().ok_or(ActionError::Order)?;
         let (posting, config, began) = (&self.posting, self.config, self.began);
-        let mut sink = |bytes: Bytes| sender.send_frame_blocking(bytes);
+        let mut sink = |bytes: Bytes| {
+            posting.carried(bytes.len() as u64);
+            sender.send_frame_blocking(bytes)
+        };
         let go = |_| {
             if ordered(posting, config, began) == Some(Order::Cancel) { Go::Cancel } else { Go::On }
         };

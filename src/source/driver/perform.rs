@@ -20,7 +20,7 @@ use crate::operator::protocol::Phase;
 use crate::report::{PhaseClock, Round, RoundProgress};
 use crate::source::machine::SourceMachine;
 use crate::source::policy::{self, Limits, Order};
-use crate::source::precopy::{Go, Precopy};
+use crate::source::precopy::{Following, Go, Precopy};
 use crate::source::protocol::{Action, Event, Tell};
 use crate::source::sentinel::Sentinel;
 use crate::source::wire::to_control;
@@ -256,12 +256,13 @@ impl Driver<'_> {
         let eager_pages = if serving.is_some() { self.state.eager_pages } else { u64::MAX };
         let hot = late::hot_pages(frozen);
         // What is owed must be known before the destination can ask for it.
-        let owe = |owed: Extents, huge| {
+        let mut owe = |owed: Extents, huge| {
             if let Some(serving) = serving {
                 serving.store().owe(owed, huge);
             }
         };
-        self.state.owes = precopy.send_rest(round, rest, eager_pages, &hot, owe, &mut sink, &go)?;
+        let follow = Following { eager_pages, hot: &hot, owe: &mut owe };
+        self.state.owes = precopy.send_rest(round, rest, follow, &mut sink, &go)?;
         posting.remaining(0);
         clock.begin("capture");
         let options = FilesOptions { tcp_close: self.config.tcp_close, shell_job: self.config.shell_job };

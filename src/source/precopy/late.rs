@@ -14,6 +14,18 @@ use crate::pageserver::runs as page_runs;
 use crate::proto::image::{Layout, Range, Vma};
 use crate::source::owed;
 
+/// What may follow after the resume.
+#[allow(missing_debug_implementations, reason = "holds a closure")]
+pub struct Following<'a> {
+    /// All goes before, if it is no more than this.
+    pub eager_pages: u64,
+    /// Addresses in pages that go before in any case.
+    pub hot: &'a [u64],
+    /// Told all that is owed, each page by one name, and the mappings of huge pages (start, end, bytes of a
+    /// page), before the destination hears of it.
+    pub owe: &'a mut dyn FnMut(Extents, Vec<(u64, u64, u64)>),
+}
+
 impl Precopy {
     /// In place of a last round before post-copy: what the last scan found is not sent but announced, while
     /// the process still runs, so that the freeze has to deal only with what is written from now on. What
@@ -62,9 +74,8 @@ impl Precopy {
         }
     }
 
-    /// Sends the rest of the memory: all of it if it is no more than `eager_pages`, else only what may not
-    /// follow late and the pages of `hot`, and announces the others. `owe` is told all that is owed then, each
-    /// page by one name, and the mappings of huge pages; true if there is anything. It is not ended early, but can be given up.
+    /// Sends the rest of the memory, or announces what may follow; true if anything is owed then. It is not
+    /// ended early, but can be given up.
     ///
     /// # Errors
     /// See [`PrecopyError`].
@@ -72,12 +83,11 @@ impl Precopy {
         &mut self,
         round: u32,
         rest: Remainder,
-        eager_pages: u64,
-        hot: &[u64],
-        owe: impl FnOnce(Extents, Vec<(u64, u64, u64)>),
+        follow: Following<'_>,
         sink: &mut impl Sink<E>,
         go: &dyn Fn(u64) -> Go,
     ) -> Result<bool, PrecopyError<E>> {
+        let Following { eager_pages, hot, owe } = follow;
         self.send_layout(round, rest.layout, sink)?;
         for &(start, end) in &rest.gone {
             for (at, pages) in page_chunks(start, end) {

@@ -66,7 +66,8 @@ fn relay(lan: &Lan) -> Result {
     for (lost, repeated, least, most) in
         [(0, 0, 50, 50), (1000, 0, 0, 0), (0, 1000, 200, 200), (300, 0, 5, 45)]
     {
-        let relay = Relay::start(lan, Weather { lost, repeated, delay: Duration::from_millis(1) })?;
+        let relay =
+            Relay::start(lan, Weather { lost, repeated, delay: Duration::from_millis(1), reorders: true })?;
         let to: SocketAddr = relay.address.parse()?;
         let counting = lan.client("count", move || -> std::io::Result<u32> {
             let socket = UdpSocket::bind((Lan::CLIENT, 0))?;

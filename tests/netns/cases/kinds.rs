@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use migrate::testbed::{Host, Lan, Service};
 
+use super::moves;
 use crate::case::{Case, Need, Result, ensure};
 use crate::visible::Snapshot;
 use crate::workload::{Workload, build};
@@ -84,12 +85,15 @@ pub(crate) fn unmoved() -> Vec<Case> {
     [builds, refused].into_iter().chain(kinds().into_iter().map(case)).collect()
 }
 
+/// By pre-copy as far as it goes (mode auto), and with all memory after the resume.
 pub(crate) fn moved() -> Vec<Case> {
-    let case = |kind: Kind| {
-        let need = kind.need;
-        with_need(Case::new(format!("moved/{}", kind.name), move |lan| there_and_back(lan, &kind)), need)
+    let case = |group: &str, mode: &'static str, kind: Kind| {
+        let (name, need) = (format!("{group}/{}", kind.name), kind.need);
+        (Case::new(name, move |lan: &Lan| there_and_back(lan, &kind, mode)), need)
     };
-    kinds().into_iter().map(case).collect()
+    let early = kinds().into_iter().map(|kind| case("moved", "auto", kind));
+    let late = kinds().into_iter().map(|kind| case("late", "postcopy", kind));
+    early.chain(late).map(|(case, need)| with_need(case, need)).collect()
 }
 
 fn with_need(case: Case, need: Option<Need>) -> Case {
@@ -99,13 +103,13 @@ fn with_need(case: Case, need: Option<Need>) -> Case {
     }
 }
 
-fn there_and_back(lan: &Lan, kind: &Kind) -> Result {
+fn there_and_back(lan: &Lan, kind: &Kind, mode: &str) -> Result {
     lan.share_identity()?;
     let services = [lan.serve(&lan.a)?, lan.serve(&lan.b)?];
     let mut workload = (kind.start)(&lan.a)?;
     workload.check(&lan.a)?;
     for (from, to, service) in [(&lan.a, &lan.b, &services[1]), (&lan.b, &lan.a, &services[0])] {
-        one_way(lan, kind, &mut workload, from, to, service).map_err(|error| {
+        one_way(lan, kind, mode, &mut workload, from, to, service).map_err(|error| {
             let log = to.stderr(&service.job);
             let start = log.char_indices().rev().nth(2000).map_or(0, |(at, _)| at);
             format!("from {} to {}: {error}\nthe service: {}", from.name(), to.name(), &log[start..])
@@ -117,6 +121,7 @@ fn there_and_back(lan: &Lan, kind: &Kind) -> Result {
 fn one_way(
     lan: &Lan,
     kind: &Kind,
+    mode: &str,
     workload: &mut Workload,
     from: &Host,
     to: &Host,
@@ -124,7 +129,10 @@ fn one_way(
 ) -> Result {
     let pid = workload.pid();
     let before = Snapshot::take(from, pid).map_err(|error| format!("the look before: {error}"))?;
-    lan.move_to(from, service, pid, &[], MOVE)?.expect_moved()?;
+    let outcome = lan.move_to(from, service, pid, &["--mode", mode], MOVE)?.expect_moved()?;
+    if mode == "postcopy" {
+        moves::count_is_exact(&outcome)?;
+    }
     ensure(!from.proc(pid).exists(), || "the process is still at the source".to_owned())?;
     let after = Snapshot::take(to, pid)
         .map_err(|error| format!("the process is gone ({error}); it wrote: {}", to.stdout(&workload.job)))?;

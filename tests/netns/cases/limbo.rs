@@ -63,7 +63,7 @@ fn limbo(lan: &Lan, accepted: bool) -> Result {
     let mut workload = Workload::start(&lan.a, "counter", &[])?;
     lan.share_identity()?;
     let service = lan.serve(&lan.b)?;
-    let relay = Relay::start(lan, Weather { lost: 0, repeated: 0, delay: FAR })?;
+    let relay = Relay::start(lan, Weather { lost: 0, repeated: 0, delay: FAR, reorders: true })?;
     let job = lan.start_move(&lan.a, &relay.address, workload.pid(), &[])?;
     let record = at_state(&lan.a, &job, "limbo")?;
     // The commit needs its time through the relay: it arrives, or it meets a cut link.
@@ -119,7 +119,7 @@ fn late_signals(lan: &Lan) -> Result {
     let mut workload = Workload::start(&lan.a, "late_signals", &[])?;
     lan.share_identity()?;
     lan.serve(&lan.b)?;
-    let relay = Relay::start(lan, Weather { lost: 0, repeated: 0, delay: FAR })?;
+    let relay = Relay::start(lan, Weather { lost: 0, repeated: 0, delay: FAR, reorders: true })?;
     let job = lan.start_move(&lan.a, &relay.address, workload.pid(), &["--move-ip", Lan::MOVE_IP])?;
     at_state(&lan.a, &job, "taking")?;
     for _ in 0..SIGNALS {

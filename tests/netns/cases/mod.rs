@@ -2,6 +2,7 @@
 
 mod clocks;
 mod crash;
+mod drain;
 mod grounds;
 mod hosts;
 mod kinds;
@@ -27,6 +28,7 @@ pub(crate) fn all() -> Vec<Case> {
         operator::cases(),
         clocks::cases(),
         moves::cases(),
+        drain::cases(),
         crash::cases(),
         limbo::cases(),
     ];

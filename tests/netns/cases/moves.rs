@@ -12,19 +12,30 @@ const MOVE: Duration = Duration::from_secs(180);
 const GROWTH_KIB: u64 = 4096;
 
 pub(crate) fn cases() -> Vec<Case> {
-    vec![Case::new("moves/writer_20_times", writer), Case::new("moves/50_times_and_no_growth", fifty)]
+    let writers = ["precopy", "postcopy", "auto"]
+        .map(|mode| Case::new(format!("moves/writer_20_times_{mode}"), move |lan| writer(lan, mode)));
+    writers.into_iter().chain([Case::new("moves/50_times_and_no_growth", fifty)]).collect()
 }
 
 /// 8 threads over 512 MiB, mapping, unmapping, moving and dropping memory all the while.
-fn writer(lan: &Lan) -> Result {
+fn writer(lan: &Lan, mode: &str) -> Result {
     let mut workload = Workload::start(&lan.a, "writer", &["8", "512", "/run/shared/writer", "4"])?;
-    back_and_forth(lan, &mut workload, 20, |_, _| Ok(()))
+    back_and_forth(lan, &mut workload, 20, mode, |_, _| Ok(()))
+}
+
+/// What was missing at the resume has arrived, each page once, or was given up by the process.
+pub(crate) fn count_is_exact(outcome: &Outcome) -> Result {
+    let count = |field: &str| outcome.report[field].as_u64().unwrap_or(u64::MAX);
+    let come = count("pages_faulted") + count("pages_pushed") + count("pages_dropped");
+    let exact = count("pages_postcopy") == come && count("pages_twice") == 0;
+    // With children born meanwhile, pages go to several places.
+    ensure(exact, || format!("pages after the resume do not add up: {}", outcome.report))
 }
 
 fn fifty(lan: &Lan) -> Result {
     let mut workload = Workload::start(&lan.a, "writer", &["2", "16", "/run/shared/writer", "4"])?;
     let mut settled: Option<[Size; 2]> = None;
-    back_and_forth(lan, &mut workload, 50, |round, services| {
+    back_and_forth(lan, &mut workload, 50, "auto", |round, services| {
         let sizes = [Size::of(&lan.a, &services[0])?, Size::of(&lan.b, &services[1])?];
         match (&settled, round) {
             (None, 10) => settled = Some(sizes),
@@ -49,6 +60,7 @@ fn back_and_forth(
     lan: &Lan,
     workload: &mut Workload,
     moves: usize,
+    mode: &str,
     mut after_each: impl FnMut(usize, &[Service; 2]) -> Result,
 ) -> Result {
     lan.share_identity()?;
@@ -57,9 +69,15 @@ fn back_and_forth(
     for round in 1..=moves {
         let there = lan.other(here);
         let service = if here.name() == lan.a.name() { &services[1] } else { &services[0] };
-        lan.move_to(here, service, workload.pid(), &[], MOVE)
+        let outcome = lan
+            .move_to(here, service, workload.pid(), &["--mode", mode], MOVE)
             .and_then(Outcome::expect_moved)
             .map_err(|error| format!("move {round}: {error}"))?;
+        if mode == "postcopy" {
+            let late = outcome.report["pages_postcopy"].as_u64();
+            ensure(late > Some(0), || format!("nothing followed after the resume: {}", outcome.report))?;
+            count_is_exact(&outcome).map_err(|error| format!("move {round}: {error}"))?;
+        }
         workload.check(there).map_err(|error| format!("after move {round}: {error}"))?;
         after_each(round, &services)?;
         here = there;

@@ -17,7 +17,7 @@ pub(crate) fn cases() -> Vec<Case> {
         Case::new("network/untrusted_destination", |lan| untrusted(lan, false)),
         Case::new("network/garbage", garbage),
         Case::new("network/loss_repetition_delay", |lan| {
-            through(lan, Weather { lost: 20, repeated: 20, delay: Duration::from_millis(2) })
+            through(lan, Weather { lost: 20, repeated: 20, delay: Duration::from_millis(2), reorders: true })
         }),
         Case::new("network/slow_link", slow),
     ]

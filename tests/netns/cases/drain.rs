@@ -1,0 +1,187 @@
+//! What can go wrong while pages are missing: links cut and bad, commands and services killed, the process
+//! changing its memory. No page may be lost, stale or read as zeros, and none travels twice.
+
+use std::time::{Duration, Instant};
+
+use migrate::testbed::{Host, Job, Lan, Outcome, STATE, Service, wait_for};
+use serde_json::Value;
+
+use super::moves::count_is_exact;
+use crate::case::{Case, Result, ensure};
+use crate::relay::{Relay, Weather};
+use crate::workload::Workload;
+
+const MOVE: Duration = Duration::from_secs(180);
+const SETTLE: Duration = Duration::from_secs(60);
+/// On a link of this rate the writer's memory takes some seconds.
+const SLOW: &[&str] = &["--mode", "postcopy", "--bandwidth", "16M"];
+/// 4 threads over 64 MiB.
+const WRITER: &[&str] = &["4", "64", "/run/shared/writer", "4"];
+
+pub(crate) fn cases() -> Vec<Case> {
+    let weather = |name: &str, lost, ms| {
+        let weather = Weather { lost, repeated: 0, delay: Duration::from_millis(ms), reorders: false };
+        Case::new(format!("drain/{name}"), move |lan: &Lan| through(lan, weather))
+    };
+    vec![
+        Case::new("drain/link_cut_at_ten_points", cut_at_ten_points),
+        Case::new("drain/link_cut_twice", cut_twice),
+        Case::new("drain/link_cut_for_30_s", |lan| {
+            let mut there = Drain::begin(lan, SLOW)?;
+            there.cut(lan, Duration::from_secs(30))?;
+            there.arrive(lan)
+        }),
+        Case::new("drain/source_killed", source_killed),
+        Case::new("drain/resume_by_hand", resume_by_hand),
+        weather("delay_1_ms", 0, 1),
+        weather("delay_10_ms", 0, 10),
+        weather("delay_50_ms", 0, 50),
+        weather("loss_1_of_1000", 1, 1),
+        weather("loss_10_of_1000", 10, 1),
+        Case::new("drain/process_ends", process_ends),
+    ]
+}
+
+/// A move whose process runs at the destination already.
+struct Drain {
+    workload: Workload,
+    service: Service,
+    job: Job,
+    id: String,
+    began: Instant,
+}
+
+impl Drain {
+    fn begin(lan: &Lan, options: &[&str]) -> Result<Self> {
+        let workload = Workload::start(&lan.a, "writer", WRITER)?;
+        lan.share_identity()?;
+        let service = lan.serve(&lan.b)?;
+        Self::of(lan, workload, service, options)
+    }
+
+    fn of(lan: &Lan, workload: Workload, service: Service, options: &[&str]) -> Result<Self> {
+        let job = lan.start_move(&lan.a, &service.address, workload.pid(), options)?;
+        let id = wait_for("post-copy", SETTLE, || {
+            let all = status(lan, &lan.a);
+            let late = all.iter().find(|m| m["phase"] == "postcopy" && m["pages_remaining"] != 0);
+            Ok(late.and_then(|m| m["migration_id"].as_str()).map(str::to_owned))
+        });
+        let id = id.map_err(|error| format!("{error}: {} {}", lan.a.stdout(&job), lan.a.stderr(&job)))?;
+        Ok(Self { workload, service, job, id, began: Instant::now() })
+    }
+
+    fn cut(&mut self, lan: &Lan, long: Duration) -> Result {
+        lan.cut(&lan.b)?;
+        // The length of the cut is the point.
+        std::thread::sleep(long);
+        Ok(lan.heal(&lan.b)?)
+    }
+
+    /// Waits for the end of the command, which must be a good one.
+    fn arrive(mut self, lan: &Lan) -> Result {
+        let outcome = lan
+            .finish_move(&lan.a, &self.job, MOVE)?
+            .expect_moved()
+            .map_err(|error| format!("{error}\nthe service: {}", lan.b.stderr(&self.service.job)))?;
+        count_is_exact(&outcome)?;
+        self.workload.check_going_on(&lan.b).map_err(|error| {
+            format!("{error}\n{}\nthe service: {}", outcome.report, lan.b.stderr(&self.service.job))
+        })?;
+        only(&lan.a, 0)?;
+        only(&lan.b, 2)
+    }
+}
+
+/// So many processes are left on a host, soon.
+fn only(host: &Host, count: usize) -> Result {
+    wait_for("all else ending", SETTLE, || Ok((host.processes()?.len() == count).then_some(())))
+        .map_err(|error| format!("{error}; on {}: {:?}", host.name(), host.processes()).into())
+}
+
+fn status(lan: &Lan, host: &Host) -> Vec<Value> {
+    let words = ["status", "--json", "--state-dir", STATE];
+    let outcome = lan.run(host, &words, Duration::from_secs(20));
+    outcome.ok().and_then(|o| o.report["migrations"].as_array().cloned()).unwrap_or_default()
+}
+
+fn cut_at_ten_points(lan: &Lan) -> Result {
+    lan.share_identity()?;
+    let service = lan.serve(&lan.b)?;
+    for point in 0..10u32 {
+        let workload = Workload::start(&lan.a, "writer", WRITER)?;
+        let mut drain = Drain::of(lan, workload, service.clone(), SLOW)?;
+        // A tenth of what it takes undisturbed, each.
+        std::thread::sleep(Duration::from_millis(400) * point);
+        let long = if point % 5 == 4 { 5 } else { 1 };
+        drain.cut(lan, Duration::from_secs(long))?;
+        let pid = drain.workload.pid();
+        drain.arrive(lan).map_err(|error| format!("cut at point {point}: {error}"))?;
+        lan.b.kill(pid)?;
+    }
+    Ok(())
+}
+
+fn cut_twice(lan: &Lan) -> Result {
+    let mut drain = Drain::begin(lan, SLOW)?;
+    drain.cut(lan, Duration::from_secs(5))?;
+    // In the middle of the recovery, as like as not.
+    std::thread::sleep(Duration::from_millis(300));
+    drain.cut(lan, Duration::from_secs(5))?;
+    drain.arrive(lan)
+}
+
+/// The sentinel goes on with the pages of the stopped process.
+fn source_killed(lan: &Lan) -> Result {
+    let mut drain = Drain::begin(lan, SLOW)?;
+    lan.a.kill(drain.job.pid)?;
+    drain.workload.check_going_on(&lan.b)?;
+    only(&lan.a, 0)?;
+    drain.workload.check_going_on(&lan.b)?;
+    only(&lan.b, 2)
+}
+
+/// Without command and sentinel the process waits where it touches what is missing, until somebody resumes.
+fn resume_by_hand(lan: &Lan) -> Result {
+    let mut drain = Drain::begin(lan, SLOW)?;
+    lan.a.kill(drain.job.pid)?;
+    let others = lan.a.processes()?.into_iter().filter(|(pid, _)| *pid != drain.workload.pid());
+    for (pid, _) in others {
+        let _ = lan.a.kill(pid);
+    }
+    let seen = status(lan, &lan.a);
+    let paused = seen.iter().find(|m| m["migration_id"] == drain.id.as_str());
+    let remedy = paused.and_then(|m| m["resolve_with"].as_str()).unwrap_or_default();
+    ensure(remedy.contains("resume"), || format!("status does not say what to do: {seen:?}"))?;
+    let words = ["resume", &drain.id, "--state-dir", STATE, "--json"];
+    let outcome = lan.run(&lan.a, &words, MOVE)?;
+    let moved = outcome.exit.code == Some(0) && outcome.report["outcome"] == "moved";
+    ensure(moved, || format!("not resumed: {:?} {} {}", outcome.exit, outcome.report, outcome.stderr))?;
+    drain.workload.check_going_on(&lan.b)?;
+    only(&lan.a, 0)?;
+    only(&lan.b, 2)
+}
+
+fn through(lan: &Lan, weather: Weather) -> Result {
+    let mut workload = Workload::start(&lan.a, "writer", &["2", "16", "/run/shared/writer", "2"])?;
+    lan.share_identity()?;
+    let service = lan.serve(&lan.b)?;
+    let relay = Relay::start(lan, weather)?;
+    let job = lan.start_move(&lan.a, &relay.address, workload.pid(), &["--mode", "postcopy"])?;
+    let outcome = lan
+        .finish_move(&lan.a, &job, MOVE)
+        .and_then(Outcome::expect_moved)
+        .map_err(|error| format!("{error}\nthe service: {}", lan.b.stderr(&service.job)))?;
+    count_is_exact(&outcome)?;
+    workload.check_going_on(&lan.b)
+}
+
+/// Nobody waits for the pages of a process that has ended.
+fn process_ends(lan: &Lan) -> Result {
+    let drain = Drain::begin(lan, SLOW)?;
+    lan.b.kill(drain.workload.pid())?;
+    let outcome = lan.finish_move(&lan.a, &drain.job, MOVE)?.expect_moved()?;
+    ensure(outcome.report["pages_dropped"].as_u64() > Some(0), || format!("{}", outcome.report))?;
+    ensure(drain.began.elapsed() < MOVE, || "it took too long".to_owned())?;
+    only(&lan.a, 0)?;
+    only(&lan.b, 1)
+}
