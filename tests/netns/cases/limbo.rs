@@ -148,7 +148,8 @@ fn addresses(lan: &Lan) -> Result {
     for round in 0..INSTANTS {
         let there = lan.other(here);
         let service = &services[usize::from(there.name() == lan.b.name())];
-        let options = ["--move-ip", Lan::MOVE_IP];
+        // In post-copy the process is lost with its source, as is said: what it misses was only there.
+        let options = ["--mode", "precopy", "--move-ip", Lan::MOVE_IP];
         let job = lan.start_move(here, &service.address, workload.pid(), &options)?;
         // From the record on, the address may be gone: what comes after is what is to be hit.
         at_state_or_later(here, &job)?;
