@@ -6,6 +6,7 @@ use crate::engine::extents::Extents;
 use crate::engine::memory::{MemoryError, PAGE_BYTES};
 use crate::engine::remote::{Batch, InjectError, RemoteCalls};
 use crate::engine::skeleton::{ReservedPid, Skeleton, SkeletonError};
+use crate::engine::state::objects::{self, ObjectError, WINDOWS_START};
 use crate::engine::sys::vm::RemoteRange;
 use crate::pageserver::frame::{Frame, FrameError};
 use crate::pageserver::runs;
@@ -40,6 +41,9 @@ pub enum AssembleError {
     /// Pages could not be written.
     #[error("placing pages")]
     Memory(#[from] MemoryError),
+    /// Pages of shared memory could not be placed or dropped.
+    #[error("placing pages of shared memory")]
+    Objects(#[from] ObjectError),
     /// Pages could not be dropped.
     #[error("dropping pages")]
     Drop(#[from] InjectError),
@@ -118,10 +122,17 @@ impl Assembly {
                     let drops = std::mem::take(&mut self.drops);
                     drop_ranges(self.skeleton.as_mut().ok_or(AssembleError::NoLayout)?, &drops)?;
                 }
-                let memory = self.skeleton.as_ref().ok_or(AssembleError::NoLayout)?.memory();
+                let skeleton = self.skeleton.as_ref().ok_or(AssembleError::NoLayout)?;
                 let runs: Vec<RemoteRange> =
                     pages.runs().map(|(start, bytes)| RemoteRange { start, len: bytes.len() }).collect();
-                memory.write_runs(pages.bytes(), &runs)?;
+                // Ascending: what is of windows comes last.
+                let mapped = runs.partition_point(|r| r.start < WINDOWS_START);
+                if mapped > 0 {
+                    skeleton.memory().write_runs(pages.bytes(), &runs[..mapped])?;
+                }
+                for (start, bytes) in pages.runs().skip(mapped) {
+                    skeleton.objects().write(start, bytes)?;
+                }
                 if !self.missing.is_empty() {
                     runs.iter().for_each(|r| self.missing.remove(r.start, r.start + r.len as u64));
                 }
@@ -136,7 +147,13 @@ impl Assembly {
                     let mut at = addr;
                     while at < end {
                         let len = usize::try_from(end - at).unwrap_or(ZEROES.len()).min(ZEROES.len());
-                        skeleton.memory().write_runs(&ZEROES[..len], &[RemoteRange { start: at, len }])?;
+                        if at >= WINDOWS_START {
+                            skeleton.objects().write(at, &ZEROES[..len])?;
+                        } else {
+                            skeleton
+                                .memory()
+                                .write_runs(&ZEROES[..len], &[RemoteRange { start: at, len }])?;
+                        }
                         at += len as u64;
                     }
                 } else {
@@ -205,6 +222,10 @@ fn drop_ranges(skeleton: &mut Skeleton, ranges: &[(u64, u64)]) -> Result<(), Ass
     let mut batch = Batch::new();
     let vmas = &skeleton.layout().vmas;
     for &(start, end) in ranges {
+        if start >= WINDOWS_START {
+            skeleton.objects().punch(start, end)?;
+            continue;
+        }
         let first = vmas.partition_point(|v| v.end <= start);
         for vma in vmas.iter().skip(first).take_while(|v| v.start < end) {
             let (from, to) = (start.max(vma.start), end.min(vma.end));
@@ -216,7 +237,9 @@ fn drop_ranges(skeleton: &mut Skeleton, ranges: &[(u64, u64)]) -> Result<(), Ass
             batch.call(libc::SYS_madvise, &[from.into(), (to - from).into(), advice.into()]);
         }
     }
-    skeleton.run_all_ok("dropping pages", &batch)?;
+    if !batch.is_empty() {
+        skeleton.run_all_ok("dropping pages", &batch)?;
+    }
     Ok(())
 }
 
@@ -237,7 +260,7 @@ fn check(layout: &Layout) -> Result<(), AssembleError> {
         if vma.start % PAGE_BYTES != 0 || vma.end % PAGE_BYTES != 0 || vma.offset % PAGE_BYTES != 0 {
             return Err(AssembleError::Layout("a mapping is not page-aligned"));
         }
-        if VmaKind::try_from(vma.kind).is_err() || vma.kind() == VmaKind::Invalid || to_come(vma.kind()) {
+        if VmaKind::try_from(vma.kind).is_err() || vma.kind() == VmaKind::Invalid {
             return Err(AssembleError::Layout("a mapping of unknown kind"));
         }
         let file = vma.file.map(|i| (i as usize) < layout.files.len());
@@ -250,10 +273,5 @@ fn check(layout: &Layout) -> Result<(), AssembleError> {
         }
         at = vma.end;
     }
-    Ok(())
-}
-
-/// Kinds of mappings that the wire has names for, and nobody places yet.
-fn to_come(kind: VmaKind) -> bool {
-    matches!(kind, VmaKind::VmaMemfdShared | VmaKind::VmaMemfdPrivate | VmaKind::VmaSysv)
+    objects::check(layout).map_err(AssembleError::Layout)
 }

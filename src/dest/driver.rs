@@ -279,7 +279,7 @@ impl Driver {
         let (mut skeleton, missing) = self.assembly.take().ok_or(ActionError::Order)?.into_skeleton()?;
         let log = self.state_dir.join("logs").join(format!("{}-{}.log", process.pid, self.id));
         let descriptors = process.files.clone().unwrap_or_default();
-        let built = files::build(&descriptors, Some(&log), &self.shift)?;
+        let built = files::build(&descriptors, Some(&log), &self.shift, skeleton.objects())?;
         if !missing.is_empty() {
             self.clock.begin("watch");
             self.drain.start(&mut skeleton, missing)?;

@@ -8,7 +8,7 @@ use crate::engine::reason::{Reason, chain};
 use crate::engine::remote::Tid;
 use crate::engine::state::calls::AttrError;
 use crate::engine::state::files::{self, ListenPort};
-use crate::engine::state::{creds, limits, sched, timers};
+use crate::engine::state::{creds, limits, objects, sched, timers};
 use crate::proto::control::Begin;
 use crate::proto::image::Process;
 
@@ -25,6 +25,8 @@ pub(super) fn check(begin: &Begin, host: &Host, same_kernel: bool) -> (Vec<Reaso
         reasons.push(Reason::new("plan", "says nothing about processor and kernel", ""));
     }
     reasons.extend(begin.files.iter().filter_map(|f| files::compare_here(f, same_kernel)));
+    let pid = Tid::try_from(begin.pid).unwrap_or(0);
+    reasons.extend(objects::check_here(pid, &begin.objects, &begin.huge_pages));
     for port in &begin.ports {
         match ListenPort::try_from(port) {
             Ok(port) => reasons.extend(files::port_free(&port)),

@@ -105,6 +105,9 @@ pub fn restore(
     let ours = creds::here().map_err(state(Stage::Credentials))?;
 
     finish_memory(skeleton, memory)?;
+    skeleton
+        .finish_objects()
+        .map_err(|source| RestoreError::Skeleton { stage: Stage::Memory, source: source.into() })?;
 
     let stage = Stage::Room;
     let mut batch = Batch::new();

@@ -13,6 +13,7 @@ use crate::engine::remote::Tid;
 use crate::engine::state::calls::{AttrError, read_as};
 use crate::engine::state::files::{self, FilesOptions, ScannedProcesses};
 use crate::engine::state::mm::{self, FlagCache};
+use crate::engine::state::objects::{self, ObjectBook};
 use crate::engine::state::{creds, limits, sched, timers};
 use crate::migration::MigrationId;
 use crate::proto::control::{Begin, Port};
@@ -73,15 +74,25 @@ pub fn survey(id: MigrationId, subject: &Subject<'_>, host: &Host) -> Plan {
         Err(error) => plan.reasons.push(unreadable(format!("descriptors of pid {pid}"), &error)),
     }
     match FlagCache::look(pid).and_then(|flags| mm::capture(pid, &flags)) {
-        Ok(map) => {
+        Ok(mut map) => {
             plan.reasons.extend(map.reasons);
+            let shared = ObjectBook::new(pid).look(&mut map.layout, true);
+            let shared = shared.and_then(|found| {
+                plan.reasons.extend(found);
+                mm::check_shared(pid, &map.layout)
+            });
+            match shared {
+                Ok(found) => plan.reasons.extend(found),
+                Err(error) => plan.reasons.push(unreadable(format!("shared memory of pid {pid}"), &error)),
+            }
+            plan.begin.huge_pages = objects::huge_pages_needed(&map.layout);
+            plan.begin.objects = map.layout.objects;
             for mut file in map.layout.files {
                 if let Err(error) = files::add_content(&mut file) {
                     plan.reasons.push(unreadable(String::from_utf8_lossy(&file.path), &error));
                 }
                 plan.begin.files.push(file);
             }
-            plan.reasons.extend(mm::check_shared(pid, &map.layout.vmas));
             let anonymous = map.layout.vmas.iter().any(|v| v.kind() == VmaKind::VmaAnonPrivate);
             if !anonymous && plan.reasons.is_empty() {
                 plan.reasons.push(Reason::new(format!("pid {pid}"), "has no memory of its own", ""));

@@ -6,6 +6,7 @@
 
 mod late;
 mod ranges;
+mod windows;
 
 use bytes::Bytes;
 use prost::Message as _;
@@ -17,10 +18,11 @@ use crate::engine::memory::{Memory, MemoryError, PAGE_BYTES};
 use crate::engine::reason::Reason;
 use crate::engine::remote::Tid;
 use crate::engine::state::mm::{self, FlagCache, MapError};
+use crate::engine::state::objects::{self, ObjectBook, ObjectError, Selected, Sums, by_window};
 use crate::engine::sys::vm::RemoteRange;
 use crate::pageserver::frame::{self, FrameError};
 use crate::pageserver::pack::{Compression, PackError, PackStats, Packer};
-use crate::proto::image::{Layout, Process};
+use crate::proto::image::{Layout, Object, Process, Vma};
 
 pub use late::{Following, Remainder};
 use ranges::{clip, mark_fresh, page_chunks, range};
@@ -42,6 +44,9 @@ pub enum PrecopyError<E: std::error::Error + 'static> {
     /// The process has mapped something that cannot be carried.
     #[error("the process now has memory that cannot be carried")]
     Refused(Vec<Reason>),
+    /// Shared memory could not be found or read.
+    #[error("reading shared memory")]
+    Objects(#[from] ObjectError),
     /// Written pages could not be found.
     #[error("looking for written pages")]
     Track(#[from] TrackError),
@@ -89,18 +94,23 @@ pub struct Precopy {
     tracker: Box<dyn Tracker>,
     packer: Packer,
     flags: FlagCache,
+    objects: ObjectBook,
+    /// What pages of windows, and huge pages of private mappings, held when they were sent.
+    sums: Sums,
+    /// Private mappings of huge pages.
+    huge: Extents,
     /// The map that the destination has, as far as it was sent.
     placed: Layout,
     /// The map that was scanned last.
     scanned: Layout,
-    /// Pages that the destination has, or was told to do without for now.
+    /// Pages, of mappings and of windows, that the destination has, or was told to do without for now.
     sent: Extents,
     /// File mappings whose resident pages the destination has been told.
     shown: Extents,
     /// The latter.
     owed: Extents,
     /// The result of the last scan: sent by the next round.
-    pending: Option<(Layout, Vec<RemoteRange>)>,
+    pending: Option<(Layout, Selected)>,
     buffer: Vec<u8>,
     extra_bytes: u64,
 }
@@ -116,11 +126,16 @@ pub trait Sink<E>: FnMut(Bytes) -> Result<(), E> {}
 impl<E, F: FnMut(Bytes) -> Result<(), E>> Sink<E> for F {}
 
 impl Precopy {
-    /// Nothing sent yet.
+    /// Nothing sent yet. `objects` has been started.
     ///
     /// # Errors
     /// If the memory of the process cannot be opened.
-    pub fn new(pid: Tid, tracker: Box<dyn Tracker>, compression: Compression) -> Result<Self, MemoryError> {
+    pub fn new(
+        pid: Tid,
+        tracker: Box<dyn Tracker>,
+        objects: ObjectBook,
+        compression: Compression,
+    ) -> Result<Self, MemoryError> {
         Ok(Self {
             pid,
             memory: Memory::open(pid)?,
@@ -128,6 +143,9 @@ impl Precopy {
             // Pages that were written with zeros count in the resident size, there as here.
             packer: Packer::new(compression, true),
             flags: FlagCache::default(),
+            objects,
+            sums: Sums::default(),
+            huge: Extents::new(),
             placed: Layout::default(),
             scanned: Layout::default(),
             sent: Extents::new(),
@@ -151,21 +169,23 @@ impl Precopy {
         // smaps walks the page tables, but the process runs.
         self.flags = FlagCache::look(self.pid)?;
         let mut map = mm::capture(self.pid, &self.flags)?;
+        map.reasons.extend(self.objects.look(&mut map.layout, true)?);
         if !map.reasons.is_empty() {
             return Err(PrecopyError::Refused(map.reasons));
         }
         map.layout.tids = self.tids()?;
         mm::mark_replaced(&mut map.layout, &self.scanned);
         let runs = self.tracker.scan(&mut map.layout)?;
+        let selected = self.objects.select(&map.layout, runs, false);
         self.scanned = map.layout.clone();
         for vma in &mut map.layout.vmas {
             let known = self.shown.overlap(vma.start, vma.end).map(|(s, e)| e - s).sum::<u64>();
-            if vma.file.is_some() && (vma.fresh || known < vma.end - vma.start) {
+            if is_backed(vma) && (vma.fresh || known < vma.end - vma.start) {
                 vma.resident = self.tracker.file_pages(vma)?;
                 vma.resident.truncate(MAX_RESIDENT_RANGES);
             }
         }
-        self.pending = Some((map.layout, runs));
+        self.pending = Some((map.layout, selected));
         Ok(())
     }
 
@@ -188,12 +208,18 @@ impl Precopy {
         if self.pending.is_none() {
             self.scan()?;
         }
-        let Some((layout, runs)) = self.pending.take() else { return Ok((Sent::default(), 0)) };
+        let Some((layout, Selected { mapped: runs, mut windows, suspects })) = self.pending.take() else {
+            return Ok((Sent::default(), 0));
+        };
         let before = self.stats();
         self.send_layout(round, layout, sink)?;
         let untouched = self.send_untouched(round, &runs, sink)?;
         let touched = self.touched(&runs, &untouched);
         let mut left = self.send_pages(round, &touched, sink, go)?;
+        if left.is_empty() {
+            suspects.iter().for_each(|(start, end)| windows.insert(start, end));
+            windows = self.send_windows(round, &windows, sink, go)?;
+        }
         self.packer.flush(sink)?;
         self.put(frame::round_end(round), sink)?;
         let after = self.stats();
@@ -202,14 +228,18 @@ impl Precopy {
             bytes: after.bytes_wire - before.bytes_wire,
         };
         self.scan()?;
-        let Some((layout, runs)) = &mut self.pending else { return Ok((sent, 0)) };
+        let Some((layout, selected)) = &mut self.pending else { return Ok((sent, 0)) };
+        let runs = &mut selected.mapped;
         if !left.is_empty() {
             // Their scan is done: no later one reports them unless they are written again.
             clip(&mut left, layout);
             runs.iter().for_each(|r| left.insert(r.start, r.start + r.len as u64));
             *runs = left.iter().map(|(start, end)| range(start, end)).collect();
         }
-        let dirty = runs.iter().map(|r| r.len as u64).sum::<u64>();
+        clip(&mut windows, layout);
+        windows.iter().for_each(|(start, end)| selected.windows.insert(start, end));
+        // Not what is only suspected to have changed: most of it has not, and is not sent.
+        let dirty = runs.iter().map(|r| r.len as u64).sum::<u64>() + selected.windows.total();
         Ok((sent, dirty / PAGE_BYTES))
     }
 
@@ -249,21 +279,26 @@ impl Precopy {
     /// See [`PrecopyError`].
     pub fn final_scan<E: std::error::Error>(&mut self) -> Result<Remainder, PrecopyError<E>> {
         let mut map = mm::capture(self.pid, &self.flags)?;
+        map.reasons.extend(self.objects.look(&mut map.layout, false)?);
+        map.reasons.extend(objects::check_source(&map.layout)?);
         if !map.reasons.is_empty() {
             return Err(PrecopyError::Refused(map.reasons));
         }
         map.layout.tids = self.tids()?;
         mm::mark_replaced(&mut map.layout, &self.scanned);
-        let FinalScan { written, gone, guards } = self.tracker.final_scan(&mut map.layout, &self.sent)?;
+        let FinalScan { written, mut gone, guards } = self.tracker.final_scan(&mut map.layout, &self.sent)?;
+        let Selected { mapped: written, windows, suspects } = self.objects.select(&map.layout, written, true);
+        gone.extend(self.objects.gone(&self.sent));
         let mut dirty = Extents::new();
-        let earlier = self.pending.take().map(|(layout, runs)| {
+        let earlier = self.pending.take().map(|(layout, selected)| {
             // A mapping that the last scan met first is fresh still: the destination has not heard of it.
             let fresh = layout.vmas.iter().filter(|v| v.fresh).map(|v| (v.start, v.end));
             fresh.for_each(|(start, end)| mark_fresh(&mut map.layout, start, end));
-            runs
+            selected
         });
-        for r in earlier.into_iter().flatten() {
-            dirty.insert(r.start, r.start + r.len as u64);
+        if let Some(Selected { mapped, windows, .. }) = earlier {
+            mapped.iter().for_each(|r| dirty.insert(r.start, r.start + r.len as u64));
+            windows.iter().for_each(|(start, end)| dirty.insert(start, end));
         }
         clip(&mut dirty, &map.layout);
         for &(start, end) in &gone {
@@ -275,7 +310,20 @@ impl Precopy {
         for r in written {
             dirty.insert(r.start, r.start + r.len as u64);
         }
-        Ok(Remainder { layout: map.layout, dirty, gone, guards })
+        windows.iter().for_each(|(start, end)| dirty.insert(start, end));
+        if objects::has_huge_pages(&map.layout) {
+            let mut kept = self.sent.clone();
+            gone.iter().for_each(|(start, end)| kept.remove(*start, *end));
+            self.owed.iter().for_each(|(start, end)| kept.remove(start, end));
+            let dropped = self.objects.dropped_huge(&map.layout, &kept, &self.sums, &self.memory)?;
+            dropped.iter().for_each(|(start, end)| dirty.insert(start, end));
+        }
+        Ok(Remainder { layout: map.layout, dirty, suspects, gone, guards })
+    }
+
+    /// The shared memory that the destination has, or will have.
+    pub fn objects(&self) -> &[Object] {
+        &self.placed.objects
     }
 
     /// Sends the state of the frozen process, the last frame of all.
@@ -313,6 +361,18 @@ impl Precopy {
         }
         clip(&mut self.sent, &layout);
         clip(&mut self.owed, &layout);
+        // An object that shrinks loses the rest of its last page too, which may be there again later.
+        for object in &layout.objects {
+            let was = self.placed.objects.iter().find(|o| o.id == object.id && o.window == object.window);
+            if was.is_some_and(|was| was.size > object.size) {
+                let end = object.window + object.size;
+                self.sent.remove(end - end % PAGE_BYTES, end.next_multiple_of(PAGE_BYTES));
+            }
+        }
+        self.huge = Extents::new();
+        for vma in layout.vmas.iter().filter(|v| v.page_bytes != 0 && !by_window(v)) {
+            self.huge.insert(vma.start, vma.end);
+        }
         if layout != self.placed {
             self.put(frame::layout(round, &layout.encode_to_vec())?, sink)?;
         }
@@ -322,7 +382,7 @@ impl Precopy {
         for vma in &mut self.placed.vmas {
             vma.fresh = false;
             vma.resident.clear();
-            if vma.file.is_some() {
+            if is_backed(vma) {
                 self.shown.insert(vma.start, vma.end);
             }
         }
@@ -386,7 +446,13 @@ impl Precopy {
             self.sent.insert(run.start, end);
             self.owed.remove(run.start, end);
         }
+        self.note_huge(&addrs);
         self.packer.pack(round, &addrs, &self.buffer[..addrs.len() * 4096], sink)?;
         Ok(())
     }
+}
+
+/// Whether pages of a mapping are somewhere else too: there they are mapped ahead.
+fn is_backed(vma: &Vma) -> bool {
+    vma.file.is_some() || objects::from_object(vma)
 }

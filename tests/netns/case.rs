@@ -41,6 +41,8 @@ pub(crate) enum Need {
     KernelThreads,
     /// A kernel that runs 32-bit programs.
     Programs32Bit,
+    /// Huge pages of 2 MiB that nobody uses.
+    HugePages(u64),
 }
 
 impl Need {
@@ -59,6 +61,14 @@ impl Need {
             Self::Programs32Bit => {
                 let there = std::path::Path::new("/proc/sys/abi/vsyscall32").exists();
                 (!there).then(|| "the kernel runs no 32-bit programs".to_owned())
+            }
+            Self::HugePages(wanted) => {
+                let path = "/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages";
+                let free = std::fs::read_to_string(path).ok().and_then(|text| text.trim().parse().ok());
+                let free: u64 = free.unwrap_or(0);
+                (free < wanted).then(|| {
+                    format!("{wanted} huge pages are needed, {free} are free (sysctl vm.nr_hugepages)")
+                })
             }
         }
     }

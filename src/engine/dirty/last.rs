@@ -6,6 +6,7 @@ use super::TrackError;
 use super::uffd::{Runs, UffdTracker};
 use crate::engine::extents::Extents;
 use crate::engine::memory::PAGE_BYTES;
+use crate::engine::state::objects::by_window;
 use crate::engine::sys::pagemap::{self, Query};
 use crate::proto::image::{Vma, VmaKind};
 
@@ -19,7 +20,7 @@ impl UffdTracker {
     ) -> Result<bool, TrackError> {
         let kind = vma.kind();
         match kind {
-            VmaKind::VmaAnonPrivate => {
+            VmaKind::VmaAnonPrivate if vma.page_bytes == 0 => {
                 let query = Query {
                     flags: pagemap::CHECK_WPASYNC,
                     all: pagemap::WRITTEN,
@@ -37,8 +38,8 @@ impl UffdTracker {
                     }
                 })
             }
-            VmaKind::VmaFilePrivate => {
-                let Some(mut query) = self.round_query(kind) else { return Ok(true) };
+            VmaKind::VmaAnonPrivate | VmaKind::VmaFilePrivate | VmaKind::VmaMemfdPrivate => {
+                let Some(mut query) = self.round_query(vma) else { return Ok(true) };
                 query.flags = pagemap::CHECK_WPASYNC;
                 let written = &mut out.written;
                 let guards = &mut out.guards;
@@ -71,7 +72,7 @@ impl UffdTracker {
                     })?;
                     // A page that was dropped leaves the mark of its protection behind, which looks like
                     // swap; without swap there is nothing else that does.
-                    if self.swap {
+                    if self.swap && vma.page_bytes == 0 {
                         for (start, end) in swapped {
                             self.really_swapped(start, end, |page| left.remove(page, page + PAGE_BYTES))?;
                         }
@@ -79,6 +80,17 @@ impl UffdTracker {
                     out.gone.extend(left.iter());
                 }
                 Ok(tracked)
+            }
+            _ if by_window(vma) && vma.never_writable => Ok(true),
+            _ if by_window(vma) => {
+                let query = Query {
+                    flags: pagemap::CHECK_WPASYNC,
+                    all: pagemap::WRITTEN,
+                    report: pagemap::WRITTEN,
+                    ..Query::default()
+                };
+                let written = &mut out.written;
+                self.query(vma.start, vma.end, query, |r| written.push(r.start, r.end))
             }
             VmaKind::VmaAnonShared => {
                 let query = Query {
@@ -105,7 +117,7 @@ impl UffdTracker {
                 out.gone.extend(left.iter());
                 Ok(true)
             }
-            VmaKind::VmaMemfdShared | VmaKind::VmaMemfdPrivate | VmaKind::VmaSysv => Ok(true),
+            VmaKind::VmaMemfdShared | VmaKind::VmaSysv => Ok(true),
             VmaKind::VmaFileShared | VmaKind::VmaVdso | VmaKind::Invalid => Ok(true),
         }
     }
@@ -137,11 +149,20 @@ impl UffdTracker {
             ..Query::default()
         };
         match vma.kind() {
+            _ if by_window(vma) => {
+                out.written.push(vma.start, vma.end);
+                return Ok(());
+            }
             VmaKind::VmaAnonShared => {
                 let runs = &mut out.written;
                 return self.object_data(vma, |s, e| runs.push(s, e)).map(drop);
             }
-            VmaKind::VmaFilePrivate => {
+            // What is not there but marked holds nothing, and reading it would take a huge page.
+            VmaKind::VmaAnonPrivate if vma.page_bytes != 0 => query.any = pagemap::PRESENT,
+            VmaKind::VmaFilePrivate | VmaKind::VmaMemfdPrivate => {
+                if vma.page_bytes != 0 {
+                    query.any = pagemap::PRESENT;
+                }
                 query.inverted = pagemap::FILE | pagemap::PFNZERO;
                 query.all = query.inverted;
             }

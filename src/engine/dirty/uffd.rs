@@ -14,6 +14,7 @@ use crate::engine::freeze::Frozen;
 use crate::engine::memory::PAGE_BYTES;
 use crate::engine::procfs::parse_maps;
 use crate::engine::remote::{Batch, RemoteCalls, Tid};
+use crate::engine::state::objects::by_window;
 use crate::engine::sys::pagemap::{self, PageRegion, Query};
 use crate::engine::sys::vm::RemoteRange;
 use crate::engine::sys::{pidfd, uffd};
@@ -107,9 +108,11 @@ impl UffdTracker {
     }
 
     /// The query of a round for this kind of mapping; `None`: its contents are not ours to send.
-    pub(super) fn round_query(&self, kind: VmaKind) -> Option<Query> {
+    pub(super) fn round_query(&self, vma: &Vma) -> Option<Query> {
         let flags = pagemap::WP_MATCHING | pagemap::CHECK_WPASYNC;
-        match kind {
+        match vma.kind() {
+            // Private huge pages look like those of a private file: one that was dropped leaves a mark.
+            VmaKind::VmaAnonPrivate if vma.page_bytes != 0 => Some(own_pages(vma, flags)),
             // The condition that the kernel's fast path knows; swap makes it a little slower.
             VmaKind::VmaAnonPrivate if self.swap => Some(Query {
                 flags,
@@ -125,18 +128,13 @@ impl UffdTracker {
                 ..Query::default()
             }),
             // Only pages that are the process's own: not the file's, not the zero page.
-            VmaKind::VmaFilePrivate => Some(Query {
-                flags,
-                inverted: pagemap::FILE | pagemap::PFNZERO,
-                all: pagemap::WRITTEN | pagemap::FILE | pagemap::PFNZERO,
-                any: pagemap::PRESENT | pagemap::SWAPPED,
-                report: pagemap::WRITTEN | pagemap::GUARD,
-            }),
+            VmaKind::VmaFilePrivate | VmaKind::VmaMemfdPrivate => Some(own_pages(vma, flags)),
+            // Nothing is ever written through it; the kernel would not let us register it either.
+            _ if by_window(vma) && vma.never_writable => None,
             // A page may be in the object and not in this page table: whatever was written counts.
-            VmaKind::VmaAnonShared => {
+            VmaKind::VmaAnonShared | VmaKind::VmaMemfdShared | VmaKind::VmaSysv => {
                 Some(Query { flags, all: pagemap::WRITTEN, report: pagemap::WRITTEN, ..Query::default() })
             }
-            VmaKind::VmaMemfdShared | VmaKind::VmaMemfdPrivate | VmaKind::VmaSysv => None,
             VmaKind::VmaFileShared | VmaKind::VmaVdso | VmaKind::Invalid => None,
         }
     }
@@ -144,7 +142,7 @@ impl UffdTracker {
     /// Scans one mapping of the running process. One that has not been followed without a gap starts over:
     /// it is registered, and everything in it is protected and reported.
     fn scan_vma(&mut self, vma: &mut Vma, runs: &mut Runs) -> Result<(), TrackError> {
-        let Some(mut query) = self.round_query(vma.kind()) else { return Ok(()) };
+        let Some(mut query) = self.round_query(vma) else { return Ok(()) };
         runs.begin();
         let push = |r: PageRegion, runs: &mut Runs| {
             if r.categories & pagemap::GUARD == 0 {
@@ -177,7 +175,11 @@ impl UffdTracker {
             Err(Errno::EINVAL) if !self.still_maps(vma) => return Ok(()),
             Err(errno) => return Err(TrackError::Untrackable { start: vma.start, end: vma.end, errno }),
         }
-        let done = if vma.kind() == VmaKind::VmaAnonShared {
+        let done = if by_window(vma) {
+            // Protect all of it; which pages there are is the object's to say.
+            runs.push(vma.start, vma.end);
+            self.query(vma.start, vma.end, query, |_| {})?
+        } else if vma.kind() == VmaKind::VmaAnonShared {
             // Protect all of it, and report what the object holds, in this page table or not.
             self.query(vma.start, vma.end, query, |_| {})?
                 && self.object_data(vma, |start, end| runs.push(start, end))?
@@ -244,7 +246,8 @@ impl UffdTracker {
     fn look_for_holes(&mut self, layout: &Layout) {
         self.punched.clear();
         let mut seen = HashSet::new();
-        for vma in layout.vmas.iter().filter(|v| v.kind() == VmaKind::VmaAnonShared) {
+        let shared = |v: &&Vma| v.kind() == VmaKind::VmaAnonShared && !by_window(v);
+        for vma in layout.vmas.iter().filter(shared) {
             if !seen.insert(vma.shm_inode) {
                 continue;
             }
@@ -334,6 +337,19 @@ impl Tracker for UffdTracker {
             self.query(run.start, run.start + run.len as u64, query, |r| zero.insert(r.start, r.end))?;
         }
         Ok(zero)
+    }
+}
+
+/// Pages of a private mapping of a file that are the process's own. Huge pages are never swapped: what looks
+/// so is the mark that protection leaves where a page was dropped.
+fn own_pages(vma: &Vma, flags: u64) -> Query {
+    let swapped = if vma.page_bytes == 0 { pagemap::SWAPPED } else { 0 };
+    Query {
+        flags,
+        inverted: pagemap::FILE | pagemap::PFNZERO,
+        all: pagemap::WRITTEN | pagemap::FILE | pagemap::PFNZERO,
+        any: pagemap::PRESENT | swapped,
+        report: pagemap::WRITTEN | pagemap::GUARD,
     }
 }
 

@@ -22,6 +22,7 @@ use super::memory::{Memory, MemoryError, PAGE_BYTES};
 use super::regs;
 use super::remote::{Batch, InjectError, Outcome, RemoteCalls, Tid};
 use super::state::mm;
+use super::state::objects::{ObjectError, Objects};
 use super::sys::clone;
 use super::sys::ptrace::{self, Stop};
 use crate::proto::control::LateSignal;
@@ -63,6 +64,9 @@ pub enum SkeletonError {
     /// Its memory could not be reached.
     #[error(transparent)]
     Memory(#[from] MemoryError),
+    /// Shared memory could not be made.
+    #[error("making shared memory")]
+    Objects(#[from] ObjectError),
     /// The final state of a thread is not valid here.
     #[error("the {what} of thread {tid} cannot be set here")]
     Registers {
@@ -97,6 +101,7 @@ pub struct Skeleton {
     threads: Vec<StoppedThread>,
     memory: Memory,
     layout: Layout,
+    objects: Objects,
     channel: OwnedFd,
     channel_in_process: i32,
     fence: Option<Fence>,
@@ -137,13 +142,37 @@ impl Skeleton {
         &self.layout
     }
 
+    /// The shared memory it has.
+    pub fn objects(&self) -> &Objects {
+        &self.objects
+    }
+
+    /// Gives its shared memory owners, times and seals, once all contents and mappings are there.
+    ///
+    /// # Errors
+    /// See [`ObjectError`].
+    pub fn finish_objects(&mut self) -> Result<(), ObjectError> {
+        let objects = std::mem::take(&mut self.objects);
+        let finished = objects.finish(self);
+        self.objects = objects;
+        finished
+    }
+
     /// Brings its memory map and its threads to what the source has now.
     ///
     /// # Errors
     /// See [`SkeletonError`]; it is then of no use.
     pub fn reconcile(&mut self, wanted: Layout) -> Result<(), SkeletonError> {
         let now = std::mem::take(&mut self.layout);
-        mm::reconcile(self, &now, &wanted)?;
+        // Borrowed apart from the process, and put back whatever happens: they are removed when it fails.
+        let mut objects = std::mem::take(&mut self.objects);
+        let made = objects
+            .forget(&wanted.objects, || mm::unmap(self, &now, &wanted))
+            .and_then(|()| objects.reconcile(self, &wanted.objects))
+            .map_err(SkeletonError::from);
+        let mapped = made.and_then(|()| Ok(mm::reconcile(self, &now, &wanted, &objects)?));
+        self.objects = objects;
+        mapped?;
         self.reconcile_threads(&wanted.tids)?;
         self.layout = wanted;
         Ok(())
@@ -292,6 +321,7 @@ impl Skeleton {
             ptrace::set_options(thread.tid, 0).map_err(|e| sys("accepting", thread.tid, e))?;
         }
         self.over = true;
+        self.objects.keep();
         Ok(())
     }
 

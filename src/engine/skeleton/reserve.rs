@@ -126,6 +126,7 @@ impl ReservedPid {
             threads: vec![leader],
             memory,
             layout: Layout::default(),
+            objects: Default::default(),
             channel,
             channel_in_process: self.channel_in_process,
             fence: None,

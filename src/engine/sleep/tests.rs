@@ -224,7 +224,7 @@ fn exit_of_skeleton(number: i64, change: impl FnOnce(&mut Regs, u64), remaining_
         vma
     };
     let layout =
-        Layout { vmas: group.map(vdso).collect(), files: Vec::new(), tids: vec![pid.unsigned_abs()] };
+        Layout { vmas: group.map(vdso).collect(), tids: vec![pid.unsigned_abs()], ..Layout::default() };
     skeleton.reconcile(layout).unwrap();
     let mut batch = Batch::new();
     let (protection, flags) =

@@ -6,6 +6,7 @@ pub mod creds;
 pub mod files;
 pub mod limits;
 pub mod mm;
+pub mod objects;
 pub mod sched;
 pub mod signals;
 pub mod threads;

@@ -13,6 +13,7 @@ pub mod priority;
 pub mod probe;
 pub mod ptrace;
 pub mod queue;
+pub mod shm;
 pub mod socket;
 pub mod timens;
 pub mod uffd;

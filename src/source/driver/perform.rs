@@ -14,17 +14,19 @@ use crate::engine::freeze::Frozen;
 use crate::engine::priority;
 use crate::engine::reason::{Reason, chain};
 use crate::engine::state::files::{self, FilesOptions};
+use crate::engine::state::mm::{self, FlagCache};
+use crate::engine::state::objects::{self, ObjectBook};
 use crate::journal::{self, Journal, JournalError, Outgoing, OutgoingState};
 use crate::migration::ProcessKey;
 use crate::operator::protocol::Phase;
 use crate::report::{PhaseClock, Round, RoundProgress};
 use crate::source::machine::SourceMachine;
 use crate::source::policy::{self, Limits, Order};
-use crate::source::precopy::{Following, Go, Precopy};
+use crate::source::precopy::{Following, Go, Precopy, PrecopyError};
 use crate::source::protocol::{Action, Event, Tell};
 use crate::source::sentinel::Sentinel;
 use crate::source::wire::to_control;
-use crate::transport::{self, Settings};
+use crate::transport::{self, Settings, TransportError};
 
 use super::late;
 use super::{ActionError, Driver, FREEZE_PATIENCE, ordered};
@@ -107,6 +109,7 @@ impl Driver<'_> {
                 if let Some(frozen) = self.state.frozen.take() {
                     frozen.kill();
                 }
+                objects::remove_left_behind(self.state.precopy.as_ref().map_or(&[], |p| p.objects()));
                 Ok(Some(Event::Killed { recorded }))
             }
             Action::LeaveHeld(_right) => {
@@ -158,9 +161,18 @@ impl Driver<'_> {
         let mut frozen = Frozen::freeze(self.pid(), FREEZE_PATIENCE)?;
         self.state.sleeps.note(frozen.threads());
         let tracker = UffdTracker::start(&mut frozen);
+        let mut objects = ObjectBook::new(self.pid());
+        let started = mm::capture(self.pid(), &FlagCache::default()).map(|map| {
+            let mut layout = map.layout;
+            objects.start(&mut layout)
+        });
         frozen.thaw()?;
         let tracker = tracker?;
-        self.state.precopy = Some(Precopy::new(self.pid(), Box::new(tracker), self.config.compression)?);
+        started
+            .map_err(PrecopyError::<TransportError>::from)?
+            .map_err(PrecopyError::<TransportError>::from)?;
+        let compression = self.config.compression;
+        self.state.precopy = Some(Precopy::new(self.pid(), Box::new(tracker), objects, compression)?);
         self.prepare_service()
     }
 

@@ -9,6 +9,7 @@ use super::{Go, Precopy, PrecopyError, Sink};
 use crate::engine::extents::Extents;
 use crate::engine::memory::PAGE_BYTES;
 use crate::engine::state::mm::canonical;
+use crate::engine::state::objects::{WINDOWS_END, WINDOWS_START};
 use crate::pageserver::frame;
 use crate::pageserver::runs as page_runs;
 use crate::proto::image::{Layout, Range, Vma};
@@ -42,12 +43,14 @@ impl Precopy {
         if self.pending.is_none() {
             self.scan()?;
         }
-        let Some((layout, runs)) = self.pending.take() else { return Ok(0) };
+        let Some((layout, selected)) = self.pending.take() else { return Ok(0) };
+        let runs = selected.mapped;
         self.send_layout(round, layout, sink)?;
         let untouched = self.send_untouched(round, &runs, sink)?;
         let touched = self.touched(&runs, &untouched);
         let (late, early) = owed::split(&touched, &self.placed);
         self.send_pages(round, &early, sink, &without_stop(go))?;
+        self.send_windows(round, &selected.windows, sink, &without_stop(go))?;
         self.packer.flush(sink)?;
         self.put_missing(round, &late, sink)?;
         self.put(frame::round_end(round), sink)?;
@@ -82,7 +85,7 @@ impl Precopy {
     pub fn send_rest<E: std::error::Error>(
         &mut self,
         round: u32,
-        rest: Remainder,
+        mut rest: Remainder,
         follow: Following<'_>,
         sink: &mut impl Sink<E>,
         go: &dyn Fn(u64) -> Go,
@@ -97,6 +100,10 @@ impl Precopy {
             self.owed.remove(start, end);
         }
         rest.guards.iter().for_each(|r| self.owed.remove(r.start, r.end));
+        let mut windows = rest.suspects;
+        let exact = rest.dirty.overlap(WINDOWS_START, WINDOWS_END);
+        exact.for_each(|(start, end)| windows.insert(start, end));
+        rest.dirty.remove(WINDOWS_START, WINDOWS_END);
         let total = rest.dirty.total() / PAGE_BYTES;
         let (mut late, mut early) = if self.owed.is_empty() && total <= eager_pages {
             (Extents::new(), rest.dirty)
@@ -115,6 +122,7 @@ impl Precopy {
             }
         }
         self.send_pages(round, &early, sink, &without_stop(go))?;
+        self.send_windows(round, &windows, sink, &without_stop(go))?;
         self.packer.flush(sink)?;
         let announced = self.owed.is_empty() && late.is_empty();
         // The destination may ask as soon as it has read this.
@@ -134,6 +142,8 @@ impl Precopy {
 pub struct Remainder {
     pub(super) layout: Layout,
     pub(super) dirty: Extents,
+    /// Pages of objects that calls may have changed: to be read and compared.
+    pub(super) suspects: Extents,
     pub(super) gone: Vec<(u64, u64)>,
     /// Guard pages, for the image.
     pub guards: Vec<Range>,

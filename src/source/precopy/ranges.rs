@@ -2,6 +2,7 @@
 
 use crate::engine::extents::Extents;
 use crate::engine::memory::PAGE_BYTES;
+use crate::engine::state::objects::window_range;
 use crate::engine::sys::vm::RemoteRange;
 use crate::proto::image::Layout;
 
@@ -28,13 +29,15 @@ pub(super) fn mark_fresh(layout: &mut Layout, start: u64, end: u64) {
     layout.vmas = vmas;
 }
 
-/// Cuts a set down to what is mapped.
+/// Cuts a set down to what is mapped, or in an object.
 pub(super) fn clip(set: &mut Extents, layout: &Layout) {
     let mut at = 0;
     let mut holes = Vec::new();
-    for vma in &layout.vmas {
-        holes.push((at, vma.start));
-        at = vma.end;
+    let mut windows: Vec<_> = layout.objects.iter().map(window_range).collect();
+    windows.sort_unstable();
+    for (start, end) in layout.vmas.iter().map(|v| (v.start, v.end)).chain(windows) {
+        holes.push((at, start));
+        at = end;
     }
     holes.push((at, u64::MAX));
     for (start, end) in holes {

@@ -24,7 +24,15 @@ const ZOO: &[&str] = &[
     "zoo_process",
     "zoo_memory",
     "zoo_threads",
+    "zoo_shared",
+    "zoo_huge",
 ];
+
+/// Huge pages that a kind of `zoo_huge` takes at both ends.
+pub(super) const HUGE_PAGES: u64 = 10;
+
+/// What makes the writer use all kinds of memory.
+pub(super) const EVERY_KIND: &[&str] = &["shared", "memfd", "sysv", "huge"];
 
 type Start = Box<dyn Fn(&Host) -> Result<Workload>>;
 
@@ -38,26 +46,31 @@ struct Kind {
 
 fn kinds() -> Vec<Kind> {
     let own = |name: &str, start: Start, need| {
-        let steady = !name.starts_with("writer") && name != "python";
+        let restless = ["writer", "python", "shared_memfd_behind"];
+        let steady = !restless.iter().any(|prefix| name.starts_with(prefix));
         Kind { name: name.to_owned(), start, need, steady }
     };
-    let writer = |shared: &'static str| -> Start {
-        let words = ["4", "64", "/run/shared/writer", "4", shared];
-        let words: Vec<&str> = words.into_iter().filter(|word| !word.is_empty()).collect();
+    let writer = |more: &'static [&'static str]| -> Start {
+        let words = ["4", "64", "/run/shared/writer", "4"];
+        let words: Vec<&str> = words.iter().chain(more).copied().collect();
         Box::new(move |host| Workload::start(host, "writer", &words))
     };
     let python = Some(Need::Program("python3"));
     let mut all = vec![
         own("counter", Box::new(|host| Workload::start(host, "counter", &[])), None),
-        own("writer", writer(""), None),
-        own("writer_shared", writer("shared"), None),
+        own("writer", writer(&[]), None),
+        own("writer_shared", writer(&["shared"]), None),
+        own("writer_memfd", writer(&["memfd"]), None),
+        own("writer_sysv", writer(&["sysv"]), None),
+        own("writer_all", writer(EVERY_KIND), Some(Need::HugePages(HUGE_PAGES))),
         own("python", Box::new(|host| Workload::python(host, "busy", &["/run/shared/busy"])), python),
     ];
     for program in ZOO {
         for name in list(program).unwrap_or_default() {
             let kind = name.clone();
             let start: Start = Box::new(move |host| Workload::start(host, program, &[&kind]));
-            all.push(own(&format!("{}_{name}", &program[4..]), start, None));
+            let need = (*program == "zoo_huge").then_some(Need::HugePages(HUGE_PAGES));
+            all.push(own(&format!("{}_{name}", &program[4..]), start, need));
         }
     }
     all

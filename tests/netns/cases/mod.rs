@@ -11,6 +11,7 @@ mod moves;
 mod network;
 mod operator;
 mod refusals;
+mod segments;
 mod servers;
 
 use crate::case::Case;
@@ -23,6 +24,7 @@ pub(crate) fn all() -> Vec<Case> {
         refusals::cases(),
         hosts::cases(),
         kinds::moved(),
+        segments::cases(),
         servers::cases(),
         network::cases(),
         operator::cases(),

@@ -4,7 +4,8 @@ use std::time::Duration;
 
 use migrate::testbed::{Host, Lan, Outcome, Service};
 
-use crate::case::{Case, Result, ensure};
+use super::kinds::{EVERY_KIND, HUGE_PAGES};
+use crate::case::{Case, Need, Result, ensure};
 use crate::workload::Workload;
 
 const MOVE: Duration = Duration::from_secs(180);
@@ -14,7 +15,12 @@ const GROWTH_KIB: u64 = 4096;
 pub(crate) fn cases() -> Vec<Case> {
     let writers = ["precopy", "postcopy", "auto"]
         .map(|mode| Case::new(format!("moves/writer_20_times_{mode}"), move |lan| writer(lan, mode)));
-    writers.into_iter().chain([Case::new("moves/50_times_and_no_growth", fifty)]).collect()
+    let all_kinds = ["precopy", "auto"].map(|mode| {
+        Case::new(format!("moves/writer_of_all_kinds_{mode}"), move |lan| all_kinds(lan, mode))
+            .needs(Need::HugePages(HUGE_PAGES))
+    });
+    let fifty = Case::new("moves/50_times_and_no_growth", fifty);
+    writers.into_iter().chain(all_kinds).chain([fifty]).collect()
 }
 
 /// 8 threads over 512 MiB, mapping, unmapping, moving and dropping memory all the while.
@@ -30,6 +36,14 @@ pub(crate) fn count_is_exact(outcome: &Outcome) -> Result {
     let exact = count("pages_postcopy") == come && count("pages_twice") == 0;
     // With children born meanwhile, pages go to several places.
     ensure(exact, || format!("pages after the resume do not add up: {}", outcome.report))
+}
+
+/// All kinds of memory at the same time.
+fn all_kinds(lan: &Lan, mode: &str) -> Result {
+    let words = ["8", "128", "/run/shared/writer", "4"];
+    let words: Vec<&str> = words.iter().chain(EVERY_KIND).copied().collect();
+    let mut workload = Workload::start(&lan.a, "writer", &words)?;
+    back_and_forth(lan, &mut workload, 20, mode, |_, _| Ok(()))
 }
 
 fn fifty(lan: &Lan) -> Result {
@@ -78,7 +92,9 @@ fn back_and_forth(
             ensure(late > Some(0), || format!("nothing followed after the resume: {}", outcome.report))?;
             count_is_exact(&outcome).map_err(|error| format!("move {round}: {error}"))?;
         }
-        workload.check(there).map_err(|error| format!("after move {round}: {error}"))?;
+        workload.check(there).map_err(|error| {
+            format!("after move {round}: {error}; it wrote: {}", there.stdout(&workload.job))
+        })?;
         after_each(round, &services)?;
         here = there;
     }

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use migrate::testbed::{Host, Lan, Outcome, PRIVATE, Spawn};
 
-use crate::case::{Case, Result, ensure};
+use crate::case::{Case, Need, Result, ensure};
 use crate::workload::Workload;
 
 pub(crate) const REFUSAL: Duration = Duration::from_secs(30);
@@ -19,7 +19,10 @@ pub(crate) const STATES: &[(&str, &[&str], &[&str])] = &[
     ("deleted_file", &["deleted"], &["deleted"]),
     ("file_lock", &["lock"], &["lock"]),
     ("file_missing_there", &["private_file"], &["only-here"]),
-    ("sysv_memory", &["sysv"], &["sysv"]),
+    ("sysv_attached_elsewhere", &["sysv"], &["system v segment", "attached 2 times", "detach"]),
+    ("memfd_open_elsewhere", &["memfd_held"], &["memfd held", "has open"]),
+    ("memfd_mapped_elsewhere", &["memfd_mapped"], &["memfd mapped", "maps"]),
+    ("mapped_memfd_open_elsewhere", &["mapped_memfd_held"], &["memfd both", "has open"]),
     ("tcp_connection", &["connection"], &["tcp-close"]),
     (
         "all_at_once",
@@ -35,7 +38,14 @@ pub(crate) fn cases() -> Vec<Case> {
             refused(lan, workload, &[], words)
         })
     });
+    let huge = |name: &str, state: &'static str, word: &'static str| {
+        let run = move |lan: &Lan| refused(lan, Workload::start(&lan.a, "counter", &[state])?, &[], &[word]);
+        Case::new(format!("refusals/{name}"), run).needs(Need::HugePages(2))
+    };
     let own = vec![
+        huge("huge_pages_missing_there", "huge", "huge pages of 2048 kib"),
+        huge("huge_page_file", "hugetlbfs", "hugetlbfs"),
+        Case::new("refusals/sysv_id_taken", sysv_id_taken),
         Case::new("refusals/no_such_process", |lan| no_process(lan, 31_000, &["31000"])),
         Case::new("refusals/own_ancestor", |lan| no_process(lan, 1, &["ancestor"])),
         Case::new("refusals/zombie", zombie),
@@ -118,6 +128,13 @@ fn port_bound(lan: &Lan) -> Result {
     Workload::start(&lan.b, "counter", &["port"])?;
     let workload = Workload::start(&lan.a, "counter", &["port"])?;
     refused(lan, workload, &[], &["4243"])
+}
+
+/// The first segments of both hosts have the same ids.
+fn sysv_id_taken(lan: &Lan) -> Result {
+    Workload::start(&lan.b, "zoo_shared", &["sysv"])?;
+    let workload = Workload::start(&lan.a, "zoo_shared", &["sysv"])?;
+    refused(lan, workload, &[], &["system v segment 0", "system v segment 1", "ipcrm"])
 }
 
 /// The same path on both hosts' own disks, with different contents.

@@ -7,10 +7,12 @@
 #include <netinet/in.h>
 #include <sys/file.h>
 #include <sys/inotify.h>
+#include <sys/mount.h>
 #include <sys/prctl.h>
 #include <sys/ptrace.h>
 #include <sys/shm.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <sys/wait.h>
 
 static char before[65536], after[65536];
@@ -199,11 +201,82 @@ static void a_private_file(void)
     opened("/run/node/only-here-%d");
 }
 
+/* A process that is nobody's child here, and has nothing but what it is given. */
+static int a_stranger(int keep)
+{
+    pid_t child = fork();
+    CHECK(child >= 0, "fork");
+    if (child == 0) {
+        if (fork() != 0)
+            _exit(0);
+        if (keep > 0)
+            syscall(SYS_close_range, 0, keep - 1, 0);
+        syscall(SYS_close_range, keep + 1, ~0U, 0);
+        return 1;
+    }
+    CHECK(waitpid(child, NULL, 0) == child, "waitpid");
+    return 0;
+}
+static void wait_here(void)
+{
+    for (;;)
+        pause();
+}
+
 static void a_sysv_segment(void)
 {
     int id = shmget(IPC_PRIVATE, 65536, IPC_CREAT | 0600);
     void *at = shmat(id, NULL, 0);
     CHECK(id >= 0 && at != (void *)-1 && shmctl(id, IPC_RMID, NULL) == 0, "shm");
+    if (a_stranger(-1))
+        wait_here();
+}
+static void a_memfd_held(void)
+{
+    int fd = memfd_create("held", 0);
+    CHECK(fd >= 0 && ftruncate(fd, 65536) == 0, "memfd");
+    if (a_stranger(fd))
+        wait_here();
+}
+static void a_memfd_mapped(void)
+{
+    int fd = memfd_create("mapped", 0);
+    CHECK(fd >= 0 && ftruncate(fd, 65536) == 0, "memfd");
+    CHECK(mmap(NULL, 65536, PROT_READ, MAP_SHARED, fd, 0) != MAP_FAILED, "mmap");
+    if (a_stranger(-1))
+        wait_here();
+}
+static void a_mapped_memfd_held(void)
+{
+    int fd = memfd_create("both", 0);
+    CHECK(fd >= 0 && ftruncate(fd, 65536) == 0, "memfd");
+    if (a_stranger(fd))
+        wait_here();
+    CHECK(mmap(NULL, 65536, PROT_READ, MAP_SHARED, fd, 0) != MAP_FAILED && close(fd) == 0, "mmap");
+}
+
+static size_t free_huge_pages(void)
+{
+    FILE *file = fopen("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages", "re");
+    size_t pages = 0;
+    CHECK(file && fscanf(file, "%zu", &pages) == 1, "free huge pages");
+    fclose(file);
+    return pages;
+}
+static void more_than_half_of_the_huge_pages(void)
+{
+    size_t length = (free_huge_pages() / 2 + 1) << 21;
+    int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_HUGETLB;
+    CHECK(mmap(NULL, length, PROT_READ | PROT_WRITE, flags, -1, 0) != MAP_FAILED, "mmap");
+}
+static void a_hugetlbfs_file(void)
+{
+    CHECK(mkdir("/run/node/huge", 0700) == 0 || errno == EEXIST, "mkdir");
+    CHECK(mount("none", "/run/node/huge", "hugetlbfs", 0, NULL) == 0, "mount");
+    int fd = open("/run/node/huge/file", O_RDWR | O_CREAT, 0600);
+    CHECK(fd >= 0, "open");
+    void *at = mmap(NULL, 2 << 20, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    CHECK(at != MAP_FAILED && close(fd) == 0, "mmap");
 }
 
 static void a_connection(void)
@@ -228,7 +301,9 @@ static void a_port(void)
 static const struct { const char *name; void (*make)(void); } states[] = {
     {"inotify", an_inotify}, {"udp", a_udp_socket}, {"child", a_child}, {"traced", a_tracer},
     {"seccomp", a_filter}, {"deleted", a_deleted_file}, {"lock", a_lock}, {"private_file", a_private_file},
-    {"sysv", a_sysv_segment}, {"connection", a_connection}, {"port", a_port},
+    {"sysv", a_sysv_segment},
+    {"memfd_held", a_memfd_held}, {"memfd_mapped", a_memfd_mapped}, {"mapped_memfd_held", a_mapped_memfd_held},
+    {"huge", more_than_half_of_the_huge_pages}, {"hugetlbfs", a_hugetlbfs_file}, {"connection", a_connection}, {"port", a_port},
 };
 
 int main(int argc, char **argv)

@@ -1,17 +1,22 @@
-/* The rolling-pattern writer: `writer THREADS MIB FILE PACE [shared]`.
+/* The rolling-pattern writer: `writer THREADS MIB FILE PACE [shared] [memfd] [sysv] [huge]`.
  *
- * Each thread owns regions of memory (private anonymous, private file, with `shared` also shared
- * anonymous), stamps their pages with a sequence over the whole page, and knows for each page what it must
+ * Each thread owns regions of memory (private anonymous and private file; with the words also shared
+ * anonymous, memfd, System V, and some of huge pages), stamps their pages with a sequence over the whole page, and knows for each page what it must
  * contain. Under way it maps, unmaps, moves, grows, shrinks and drops parts of them. One byte that is
  * stale, lost or invented ends the program. PACE is how many stamps a thread makes per millisecond. */
 #include "workload.h"
+#include <sys/ipc.h>
+#include <sys/shm.h>
 
 #define PAGE 4096
 #define WORDS (PAGE / 8)
 #define REGIONS 8
 #define MOST_THREADS 64
 
-enum kind { ANON, FROM_FILE, SHARED, KINDS };
+#define HUGE_PAGES 512 /* pages in a huge page */
+#define MOST_HUGE 4    /* huge regions at a time: the pool is small */
+
+enum kind { ANON, FROM_FILE, SHARED, MEMFD, SYSV, HUGE_PRIVATE, HUGE_SHARED, KINDS };
 
 struct region {
     enum kind kind;
@@ -19,6 +24,8 @@ struct region {
     char *base;
     uint32_t pages;
     uint32_t first;     /* page of the file where it begins */
+    int fd;             /* of a memfd that is still open, else -1 */
+    int segment;        /* a System V segment that is not removed yet, else -1 */
     int pieces;         /* mapped in pieces: mremap takes one mapping, and these need not have merged */
     uint32_t *sequence; /* 0: never stamped since it was mapped or dropped */
 };
@@ -36,7 +43,9 @@ struct worker {
 static struct worker workers[MOST_THREADS];
 static int thread_count, file = -1, pace;
 static uint32_t region_pages, file_pages;
-static enum kind kinds = SHARED;
+static enum kind kinds[KINDS] = {ANON, FROM_FILE};
+static uint64_t kind_count = 2;
+static atomic_int huge_regions;
 static atomic_uint check_asked;
 
 static uint64_t mix(uint64_t x)
@@ -64,6 +73,14 @@ static void stamp(struct worker *w, struct region *r, uint32_t page)
     uint64_t *words = (uint64_t *)(r->base + (size_t)page * PAGE);
     r->sequence[page] = ++w->sequence;
     uint64_t base = stamp_base(r, page);
+    if (r->fd >= 0 && w->sequence % 4 == 0) {
+        /* Behind the back of the mapping. */
+        uint64_t copy[WORDS];
+        for (int i = 0; i < WORDS; i++)
+            copy[i] = base + (uint64_t)i * 0x0101010101010101ULL;
+        CHECK(pwrite(r->fd, copy, PAGE, (off_t)page * PAGE) == PAGE, "pwrite");
+        return;
+    }
     for (int i = 0; i < WORDS; i++)
         words[i] = base + (uint64_t)i * 0x0101010101010101ULL;
 }
@@ -111,15 +128,65 @@ static char *map(const struct region *r, void *at, uint32_t page, uint32_t pages
     return got;
 }
 
+static int is_shared(const struct region *r)
+{
+    return r->kind == SHARED || r->kind == MEMFD || r->kind == SYSV || r->kind == HUGE_SHARED;
+}
+
+static int is_huge(const struct region *r)
+{
+    return r->kind == HUGE_PRIVATE || r->kind == HUGE_SHARED;
+}
+
+/* The kinds that are more than one mmap. */
+static char *map_object(struct worker *w, struct region *r)
+{
+    size_t length = (size_t)r->pages * PAGE;
+    if (r->kind == MEMFD) {
+        int fd = memfd_create("writer", MFD_CLOEXEC);
+        CHECK(fd >= 0 && ftruncate(fd, (off_t)length) == 0, "memfd");
+        char *got = mmap(NULL, length, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+        CHECK(got != MAP_FAILED, "mmap");
+        if (pick(w, 2))
+            CHECK(close(fd) == 0, "close");
+        else
+            r->fd = fd;
+        return got;
+    }
+    if (r->kind == SYSV) {
+        int id = shmget(IPC_PRIVATE, length, IPC_CREAT | 0600);
+        CHECK(id >= 0, "shmget");
+        char *got = shmat(id, NULL, 0);
+        CHECK(got != (void *)-1, "shmat");
+        if (pick(w, 2))
+            CHECK(shmctl(id, IPC_RMID, NULL) == 0, "shmctl");
+        else
+            r->segment = id;
+        return got;
+    }
+    if (is_huge(r)) {
+        int flags = r->kind == HUGE_SHARED ? MAP_SHARED : MAP_PRIVATE;
+        char *got = mmap(NULL, length, PROT_READ | PROT_WRITE, flags | MAP_ANONYMOUS | MAP_HUGETLB, -1, 0);
+        CHECK(got != MAP_FAILED, "mmap");
+        return got;
+    }
+    return map(r, NULL, 0, r->pages);
+}
+
 static void make(struct worker *w, struct region *r)
 {
-    r->kind = (enum kind)pick(w, (uint64_t)kinds);
+    r->kind = kinds[pick(w, kind_count)];
+    r->fd = r->segment = -1;
+    if (is_huge(r) && atomic_fetch_add(&huge_regions, 1) >= MOST_HUGE) {
+        atomic_fetch_sub(&huge_regions, 1);
+        r->kind = ANON;
+    }
     r->id = mix(((uint64_t)w->number << 48) | ++w->next_id);
-    r->pages = region_pages / 2 + (uint32_t)pick(w, region_pages / 2);
+    r->pages = is_huge(r) ? HUGE_PAGES : region_pages / 2 + (uint32_t)pick(w, region_pages / 2);
     r->pieces = 0;
     r->first = r->kind == FROM_FILE ? (uint32_t)pick(w, file_pages - r->pages) : 0;
-    r->base = map(r, NULL, 0, r->pages);
-    r->sequence = calloc(region_pages * 2, sizeof *r->sequence);
+    r->base = map_object(w, r);
+    r->sequence = calloc(region_pages * 2 + HUGE_PAGES, sizeof *r->sequence);
     CHECK(r->sequence, "calloc");
 }
 
@@ -128,12 +195,20 @@ static void unmake(struct worker *w, struct region *r)
     for (int i = 0; i < 16; i++)
         verify(w, r, (uint32_t)pick(w, r->pages));
     CHECK(munmap(r->base, (size_t)r->pages * PAGE) == 0, "munmap");
+    CHECK(r->fd < 0 || close(r->fd) == 0, "close");
+    CHECK(r->segment < 0 || shmctl(r->segment, IPC_RMID, NULL) == 0, "shmctl");
+    if (is_huge(r))
+        atomic_fetch_sub(&huge_regions, 1);
     free(r->sequence);
 }
 
 /* A range inside the region, for the operations below. */
 static uint32_t range(struct worker *w, const struct region *r, uint32_t *pages)
 {
+    if (is_huge(r)) {
+        *pages = HUGE_PAGES;
+        return 0;
+    }
     uint32_t start = (uint32_t)pick(w, r->pages);
     uint32_t most = r->pages - start < 32 ? r->pages - start : 32;
     *pages = 1 + (uint32_t)pick(w, most);
@@ -144,7 +219,7 @@ static void drop(struct worker *w, struct region *r)
 {
     uint32_t pages, start = range(w, r, &pages);
     CHECK(madvise(r->base + (size_t)start * PAGE, (size_t)pages * PAGE, MADV_DONTNEED) == 0, "madvise");
-    if (r->kind != SHARED)
+    if (!is_shared(r))
         memset(r->sequence + start, 0, pages * sizeof *r->sequence);
 }
 
@@ -152,7 +227,12 @@ static void punch(struct worker *w, struct region *r)
 {
     uint32_t pages, start = range(w, r, &pages);
     char *at = r->base + (size_t)start * PAGE;
-    if (r->kind == SHARED) {
+    if (r->kind == HUGE_PRIVATE)
+        return;
+    if (r->fd >= 0 && pick(w, 2)) {
+        int how = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE;
+        CHECK(fallocate(r->fd, how, (off_t)start * PAGE, (off_t)pages * PAGE) == 0, "fallocate");
+    } else if (is_shared(r)) {
         /* A second anonymous object in the middle would not move and grow with the first. */
         CHECK(madvise(at, (size_t)pages * PAGE, MADV_REMOVE) == 0, "madvise");
     } else {
@@ -166,7 +246,7 @@ static void punch(struct worker *w, struct region *r)
 static void move(struct worker *w, struct region *r)
 {
     size_t length = (size_t)r->pages * PAGE;
-    if (r->pieces)
+    if (r->pieces || is_huge(r))
         return;
     char *to = mmap(NULL, length, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     CHECK(to != MAP_FAILED, "mmap");
@@ -242,10 +322,18 @@ static void check_all(void)
 
 int main(int argc, char **argv)
 {
-    CHECK(argc >= 5, "usage: writer THREADS MIB FILE PACE [shared]");
+    CHECK(argc >= 5, "usage: writer THREADS MIB FILE PACE [shared] [memfd] [sysv] [huge]");
     thread_count = atoi(argv[1]);
     pace = atoi(argv[4]);
-    kinds = argc > 5 ? KINDS : SHARED;
+    for (int i = 5; i < argc; i++) {
+        static const struct { const char *word; enum kind first, last; } words[] = {
+            {"shared", SHARED, SHARED}, {"memfd", MEMFD, MEMFD}, {"sysv", SYSV, SYSV},
+            {"huge", HUGE_PRIVATE, HUGE_SHARED},
+        };
+        for (size_t j = 0; j < sizeof words / sizeof words[0]; j++)
+            for (enum kind k = words[j].first; strcmp(argv[i], words[j].word) == 0 && k <= words[j].last; k++)
+                kinds[kind_count++] = k;
+    }
     CHECK(thread_count > 0 && thread_count <= MOST_THREADS && pace > 0, "arguments");
     /* A region is three quarters of this on average. */
     region_pages = (uint32_t)((uint64_t)atoi(argv[2]) * 256 * 4 / 3 / (unsigned)thread_count / REGIONS);

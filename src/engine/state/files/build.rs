@@ -6,8 +6,9 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
 use super::capture::boot_id;
-use super::{RestoreFilesError, Trouble, errno_of, eventfd, path, pipe, signalfd, tcp, timerfd, unix};
+use super::{RestoreFilesError, Trouble, errno_of, eventfd, memfd, path, pipe, signalfd, tcp, timerfd, unix};
 use crate::engine::clocks::Shift;
+use crate::engine::state::objects::Objects;
 use crate::engine::sys::fds;
 use crate::proto::files::description::Kind;
 use crate::proto::files::{Description, Files};
@@ -36,11 +37,16 @@ fn number_of(files: &Files, description: usize) -> u32 {
 
 /// Makes the descriptions. Listening sockets are bound but do not listen before [`super::install()`].
 /// Standard streams that were left behind lead to `stdio_log`, or to /dev/null. The clocks of the process
-/// will read `shift` more than ours.
+/// will read `shift` more than ours; `objects` is the shared memory it has.
 ///
 /// # Errors
 /// If something cannot be made as it was, or the description is not valid.
-pub fn build(files: &Files, stdio_log: Option<&Path>, shift: &Shift) -> Result<Built, RestoreFilesError> {
+pub fn build(
+    files: &Files,
+    stdio_log: Option<&Path>,
+    shift: &Shift,
+    objects: &Objects,
+) -> Result<Built, RestoreFilesError> {
     validate(files)?;
     let same_kernel = !files.boot_id.is_empty() && files.boot_id == boot_id();
     let mut pipes = Vec::with_capacity(files.pipes.len());
@@ -53,8 +59,8 @@ pub fn build(files: &Files, stdio_log: Option<&Path>, shift: &Shift) -> Result<B
     let mut made = Vec::with_capacity(files.descriptions.len());
     for (index, description) in files.descriptions.iter().enumerate() {
         let number = number_of(files, index);
-        let fd =
-            make(description, same_kernel, shift, stdio_log, &mut pipes).map_err(|t| t.for_fd(number))?;
+        let fd = make(description, same_kernel, shift, stdio_log, &mut pipes, objects)
+            .map_err(|t| t.for_fd(number))?;
         made.push(fd);
     }
     Ok(Built { files: files.clone(), made })
@@ -98,10 +104,12 @@ fn make(
     shift: &Shift,
     stdio_log: Option<&Path>,
     pipes: &mut [[Option<OwnedFd>; 2]],
+    objects: &Objects,
 ) -> Result<Option<OwnedFd>, Trouble> {
     let flags = description.flags.cast_signed();
     let fd = match description.kind.as_ref().ok_or(Trouble::Invalid("a description of an unknown kind"))? {
         Kind::Path(image) => path::make(image, flags, same_kernel)?,
+        Kind::Memfd(image) => memfd::make(image, flags, objects)?,
         Kind::PipeEnd(end) => {
             let end = pipes.get_mut(end.pipe as usize).and_then(|p| p.get_mut(usize::from(end.write)));
             // Reopened ends share a pipe; they were refused at the source.

@@ -13,8 +13,8 @@ use super::holders::{Holders, ScannedProcesses};
 use super::scan::{Open, Table};
 use super::tcp::{self, Tcp};
 use super::{
-    CaptureFilesError, FilesCheck, FilesOptions, Stop, epoll, eventfd, path, pipe, signalfd, timerfd, unix,
-    unix_diag,
+    CaptureFilesError, FilesCheck, FilesOptions, Stop, epoll, eventfd, memfd, path, pipe, signalfd, timerfd,
+    unix, unix_diag,
 };
 use crate::engine::clocks::{self, Shift};
 use crate::engine::reason::Reason;
@@ -221,6 +221,12 @@ impl<'a> Collector<'a> {
         if !open.link_starts_with("/") {
             let link = open.link.to_string_lossy();
             return Err(Stop::refuse(format!("is {link}, a kind that cannot be carried yet")));
+        }
+        if let Some(image) = memfd::capture(open) {
+            if let Some(pids) = self.holders.others_of_memfd(open) {
+                return Err(Stop::refuse(format!("is a memfd that another process has open too ({pids})")));
+            }
+            return image.map(Kind::Memfd);
         }
         let image = path::capture(open);
         match image {

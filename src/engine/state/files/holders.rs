@@ -7,8 +7,9 @@ use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 
-use super::scan::Table;
+use super::scan::{Open, Table};
 use crate::engine::remote::Tid;
+use crate::engine::state::objects::id_of_memfd;
 
 /// Processes whose descriptors preflight has looked at. A look at the stopped process need not read them
 /// again: what is held elsewhere was refused then, and only a process started since can have inherited
@@ -21,14 +22,18 @@ pub struct ScannedProcesses(HashSet<(Tid, u64)>);
 #[derive(Debug, Default)]
 pub(super) struct Holders {
     by_link: HashMap<OsString, Vec<Tid>>,
+    /// memfds, whose names need not differ, by their ids.
+    by_id: HashMap<u64, Vec<Tid>>,
     pub(super) scanned: ScannedProcesses,
 }
 
 impl Holders {
-    /// Walks /proc, if any of the table's objects could be held elsewhere: pipes and sockets. Processes in
+    /// Walks /proc, if any of the table's objects could be held elsewhere: pipes, sockets, memfds. Processes in
     /// `known` are passed over.
     pub(super) fn find(table: &Table, known: &ScannedProcesses) -> Self {
-        let is_shared_kind = |link: &[u8]| link.starts_with(b"pipe:[") || link.starts_with(b"socket:[");
+        let is_memfd = |link: &[u8]| link.starts_with(b"/memfd:");
+        let is_shared_kind =
+            |link: &[u8]| link.starts_with(b"pipe:[") || link.starts_with(b"socket:[") || is_memfd(link);
         let mut holders = Self::default();
         if !table.opens.iter().any(|o| is_shared_kind(o.link.as_bytes())) {
             return holders;
@@ -54,11 +59,19 @@ impl Holders {
                 }
                 let Ok(link) = fs::read_link(entry.path()) else { continue };
                 let link = link.into_os_string();
-                if is_shared_kind(link.as_bytes()) {
-                    let pids = holders.by_link.entry(link).or_default();
-                    if !pids.contains(&pid) {
-                        pids.push(pid);
-                    }
+                let pids = if is_memfd(link.as_bytes()) {
+                    // The service keeps the objects open that it carries; so may a child about to exec.
+                    let ours = pid == us || parent_of(pid) == Some(us);
+                    let id = fs::metadata(entry.path()).ok().and_then(|meta| id_of_memfd(&meta));
+                    let Some((id, _)) = id.filter(|_| !ours) else { continue };
+                    holders.by_id.entry(id).or_default()
+                } else if is_shared_kind(link.as_bytes()) {
+                    holders.by_link.entry(link).or_default()
+                } else {
+                    continue;
+                };
+                if !pids.contains(&pid) {
+                    pids.push(pid);
                 }
             }
         }
@@ -67,10 +80,19 @@ impl Holders {
 
     /// Other processes that hold an object, in words: `pid 3, 4`.
     pub(super) fn others(&self, link: &OsString) -> Option<String> {
-        let pids = self.by_link.get(link)?;
-        let list: Vec<String> = pids.iter().map(ToString::to_string).collect();
-        Some(format!("pid {}", list.join(", ")))
+        self.by_link.get(link).map(|pids| words(pids))
     }
+
+    /// Other processes that have a memfd open, likewise.
+    pub(super) fn others_of_memfd(&self, open: &Open) -> Option<String> {
+        let (id, _) = id_of_memfd(&open.stat)?;
+        self.by_id.get(&id).map(|pids| words(pids))
+    }
+}
+
+fn words(pids: &[Tid]) -> String {
+    let list: Vec<String> = pids.iter().map(ToString::to_string).collect();
+    format!("pid {}", list.join(", "))
 }
 
 fn parent_of(pid: Tid) -> Option<Tid> {

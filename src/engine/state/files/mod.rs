@@ -15,6 +15,7 @@ mod epoll;
 mod eventfd;
 mod holders;
 mod install;
+mod memfd;
 mod options;
 mod path;
 mod pipe;

@@ -101,9 +101,6 @@ pub(super) fn capture(open: &Open) -> Result<PathFile, Stop> {
         };
         return Err(Stop::refuse(format!("is {what} ({}), which cannot be carried yet", path.display())));
     }
-    if open.link_starts_with("/memfd:") {
-        return Err(Stop::refuse("is a memfd, which cannot be carried yet"));
-    }
     if open.stat.nlink() == 0 {
         return Err(Stop::refuse(format!(
             "is a deleted file ({}), which cannot be carried yet",

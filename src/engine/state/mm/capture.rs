@@ -8,8 +8,9 @@ use super::MapError;
 use crate::engine::procfs::{self, MapsEntry};
 use crate::engine::reason::Reason;
 use crate::engine::remote::{Batch, Tid};
+use crate::engine::state::objects::{self, ObjectError, backing, object_id};
 use crate::proto::files::FileRef;
-use crate::proto::image::{Layout, Mm, Vma, VmaKind};
+use crate::proto::image::{Layout, Mm, ObjectKind, Vma, VmaKind};
 
 fn read(path: String) -> Result<(Vec<u8>, String), MapError> {
     match std::fs::read(&path) {
@@ -55,8 +56,7 @@ pub(super) const ADVICE: [(&[u8; 2], i32, i32); 8] = [
 ];
 
 /// VmFlags that no mapping of ours may have, and what they mean.
-const REFUSED_FLAGS: [(&[u8; 2], &str); 8] = [
-    (b"ht", "is backed by huge pages (hugetlb)"),
+const REFUSED_FLAGS: [(&[u8; 2], &str); 7] = [
     (b"um", "is watched by a userfaultfd of its own"),
     (b"io", "maps device memory"),
     (b"pf", "maps device memory (PFN range)"),
@@ -80,15 +80,15 @@ fn kind_of(m: &MapsEntry) -> Result<Option<VmaKind>, &'static str> {
         b"[vdso]" => VmaKind::VmaVdso,
         _ if has(b"[vvar") => VmaKind::VmaVdso,
         b"/dev/zero (deleted)" if m.shared => VmaKind::VmaAnonShared,
-        _ if has(b"/memfd:") => return Err("maps a memfd, which cannot be carried yet"),
-        _ if has(b"/SYSV") => return Err("is System V shared memory, which cannot be carried yet"),
+        _ if has(b"/memfd:") && backing(m.dev).is_some() && m.shared => VmaKind::VmaMemfdShared,
+        _ if has(b"/memfd:") && backing(m.dev).is_some() => VmaKind::VmaMemfdPrivate,
+        _ if has(b"/SYSV") && backing(m.dev).is_some() => VmaKind::VmaSysv,
         _ if has(b"/[aio]") => return Err("is an AIO ring (io_setup), which cannot be carried"),
         _ if has(b"anon_inode:") => {
             return Err("maps a kernel object (io_uring, perf), which cannot be carried");
         }
-        _ if has(b"/anon_hugepage") => {
-            return Err("is backed by huge pages (hugetlb), which cannot be carried yet");
-        }
+        _ if has(b"/anon_hugepage") && page_bytes_of(m) != 0 && m.shared => VmaKind::VmaAnonShared,
+        _ if has(b"/anon_hugepage") && page_bytes_of(m) != 0 => VmaKind::VmaAnonPrivate,
         _ if has(b"/secretmem") => return Err("is secret memory (memfd_secret), which nobody else may read"),
         _ if path.ends_with(b" (deleted)") => return Err("maps a deleted file"),
         _ if m.inode != 0 && path.first() == Some(&b'/') && m.shared => VmaKind::VmaFileShared,
@@ -103,10 +103,27 @@ fn kind_of(m: &MapsEntry) -> Result<Option<VmaKind>, &'static str> {
     }))
 }
 
+/// The size of its pages, if they are huge and of the kernel's own mount; else 0.
+fn page_bytes_of(m: &MapsEntry) -> u64 {
+    let own = [&b"/memfd:"[..], b"/SYSV", b"/anon_hugepage"].iter().any(|p| m.path.starts_with(p));
+    if own { backing(m.dev).map_or(0, objects::Backing::page_bytes) } else { 0 }
+}
+
+/// The id of the shared memory behind a mapping; 0: none.
+fn shared_id(kind: VmaKind, m: &MapsEntry) -> u64 {
+    match kind {
+        VmaKind::VmaSysv => object_id(ObjectKind::ObjectSysv, 0, m.inode),
+        VmaKind::VmaMemfdShared | VmaKind::VmaMemfdPrivate | VmaKind::VmaAnonShared => {
+            object_id(ObjectKind::ObjectMemfd, page_bytes_of(m), m.inode)
+        }
+        _ => 0,
+    }
+}
+
 /// The memory map as it is now, and all that cannot be carried of it.
 #[derive(Debug)]
 pub struct CapturedMap {
-    /// Mappings and files; `tids` is left empty.
+    /// Mappings and files; `tids` and `objects` are left empty.
     pub layout: Layout,
     /// Why some cannot be carried.
     pub reasons: Vec<Reason>,
@@ -134,6 +151,12 @@ pub fn capture(pid: Tid, flags: &FlagCache) -> Result<CapturedMap, MapError> {
             }
             (Ok(Some(kind)), None) => kind,
         };
+        let of_file = matches!(kind, VmaKind::VmaFilePrivate | VmaKind::VmaFileShared);
+        if of_file && vm_flags.contains(b"ht") {
+            let why = "maps a file of huge pages (hugetlbfs), which cannot be carried yet";
+            map.reasons.push(Reason::new(describe(m), why, ""));
+            continue;
+        }
         let file = if matches!(kind, VmaKind::VmaFilePrivate | VmaKind::VmaFileShared) {
             let file = known.entry(m.path.clone()).or_insert_with(|| {
                 let file = file_ref(m).map_err(|r| map.reasons.push(r)).ok()?;
@@ -163,10 +186,14 @@ pub fn capture(pid: Tid, flags: &FlagCache) -> Result<CapturedMap, MapError> {
             noreserve: has(b"nr"),
             locked: has(b"lo"),
             advice: ADVICE.iter().filter(|(f, ..)| has(f)).map(|(_, on, _)| on.unsigned_abs()).collect(),
-            shm_inode: if kind == VmaKind::VmaAnonShared { m.inode } else { 0 },
+            shm_inode: shared_id(kind, m),
             fresh: false,
             resident: Vec::new(),
-            page_bytes: 0,
+            page_bytes: page_bytes_of(m),
+            never_writable: matches!(kind, VmaKind::VmaMemfdShared | VmaKind::VmaSysv)
+                && !m.write
+                && !vm_flags.is_empty()
+                && !has(b"mw"),
             accounted: has(b"ac") && !m.write && !m.shared,
         });
     }
@@ -199,29 +226,43 @@ fn file_ref(m: &MapsEntry) -> Result<FileRef, Reason> {
     })
 }
 
-/// Shared anonymous memory that another process maps as well: it would be torn in two.
-pub fn check_shared(pid: Tid, vmas: &[Vma]) -> Vec<Reason> {
-    let ours: HashMap<u64, &Vma> =
-        vmas.iter().filter(|v| v.kind() == VmaKind::VmaAnonShared).map(|v| (v.shm_inode, v)).collect();
-    let mut reasons = Vec::new();
-    if ours.is_empty() {
-        return reasons;
+/// Shared memory that another process maps or has open as well: it would be torn in two. `layout` has its
+/// objects.
+///
+/// # Errors
+/// If the table of System V segments cannot be read.
+pub fn check_shared(pid: Tid, layout: &Layout) -> Result<Vec<Reason>, ObjectError> {
+    let mut ours: HashMap<u64, String> = HashMap::new();
+    for vma in layout.vmas.iter().filter(|v| v.kind() == VmaKind::VmaAnonShared) {
+        ours.insert(vma.shm_inode, format!("mapping {:x}-{:x}", vma.start, vma.end));
     }
+    ours.extend(layout.objects.iter().map(|o| (o.id, objects::name_of(o))));
+    let mut reasons = objects::check_source(layout)?;
+    if ours.is_empty() {
+        return Ok(reasons);
+    }
+    let us = Tid::try_from(std::process::id()).unwrap_or(0);
     let others = std::fs::read_dir("/proc").into_iter().flatten().flatten();
-    let others = others.filter_map(|e| e.file_name().to_str()?.parse::<Tid>().ok()).filter(|p| *p != pid);
-    for other in others {
+    let others = others.filter_map(|e| e.file_name().to_str()?.parse::<Tid>().ok());
+    for other in others.filter(|p| *p != pid && *p != us) {
         let text = std::fs::read(format!("/proc/{other}/maps")).unwrap_or_default();
-        let Ok(maps) = procfs::parse_maps(&text) else { continue };
-        let shared = maps.iter().filter(|m| m.shared && m.path == b"/dev/zero (deleted)");
-        if let Some(vma) = shared.filter_map(|m| ours.get(&m.inode)).next() {
-            reasons.push(Reason::new(
-                format!("mapping {:x}-{:x}", vma.start, vma.end),
-                format!("is shared memory that process {other} maps as well"),
-                "move or end that process first",
-            ));
+        let maps = procfs::parse_maps(&text).unwrap_or_default();
+        let mapped = maps.iter().filter_map(|m| {
+            let kind = kind_of(m).ok()??;
+            Some(shared_id(kind, m)).filter(|id| *id != 0)
+        });
+        let mut theirs: Vec<(u64, &str)> = mapped.map(|id| (id, "maps")).collect();
+        theirs.extend(objects::open_in(other).into_iter().map(|id| (id, "has open")));
+        theirs.sort_unstable();
+        theirs.dedup_by_key(|(id, _)| *id);
+        for (id, how) in theirs {
+            if let Some(name) = ours.get(&id) {
+                let why = format!("is shared memory that process {other} {how} as well");
+                reasons.push(Reason::new(name, why, "move or end that process first"));
+            }
         }
     }
-    reasons
+    Ok(reasons)
 }
 
 /// The fields of the mm that /proc tells: all but `brk`, which [`ask_brk`] gets, and the guards.

@@ -1,5 +1,6 @@
 //! What leads from one memory map to another.
 
+use crate::engine::state::objects::{by_window, from_object};
 use crate::proto::files::FileRef;
 use crate::proto::image::{Layout, Vma, VmaKind};
 
@@ -35,8 +36,11 @@ fn same_backing(a: &Vma, b: &Vma, a_files: &[FileRef], b_files: &[FileRef]) -> b
         && a.grows_down == b.grows_down
         && a.noreserve == b.noreserve
         && (a.accounted || !b.accounted)
+        && a.page_bytes == b.page_bytes
+        && a.never_writable == b.never_writable
         && match b.kind() {
             VmaKind::VmaAnonPrivate | VmaKind::VmaVdso => true,
+            _ if from_object(b) => a.shm_inode == b.shm_inode && object(a) == object(b),
             VmaKind::VmaAnonShared => a.shm_inode == b.shm_inode && object(a) == object(b),
             _ => path(a, a_files) == path(b, b_files) && object(a) == object(b),
         }
@@ -71,7 +75,11 @@ pub(super) fn changes(now: &Layout, wanted: &Layout) -> Vec<Change> {
             from += 1;
         }
         for (n, a) in now.vmas.iter().enumerate().skip(from).take_while(|(_, a)| a.start < b.end) {
-            if b.fresh || !same_backing(a, b, &now.files, &wanted.files) {
+            // An object's contents are not the mapping's: only what maps another one is made anew. The pieces
+            // of an attached segment belong together, so it is made anew whole.
+            let fresh = b.fresh && !by_window(b);
+            let torn = b.kind() == VmaKind::VmaSysv && (a.start > b.start || a.end < b.end);
+            if fresh || torn || !same_backing(a, b, &now.files, &wanted.files) {
                 continue;
             }
             let (start, end) = (a.start.max(b.start), a.end.min(b.end));

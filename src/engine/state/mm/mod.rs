@@ -8,11 +8,12 @@ mod canonical;
 mod capture;
 mod changes;
 mod restore;
+mod segments;
 
 pub use canonical::canonical;
 pub use capture::{CapturedMap, FlagCache, ask_brk, capture, capture_mm, check_shared};
 pub use changes::{mark_replaced, vdso_group};
-pub use restore::{finish, reconcile};
+pub use restore::{finish, reconcile, unmap};
 
 use crate::engine::procfs;
 use crate::engine::reason::Reason;

@@ -2,24 +2,68 @@
 
 use super::capture::ADVICE;
 use super::changes::{Change, changes, vdso_group};
+use super::segments;
 use crate::engine::remote::{Arg, Batch, Call, InjectError, RemoteCalls};
-use crate::proto::image::{Layout, Mm, VmaKind};
+use crate::engine::state::objects::{Objects, by_window};
+use crate::proto::image::{Layout, Mm, Vma, VmaKind};
 
 /// `arch_prctl` code: map the vdso group at this address (include/uapi/asm/prctl.h).
 const ARCH_MAP_VDSO_64: u64 = 0x2003;
 const MAP_FIXED_NOREPLACE: i32 = 0x10_0000;
 
-/// Brings the skeleton's memory map from `now` to `wanted`. Shared anonymous memory is mapped writable
-/// whatever it will be, so that its pages can be placed; see [`finish`].
+/// What a mapping is made from, and how that is opened.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Source {
+    Nothing,
+    File(u32, i32),
+    Object(u64, i32),
+}
+
+fn source_of(vma: &Vma) -> Source {
+    match (vma.kind(), vma.file) {
+        (VmaKind::VmaFileShared, Some(file)) => Source::File(file, libc::O_RDWR),
+        (_, Some(file)) => Source::File(file, libc::O_RDONLY),
+        (VmaKind::VmaMemfdPrivate, _) => Source::Object(vma.shm_inode, libc::O_RDONLY),
+        _ if by_window(vma) && vma.never_writable => Source::Object(vma.shm_inode, libc::O_RDONLY),
+        _ if by_window(vma) => Source::Object(vma.shm_inode, libc::O_RDWR),
+        _ => Source::Nothing,
+    }
+}
+
+/// Unmaps what is not wanted any more: the first half of bringing the skeleton's memory map from `now` to
+/// `wanted`. In between, objects can be made: a segment may need the place of one that goes.
+///
+/// # Errors
+/// If a call fails; the skeleton is then of no use.
+pub fn unmap(process: &mut dyn RemoteCalls, now: &Layout, wanted: &Layout) -> Result<(), InjectError> {
+    let mut batch = Batch::new();
+    for change in changes(now, wanted) {
+        if let Change::Unmap { start, end } = change {
+            batch.call(libc::SYS_munmap, &[start.into(), (end - start).into()]);
+        }
+    }
+    let expected = vec![Some(0); batch.len()];
+    run_expecting(process, "unmapping", &batch, &expected)
+}
+
+/// The second half, after [`unmap`]: brings the skeleton's memory map to `wanted`, whose `objects` are there. Shared anonymous
+/// memory of ordinary pages is mapped writable whatever it will be, so that its pages can be placed; see
+/// [`finish`].
 ///
 /// # Errors
 /// If a call fails: the map is then in between, and the skeleton of no use.
-pub fn reconcile(process: &mut dyn RemoteCalls, now: &Layout, wanted: &Layout) -> Result<(), InjectError> {
+pub fn reconcile(
+    process: &mut dyn RemoteCalls,
+    now: &Layout,
+    wanted: &Layout,
+    objects: &Objects,
+) -> Result<(), InjectError> {
     let todo = changes(now, wanted);
     let mut batch = Batch::new();
     let mut expected: Vec<Option<u64>> = Vec::new();
     let mut shared = Vec::new();
-    let mut open: Option<(u32, i32)> = None;
+    let mut attached = Vec::new();
+    let mut open = Source::Nothing;
     let mut push = |batch: &mut Batch, number, args: &[Arg], result: Option<u64>| {
         batch.call(number, args);
         expected.push(result);
@@ -27,15 +71,12 @@ pub fn reconcile(process: &mut dyn RemoteCalls, now: &Layout, wanted: &Layout) -
     let mut maps: Vec<(u64, u64, usize)> = Vec::new();
     for change in &todo {
         match *change {
-            Change::Unmap { start, end } => {
-                push(&mut batch, libc::SYS_munmap, &[start.into(), (end - start).into()], Some(0));
-            }
             Change::Map { start, end, wanted } => maps.push((start, end, wanted)),
-            Change::Adjust { .. } => {}
+            Change::Unmap { .. } | Change::Adjust { .. } => {}
         }
     }
     // By file, so that each is opened once; the descriptor is always 0, the skeleton has none below.
-    maps.sort_by_key(|(start, _, w)| (wanted.vmas[*w].file, wanted.vmas[*w].kind, *start));
+    maps.sort_by_key(|(start, _, w)| (source_of(&wanted.vmas[*w]), *start));
     for (start, end, w) in maps {
         let vma = &wanted.vmas[w];
         let Ok(kind) = VmaKind::try_from(vma.kind) else { continue };
@@ -43,14 +84,23 @@ pub fn reconcile(process: &mut dyn RemoteCalls, now: &Layout, wanted: &Layout) -
         let len = end - start;
         match kind {
             VmaKind::VmaVdso | VmaKind::Invalid => continue,
-            VmaKind::VmaMemfdShared | VmaKind::VmaMemfdPrivate | VmaKind::VmaSysv => continue,
-            VmaKind::VmaAnonShared => {
+            VmaKind::VmaSysv => {
+                attached.push(w);
+                continue;
+            }
+            VmaKind::VmaAnonShared if !by_window(vma) => {
                 shared.push((start, end, w));
                 continue;
             }
             VmaKind::VmaAnonPrivate => flags |= libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
-            VmaKind::VmaFilePrivate => flags |= libc::MAP_PRIVATE,
-            VmaKind::VmaFileShared => flags |= libc::MAP_SHARED,
+            VmaKind::VmaFilePrivate | VmaKind::VmaMemfdPrivate => flags |= libc::MAP_PRIVATE,
+            VmaKind::VmaFileShared | VmaKind::VmaMemfdShared | VmaKind::VmaAnonShared => {
+                flags |= libc::MAP_SHARED;
+            }
+        }
+        if vma.page_bytes != 0 && kind == VmaKind::VmaAnonPrivate {
+            let size = vma.page_bytes.trailing_zeros() << libc::MAP_HUGE_SHIFT;
+            flags |= libc::MAP_HUGETLB | size.cast_signed();
         }
         if vma.grows_down {
             flags |= libc::MAP_GROWSDOWN;
@@ -58,20 +108,26 @@ pub fn reconcile(process: &mut dyn RemoteCalls, now: &Layout, wanted: &Layout) -
         if vma.noreserve {
             flags |= libc::MAP_NORESERVE;
         }
-        let how = if kind == VmaKind::VmaFileShared { libc::O_RDWR } else { libc::O_RDONLY };
-        let needed = vma.file.map(|file| (file, how));
-        if needed.is_some() && open != needed {
-            if open.is_some() {
+        let needed = source_of(vma);
+        let backed = needed != Source::Nothing;
+        if backed && open != needed {
+            if open != Source::Nothing {
                 push(&mut batch, libc::SYS_close, &[0u64.into()], Some(0));
             }
             open = needed;
-            let path = vma.file.and_then(|i| wanted.files.get(i as usize)).map(|f| f.path.as_slice());
-            let path = batch.input_c_string(path.unwrap_or_default());
+            let (path, how) = match needed {
+                Source::Nothing => (Vec::new(), 0),
+                Source::File(i, how) => {
+                    (wanted.files.get(i as usize).map(|f| f.path.clone()).unwrap_or_default(), how)
+                }
+                Source::Object(id, how) => (objects.path(id).unwrap_or_default().into_bytes(), how),
+            };
+            let path = batch.input_c_string(&path);
             let at = libc::AT_FDCWD;
             push(&mut batch, libc::SYS_openat, &[at.into(), path, (how | libc::O_CLOEXEC).into()], Some(0));
         }
-        let fd: Arg = if vma.file.is_some() { 0u64.into() } else { (-1i64).into() };
-        let offset = if vma.file.is_some() { vma.offset + (start - vma.start) } else { 0 };
+        let fd: Arg = if backed { 0u64.into() } else { (-1i64).into() };
+        let offset = if backed { vma.offset + (start - vma.start) } else { 0 };
         // What has been writable once counts as memory of its own, and stays apart from neighbours.
         let writable = if vma.accounted { libc::PROT_WRITE.unsigned_abs() } else { 0 };
         let args = [start.into(), len.into(), (vma.prot | writable).into(), flags.into(), fd, offset.into()];
@@ -83,14 +139,14 @@ pub fn reconcile(process: &mut dyn RemoteCalls, now: &Layout, wanted: &Layout) -
             push(&mut batch, libc::SYS_madvise, &[start.into(), len.into(), (*advice).into()], Some(0));
         }
     }
-    if open.is_some() {
+    if open != Source::Nothing {
         push(&mut batch, libc::SYS_close, &[0u64.into()], Some(0));
     }
     for change in &todo {
         let Change::Adjust { start, end, was, wanted: w } = *change else { continue };
         let (a, b) = (&now.vmas[was], &wanted.vmas[w]);
         let len = end - start;
-        if a.prot != b.prot && b.kind() != VmaKind::VmaAnonShared {
+        if a.prot != b.prot && (b.kind() != VmaKind::VmaAnonShared || by_window(b)) {
             push(&mut batch, libc::SYS_mprotect, &[start.into(), len.into(), b.prot.into()], Some(0));
         }
         let undo = a.advice.iter().filter(|x| !b.advice.contains(x)).filter_map(|x| {
@@ -108,6 +164,8 @@ pub fn reconcile(process: &mut dyn RemoteCalls, now: &Layout, wanted: &Layout) -
     }
     run_expecting(process, "building the memory map", &batch, &expected)?;
     map_shared(process, now, wanted, &shared)?;
+    let (batch, expected) = segments::attach(wanted, &attached)?;
+    run_expecting(process, "attaching shared memory", &batch, &expected)?;
     show_file_pages(process, wanted)
 }
 
@@ -246,7 +304,10 @@ pub fn finish(process: &mut dyn RemoteCalls, layout: &Layout, mm: &Mm) -> Result
     for vma in &layout.vmas {
         let (start, len) = (vma.start, vma.end - vma.start);
         let writable = libc::PROT_READ | libc::PROT_WRITE;
-        if vma.kind() == VmaKind::VmaAnonShared && vma.prot != vma.prot | writable.unsigned_abs() {
+        if vma.kind() == VmaKind::VmaAnonShared
+            && !by_window(vma)
+            && vma.prot != vma.prot | writable.unsigned_abs()
+        {
             batch.call(libc::SYS_mprotect, &[start.into(), len.into(), vma.prot.into()]);
             expected.push(Some(0));
         }

@@ -20,6 +20,7 @@ use super::{CapturedFiles, FilesOptions, build, capture, install};
 use crate::engine::clocks::Shift;
 use crate::engine::freeze::Frozen;
 use crate::engine::remote::{Arg, Batch, RemoteCalls};
+use crate::engine::state::objects::Objects;
 use crate::engine::sys::pidfd;
 
 /// A stopped process that runs our calls; killed at the end.
@@ -204,7 +205,7 @@ pub(super) fn moved(source: Held, options: &FilesOptions) -> Held {
 pub(super) fn arrive(image: &crate::proto::files::Files, log: Option<&std::path::Path>) -> Held {
     let (ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
     let mut there = Held::start(Stdio::from(OwnedFd::from(theirs)));
-    let built = build(image, log, &Shift::default()).unwrap();
+    let built = build(image, log, &Shift::default(), &Objects::default()).unwrap();
     install(there.calls(), 0, ours.as_fd(), built).unwrap();
     there
 }

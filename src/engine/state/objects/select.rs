@@ -1,0 +1,227 @@
+//! Which pages of the objects are to be read again: from what the tracker saw written through mappings,
+//! and from what the objects tell themselves.
+
+use std::collections::BTreeMap;
+
+use super::book::ObjectBook;
+use super::sums::Sums;
+use super::{ObjectError, by_window, window_range};
+use crate::engine::extents::Extents;
+use crate::engine::memory::{Memory, PAGE_BYTES};
+use crate::engine::sys::vm::RemoteRange;
+use crate::proto::image::{Layout, Vma};
+
+/// Written pages by the kind of their addresses.
+#[derive(Debug, Default)]
+pub struct Selected {
+    /// Of mappings: what was reported and is not of an object.
+    pub mapped: Vec<RemoteRange>,
+    /// Of windows: written through mappings.
+    pub windows: Extents,
+    /// Of windows: perhaps changed by calls.
+    pub suspects: Extents,
+}
+
+impl ObjectBook {
+    /// Sorts what was written, after a look at the objects and a scan of the mappings. Objects that may have
+    /// been changed by calls are suspected as a whole. Their times tell, although stores to protected pages
+    /// move those too: since the look before, or, at the `last` look, at any time
+    /// since [`ObjectBook::start`]. (A write(2) sets the object's times first and copies then: a look in
+    /// between, and the page read before the copy, would leave nothing to notice at the next look. But at
+    /// the start and at the end no call is under way.)
+    pub fn select(&mut self, layout: &Layout, runs: Vec<RemoteRange>, last: bool) -> Selected {
+        let mut selected = Selected::default();
+        let mut written: BTreeMap<u64, Extents> = BTreeMap::new();
+        for run in runs {
+            let i = layout.vmas.partition_point(|v| v.end <= run.start);
+            match layout.vmas.get(i).filter(|v| v.start <= run.start && by_window(v)) {
+                None => selected.mapped.push(run),
+                Some(vma) => {
+                    let Some(held) = self.held.get(&vma.shm_inode) else { continue };
+                    let from = held.image.window + vma.offset + (run.start - vma.start);
+                    let to = (from + run.len as u64).min(window_range(&held.image).1);
+                    written.entry(vma.shm_inode).or_default().insert(from, to);
+                }
+            }
+        }
+        for (id, held) in &mut self.held {
+            let reference = if last { held.baseline } else { held.before };
+            let written = written.remove(id).unwrap_or_default();
+            // Between rounds, only where there is a descriptor to change it by; in the end, all. What is
+            // new is sent as a whole in any case.
+            let changed = reference != Some(held.now) && (last || held.is_open || reference.is_none());
+            let new = held.before.is_none();
+            held.before = Some(held.now);
+            if changed || !written.is_empty() {
+                for (start, end) in Self::data(held).iter() {
+                    written.overlap(start, end).for_each(|(s, e)| selected.windows.insert(s, e));
+                    if changed {
+                        let into = if new { &mut selected.windows } else { &mut selected.suspects };
+                        into.insert(start, end);
+                    }
+                }
+            }
+        }
+        selected
+    }
+
+    /// Pages that were sent and are holes now.
+    pub fn gone(&self, sent: &Extents) -> Vec<(u64, u64)> {
+        let mut gone = Extents::new();
+        for held in self.held.values().filter(|h| h.image.page_bytes == 0) {
+            let (start, end) = window_range(&held.image);
+            sent.overlap(start, end).for_each(|(s, e)| gone.insert(s, e));
+            if sent.overlap(start, end).next().is_some() {
+                Self::data(held).iter().for_each(|(s, e)| gone.remove(s, e));
+            }
+        }
+        gone.iter().collect()
+    }
+
+    /// Huge pages of the stopped process that were sent and have been dropped since, and may be there again
+    /// (MADV_DONTNEED, MADV_REMOVE). Such a page is full of zeros, and the kernel reports it as neither
+    /// written nor gone: so one of its small pages is looked at that held something else.
+    ///
+    /// # Errors
+    /// See [`ObjectError`].
+    pub fn dropped_huge(
+        &self,
+        layout: &Layout,
+        sent: &Extents,
+        sums: &Sums,
+        memory: &Memory,
+    ) -> Result<Extents, ObjectError> {
+        let mut dropped = Extents::new();
+        let mut page = vec![0; usize::try_from(PAGE_BYTES).unwrap_or(4096)];
+        let objects = self.held.values().map(|h| &h.image).filter(|o| o.page_bytes != 0);
+        let windows = objects.map(|o| (window_range(o), o.page_bytes));
+        let private = |v: &&Vma| v.page_bytes != 0 && !by_window(v);
+        let mappings = layout.vmas.iter().filter(private).map(|v| ((v.start, v.end), v.page_bytes));
+        for ((start, end), unit) in windows.chain(mappings) {
+            let mut at = start;
+            while at < end {
+                let Some((first, _)) = sent.overlap(at, end).next() else { break };
+                at = first - (first - start) % unit;
+                if let Some(witness) = sums.witness(at, at + unit) {
+                    let there = if at >= super::WINDOWS_START {
+                        self.read(witness, &mut page, layout, memory)? > 0
+                    } else {
+                        memory.read_exact(witness, &mut page).is_ok()
+                    };
+                    if !there || !sums.matches(witness, &page) {
+                        dropped.insert(at, at + unit);
+                    }
+                }
+                at += unit;
+            }
+        }
+        Ok(dropped)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::os::fd::AsFd;
+    use std::os::unix::fs::FileExt;
+
+    use nix::fcntl::{FallocateFlags, fallocate};
+    use nix::sys::memfd::{MFdFlags, memfd_create};
+
+    use super::*;
+    use crate::engine::remote::Tid;
+    use crate::engine::state::objects::find::flags_of;
+    use crate::engine::sys::shm;
+
+    /// A memfd of ours, as an object of this very process.
+    fn book(name: &str, page_bytes: u64, size: u64) -> (File, ObjectBook, Memory) {
+        let file = File::from(memfd_create(name, MFdFlags::MFD_CLOEXEC | flags_of(page_bytes)).unwrap());
+        file.set_len(size).unwrap();
+        let pid = Tid::try_from(std::process::id()).unwrap();
+        (file, ObjectBook::new(pid), Memory::open(pid).unwrap())
+    }
+
+    /// Looks, and selects of the object of that name; its window is from the answer.
+    fn look(book: &mut ObjectBook, name: &str, last: bool) -> (u64, Vec<(u64, u64)>) {
+        let mut layout = Layout::default();
+        book.look(&mut layout, true).unwrap();
+        let window = layout.objects.iter().find(|o| o.name == name.as_bytes()).unwrap().window;
+        let selected = book.select(&layout, Vec::new(), last);
+        let mut windows = selected.suspects;
+        selected.windows.iter().for_each(|(s, e)| windows.insert(s, e));
+        let of_it = windows.overlap(window, window + (1 << 30)).map(|(s, e)| (s - window, e - window));
+        (window, of_it.collect())
+    }
+
+    #[test]
+    fn what_calls_change_is_selected_and_holes_are_not() {
+        let (file, mut book, _) = book("select-calls", 0, 1 << 20);
+        file.write_all_at(&[1; 8192], 0x4000).unwrap();
+        // Its change must not be of just now, or it counts as changed at the last look in any case.
+        let changed = || std::os::unix::fs::MetadataExt::ctime_nsec(&file.metadata().unwrap());
+        let settled = |book: &ObjectBook| book.held.values().any(|h| h.baseline.is_some());
+        let before = changed();
+        while !settled(&book) {
+            book.start(&mut Layout::default()).unwrap();
+        }
+        assert_eq!(changed(), before);
+        assert_eq!(look(&mut book, "select-calls", false).1, [(0x4000, 0x6000)], "new: all there is");
+        assert_eq!(look(&mut book, "select-calls", false).1, [], "nothing changed");
+        assert_eq!(look(&mut book, "select-calls", true).1, [], "nothing changed since the start");
+        file.write_all_at(&[2; 100], 0x8001).unwrap();
+        let both = [(0x4000, 0x6000), (0x8000, 0x9000)];
+        assert_eq!(look(&mut book, "select-calls", false).1, both);
+        assert_eq!(look(&mut book, "select-calls", false).1, [], "nothing changed since that look");
+        let (window, found) = look(&mut book, "select-calls", true);
+        assert_eq!(found, both, "changed at some time since the start");
+        let hole = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+        fallocate(file.as_fd(), hole, 0x5000, 0x1000).unwrap();
+        let mut sent = Extents::new();
+        sent.insert(window + 0x4000, window + 0x6000);
+        assert_eq!(book.gone(&sent), [(window + 0x5000, window + 0x6000)]);
+    }
+
+    #[test]
+    fn what_is_written_through_a_mapping_goes_by_the_window() {
+        let (file, mut book, _) = book("select-mapped", 0, 0x8000);
+        file.write_all_at(&[1; 0x6000], 0x1000).unwrap();
+        let mut layout = Layout::default();
+        book.look(&mut layout, true).unwrap();
+        let object = layout.objects.iter().find(|o| o.name == b"select-mapped").unwrap();
+        let (id, window) = (object.id, object.window);
+        let kind = crate::proto::image::VmaKind::VmaMemfdShared.into();
+        let vma = Vma { start: 0x10000, end: 0x14000, offset: 0x5000, kind, shm_inode: id, ..Vma::default() };
+        let private = Vma { start: 0x20000, end: 0x24000, ..Vma::default() };
+        layout.vmas = vec![vma, private];
+        book.select(&layout, Vec::new(), false);
+        // The pages with the offsets 5 to 8, of which 7 is a hole and 8 is behind the end.
+        let runs = [(0x10000, 0x4000), (0x21000, 0x1000)].map(|(start, len)| RemoteRange { start, len });
+        let selected = book.select(&layout, runs.to_vec(), false);
+        assert_eq!(selected.mapped, [RemoteRange { start: 0x21000, len: 0x1000 }]);
+        assert!(selected.suspects.overlap(window, window + 0x8000).next().is_none());
+        let found: Vec<_> = selected.windows.overlap(window, window + 0x10000).collect();
+        assert_eq!(found, [(window + 0x5000, window + 0x7000)]);
+    }
+
+    #[test]
+    fn a_huge_page_that_was_dropped_and_is_there_again_is_found() {
+        const HUGE: usize = 2 << 20;
+        let (file, mut book, memory) = book("select-huge", HUGE as u64, HUGE as u64);
+        if shm::write_mapped(file.as_fd(), 0, HUGE, 0x3000, &[7; 4096]).is_err() {
+            eprintln!("no huge page is free: not tested");
+            return;
+        }
+        let (window, _) = look(&mut book, "select-huge", false);
+        let mut sums = Sums::default();
+        sums.record(window, &[0; 4096]);
+        sums.record(window + 0x3000, &[7; 4096]);
+        let mut sent = Extents::new();
+        sent.insert(window, window + HUGE as u64);
+        let layout = Layout::default();
+        assert!(book.dropped_huge(&layout, &sent, &sums, &memory).unwrap().is_empty());
+        let hole = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+        fallocate(file.as_fd(), hole, 0, HUGE as i64).unwrap();
+        let dropped = book.dropped_huge(&layout, &sent, &sums, &memory).unwrap();
+        assert_eq!(dropped.total(), HUGE as u64);
+    }
+}
