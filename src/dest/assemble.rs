@@ -231,7 +231,7 @@ fn drop_ranges(skeleton: &mut Skeleton, ranges: &[(u64, u64)]) -> Result<(), Ass
             let (from, to) = (start.max(vma.start), end.min(vma.end));
             // In a shared object the page must go for everybody.
             let advice = match vma.kind() {
-                VmaKind::VmaAnonShared => libc::MADV_REMOVE,
+                VmaKind::VmaAnonShared | VmaKind::VmaMemfdShared | VmaKind::VmaSysv => libc::MADV_REMOVE,
                 _ => libc::MADV_DONTNEED,
             };
             batch.call(libc::SYS_madvise, &[from.into(), (to - from).into(), advice.into()]);

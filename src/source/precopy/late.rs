@@ -48,13 +48,22 @@ impl Precopy {
         self.send_layout(round, layout, sink)?;
         let untouched = self.send_untouched(round, &runs, sink)?;
         let touched = self.touched(&runs, &untouched);
-        let (late, early) = owed::split(&touched, &self.placed);
+        let (mut late, early) = owed::split(&touched, &self.placed);
+        let mut windows = selected.windows;
+        selected.suspects.iter().for_each(|(start, end)| windows.insert(start, end));
+        self.put_late_windows(&mut windows, &mut late);
         self.send_pages(round, &early, sink, &without_stop(go))?;
-        self.send_windows(round, &selected.windows, sink, &without_stop(go))?;
+        self.send_windows(round, &windows, sink, &without_stop(go))?;
         self.packer.flush(sink)?;
         self.put_missing(round, &late, sink)?;
         self.put(frame::round_end(round), sink)?;
         Ok(self.owed.total() / PAGE_BYTES)
+    }
+
+    /// Takes out of `windows` what may follow.
+    fn put_late_windows(&self, windows: &mut Extents, late: &mut Extents) {
+        let by_mappings = owed::split_windows(windows, &self.placed, |id| self.objects.is_open(id));
+        by_mappings.iter().for_each(|(start, end)| late.insert(start, end));
     }
 
     fn put_missing<E: std::error::Error>(
@@ -104,11 +113,13 @@ impl Precopy {
         let exact = rest.dirty.overlap(WINDOWS_START, WINDOWS_END);
         exact.for_each(|(start, end)| windows.insert(start, end));
         rest.dirty.remove(WINDOWS_START, WINDOWS_END);
-        let total = rest.dirty.total() / PAGE_BYTES;
+        let total = (rest.dirty.total() + windows.total()) / PAGE_BYTES;
         let (mut late, mut early) = if self.owed.is_empty() && total <= eager_pages {
             (Extents::new(), rest.dirty)
         } else {
-            owed::split(&rest.dirty, &self.placed)
+            let (mut late, early) = owed::split(&rest.dirty, &self.placed);
+            self.put_late_windows(&mut windows, &mut late);
+            (late, early)
         };
         for page in hot.iter().map(|address| address & !(PAGE_BYTES - 1)) {
             // Of huge pages the destination takes whole ones only.

@@ -166,8 +166,8 @@ pub struct UrgentServer {
 }
 
 impl UrgentServer {
-    /// Listens beside the main listener at `main`: on the same address and the next port if it is free, else
-    /// on any. `hello` makes our first message for each connection (the version is filled in).
+    /// Listens beside the main listener at `main`: on the same address, ten thousand ports further on (17077
+    /// for 7077) if that one is free, else on any. `hello` makes our first message for each connection (the version is filled in).
     ///
     /// # Errors
     /// [`TransportError`] if the thread, the socket or TLS cannot be set up.
@@ -255,10 +255,14 @@ impl Drop for UrgentServer {
     }
 }
 
+/// From the main port to the one for single pages: known in advance, so that it can be let through
+/// firewalls, and not the next one, which a second service on the host may want for itself.
+const PORT_DISTANCE: u16 = 10_000;
+
 fn listen(node: &Node, main: SocketAddr) -> Result<Endpoint, TransportError> {
     let at = |port| setup::listen(node, SocketAddr::new(main.ip(), port), &settings());
-    match main.port().checked_add(1).filter(|next| *next > 1) {
-        Some(next) => at(next).or_else(|_| at(0)),
+    match main.port().checked_add(PORT_DISTANCE).filter(|_| main.port() > 0) {
+        Some(port) => at(port).or_else(|_| at(0)),
         None => at(0),
     }
 }

@@ -267,12 +267,12 @@ fn a_taken_port_is_passed_over() {
     let b = place();
     // An address that no other test uses.
     let main: SocketAddr = ([127, 0, 0, 77], 7077).into();
-    let taken = UdpSocket::bind((main.ip(), 7078)).unwrap();
+    let taken = UdpSocket::bind((main.ip(), 17077)).unwrap();
     let second = UrgentServer::start(b.node.clone(), main, hello).unwrap();
-    assert_ne!(second.port(), 7078);
+    assert_ne!(second.port(), 17077);
     drop(taken);
     let third = UrgentServer::start(b.node.clone(), main, hello).unwrap();
-    assert_eq!(third.port(), 7078);
+    assert_eq!(third.port(), 17077);
 }
 
 #[test]

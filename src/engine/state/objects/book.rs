@@ -136,6 +136,11 @@ impl ObjectBook {
         Ok(reasons)
     }
 
+    /// Whether the process has a descriptor of this object, by the last look.
+    pub fn is_open(&self, id: u64) -> bool {
+        self.held.get(&id).is_none_or(|held| held.is_open)
+    }
+
     /// The object to whose window an address belongs.
     pub fn at(&self, address: u64) -> Option<&Object> {
         self.find(address).map(|held| &held.image)
