@@ -687,7 +687,7 @@ fn page_bytes(vma: &Vma) -> u64 {
 fn check_pages(vma: &Vma) -> Result<(), TableError> {
     let page = page_bytes(vma);
     let known = page == PAGE_BYTES || page == HUGE_BYTES;
-    let fits = known && [vma.start, vma.end, vma.offset].iter().all(|at| at % page == 0);
+    let fits = known && [vma.start, vma.end, vma.offset].iter().all(|at| at.is_multiple_of(page));
     if fits { Ok(()) } else { Err(TableError::PageSize(vma.start)) }
 }
 
