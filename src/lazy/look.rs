@@ -41,29 +41,49 @@ impl Advising {
     }
 }
 
-/// How often threads that run are looked at again, and after which time: one that waits with an event is
-/// woken for a moment whenever another's is read, and cannot be looked into meanwhile.
-const LOOKS: usize = 6;
+/// How often threads that run are looked at again, and after which time.
+const LOOKS: usize = 200;
 const LOOK_AGAIN: Duration = Duration::from_micros(20);
+/// More CPU time than a thread takes to find out that it was woken for another's event.
+const BRIEF_NS: u64 = 50_000;
 
-/// All threads of `pid` that give memory up right now; of all processes if it is not known.
+/// All threads of `pid` that give memory up and wait for us; of all processes if it is not known.
+///
+/// A thread that runs cannot be looked into; and one that waits with an event runs for a moment whenever
+/// another's event is read. So those that run are looked at until they wait, or have run too long for that.
 pub(super) fn advising(pid: Option<Tid>) -> Vec<Advising> {
     let mut seen = Vec::new();
-    let mut left: Vec<(Tid, Tid)> = tasks(pid).collect();
+    let mut left: Vec<(Tid, Tid, Option<u64>)> = tasks(pid).map(|(pid, tid)| (pid, tid, None)).collect();
     for look in 0..LOOKS {
         if look > 0 {
             std::thread::sleep(LOOK_AGAIN);
         }
-        left.retain(|(pid, tid)| {
-            let Ok(text) = std::fs::read(format!("/proc/{pid}/task/{tid}/syscall")) else { return true };
+        left.retain_mut(|(pid, tid, ran)| {
+            let task = format!("/proc/{pid}/task/{tid}");
+            let text = match std::fs::read(format!("{task}/syscall")) {
+                Ok(text) => text,
+                // It has ended, or has changed its mind while it was looked at.
+                Err(error) => return error.raw_os_error() == Some(libc::EAGAIN),
+            };
             seen.extend(parse_advising(&text));
-            text.starts_with(b"running")
+            if !text.starts_with(b"running") {
+                return false;
+            }
+            let now = cpu_time(&task);
+            let since = *ran.get_or_insert(now);
+            now.saturating_sub(since) < BRIEF_NS
         });
         if left.is_empty() {
             break;
         }
     }
     seen
+}
+
+/// How long a thread has run, in nanoseconds.
+fn cpu_time(task: &str) -> u64 {
+    let text = std::fs::read_to_string(format!("{task}/schedstat")).unwrap_or_default();
+    text.split(' ').next().and_then(|word| word.parse().ok()).unwrap_or(0)
 }
 
 /// Whether a thread of `pid` (of any process, if it is not known) has told of an event and waits.

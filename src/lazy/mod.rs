@@ -180,7 +180,8 @@ impl Lazy {
         len: u64,
         content: impl Fn(u64, u64) -> Content<'a>,
     ) -> Result<(), LazyError> {
-        let end = address.checked_add(len).filter(|_| address % PAGE_BYTES == 0 && len % PAGE_BYTES == 0);
+        let end = address.checked_add(len);
+        let end = end.filter(|_| address.is_multiple_of(PAGE_BYTES) && len.is_multiple_of(PAGE_BYTES));
         let end = end.ok_or(LazyError::NotPages { address, len })?;
         let mut at = address;
         while at < end {

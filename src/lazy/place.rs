@@ -273,8 +273,9 @@ impl State {
         match filled {
             Ok(_) => self.stats.zero_filled += 1,
             Err(Errno::ESRCH) => self.gone(mm),
+            Err(Errno::EAGAIN) => self.later.push(Wake { mm, address, len: page }),
             Err(errno) => {
-                if !matches!(errno, Errno::EEXIST | Errno::EAGAIN | Errno::ENOENT) {
+                if !matches!(errno, Errno::EEXIST | Errno::ENOENT) {
                     tracing::error!(%errno, address, "placing zeros");
                 }
                 self.wake(Wake { mm, address, len: page });

@@ -44,6 +44,9 @@ pub(super) struct State {
     pub(super) stats: Stats,
     /// Faults that wait for an answer: since when, by source address.
     pub(super) waiting: BTreeMap<u64, Instant>,
+    /// Who cannot be answered before an event is read. Woken earlier, they would fault again, and faults
+    /// are read before events.
+    pub(super) later: Vec<Wake>,
     pid: Tid,
     /// At so many mms those that are gone are looked for.
     sweep_at: usize,
@@ -79,6 +82,7 @@ impl State {
             huge: Assembler::default(),
             stats: Stats::default(),
             waiting: BTreeMap::new(),
+            later: Vec::new(),
             pid,
             sweep_at: FIRST_SWEEP,
         }
@@ -91,7 +95,7 @@ impl State {
             // Which thread gives shared memory up, and how, can only be seen while it waits for us.
             let advising = if !self.objects.is_empty() && self.table.shares(mm, 0, u64::MAX) {
                 if !look::has_message(space.uffd.as_fd()) {
-                    return Pumped::Settled;
+                    return self.settled();
                 }
                 if self.is_quiet(mm) {
                     // A fault that is there for more than a moment is read before any event that comes now.
@@ -110,7 +114,7 @@ impl State {
             };
             match uffd::read_message(space.uffd.as_fd()) {
                 Ok(message) => self.act(mm, message, &advising, epoll, asks),
-                Err(Errno::EAGAIN) => return Pumped::Settled,
+                Err(Errno::EAGAIN) => return self.settled(),
                 Err(Errno::EINTR) => {}
                 Err(errno) => {
                     tracing::error!(pid = self.pid, %errno, "reading a userfaultfd");
@@ -119,6 +123,12 @@ impl State {
                 }
             }
         }
+        Pumped::Settled
+    }
+
+    /// There is nothing more to read: who had to wait for that looks again.
+    fn settled(&mut self) -> Pumped {
+        std::mem::take(&mut self.later).into_iter().for_each(|wake| self.wake(wake));
         Pumped::Settled
     }
 
@@ -166,7 +176,7 @@ impl State {
             Fault::NotMissing { mm: by, address: at, page } => {
                 self.fill_zero(by, at, page);
                 if (by, at) != (mm, address & !(page - 1)) {
-                    self.wake(Wake { mm, address: address & !(page - 1), len: page });
+                    self.later.push(Wake { mm, address: address & !(page - 1), len: page });
                 }
             }
             Fault::Unknown => self.unknown(mm, address & !(PAGE_BYTES - 1)),
@@ -186,11 +196,11 @@ impl State {
             if self.table.is_empty() {
                 return self.fill_zero(mm, address, PAGE_BYTES);
             }
-            return self.wake(again);
+            return self.later.push(again);
         };
         match look::mapping(pid, address) {
             // It is gone, or the process is: whoever waits finds out.
-            Err(()) | Ok(None) => self.wake(again),
+            Err(()) | Ok(None) => self.later.push(again),
             Ok(Some(m)) if m.inode == 0 => self.fill_zero(mm, address, PAGE_BYTES),
             Ok(Some(m)) => {
                 let object = self.objects.iter().find(|(_, o)| (o.dev, o.inode) == (m.dev, m.inode));

@@ -54,6 +54,8 @@ fn a_signal_that_is_due_repeats_a_fault_and_no_request() {
     let mut rig = Rig::start_holding("signals", Take::All, first);
     rig.worker.go();
     assert_eq!(rig.worker.line(), "waiting");
+    // The thread is in its fault, inside of read(2), when the signal comes.
+    rig.wait_asked_for(rig.worker.regions[0].start);
     rig.worker.go();
     // The page is not sent until its fault has come many times.
     let start = std::time::Instant::now();

@@ -237,8 +237,7 @@ impl Source {
         loop {
             let next = {
                 let unsent = self.unsent.lock().unwrap();
-                let next = if back { unsent.iter().last() } else { unsent.iter().next() };
-                next
+                if back { unsent.iter().last() } else { unsent.iter().next() }
             };
             let Some((s, e)) = next else { return };
             if back {
@@ -297,6 +296,14 @@ impl Rig {
         let start = std::time::Instant::now();
         while self.source.asked.lock().unwrap().len() < count {
             assert!(start.elapsed() < PATIENCE, "nobody asks");
+            std::thread::yield_now();
+        }
+    }
+
+    pub(crate) fn wait_asked_for(&self, page: u64) {
+        let start = std::time::Instant::now();
+        while !self.source.asked.lock().unwrap().contains(&page) {
+            assert!(start.elapsed() < PATIENCE, "nobody asks for {page:x}");
             std::thread::yield_now();
         }
     }

@@ -68,6 +68,8 @@ pub fn spawn_with_pid(
     let argv0: &CStr = c"migrate-skeleton";
     let argv = [argv0.as_ptr(), std::ptr::null()];
     let envp = [std::ptr::null::<libc::c_char>()];
+    let mut kept = [exe, go, keep];
+    kept.sort_unstable();
     let set_tid = [pid];
     let mut args = CloneArgs {
         exit_signal: u64::from(libc::SIGCHLD.unsigned_abs()),
@@ -86,6 +88,16 @@ pub fn spawn_with_pid(
         libc::syscall(libc::SYS_prctl, libc::PR_SET_PDEATHSIG, libc::SIGKILL, 0, 0, 0);
         // A session of its own: the one it had stays with its leader, which does not move.
         libc::syscall(libc::SYS_setsid);
+        // It may wait for long, and must not hold what others of us want to close meanwhile: a
+        // userfaultfd that somebody still holds goes on stopping its process.
+        let mut from = 0;
+        for fd in kept {
+            if fd > from {
+                libc::syscall(libc::SYS_close_range, from, fd - 1, 0);
+            }
+            from = fd + 1;
+        }
+        libc::syscall(libc::SYS_close_range, from, u32::MAX, 0);
         let mut byte = 0u8;
         if libc::syscall(libc::SYS_read, go, &raw mut byte, 1) == 1 {
             // `keep` must survive the exec; everything else goes by close-on-exec.

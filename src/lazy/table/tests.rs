@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use proptest::prelude::*;
 
 use super::*;
+use crate::proto::image::{Layout, Vma, VmaKind};
 
 const PAGE: u64 = PAGE_BYTES;
 /// Pages of the little world: 0..16 and 24..32 private, 40..48 and 56..64 the same shared object.
