@@ -1,6 +1,7 @@
 //! The objects at the destination: made, filled through descriptors of ours, and finished.
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::FileExt;
@@ -63,16 +64,17 @@ impl Objects {
     pub fn reconcile(&mut self, process: &mut dyn RemoteCalls, wanted: &[Object]) -> Result<(), ObjectError> {
         for object in wanted {
             let failed = |step| ObjectError::sys(step, name_of(object));
-            if !self.made.contains_key(&object.id) {
-                let file = make(process, object)?;
-                self.made.insert(object.id, Made { image: object.clone(), file });
-            }
-            if let Some(made) = self.made.get_mut(&object.id) {
-                made.image = object.clone();
-                let len = made.file.metadata().map_err(failed("examining"))?.len();
-                if object.kind() == ObjectKind::ObjectMemfd && len != object.size {
-                    made.file.set_len(object.size).map_err(failed("setting the size"))?;
+            let made = match self.made.entry(object.id) {
+                Entry::Occupied(there) => there.into_mut(),
+                Entry::Vacant(place) => {
+                    let file = make(process, object)?;
+                    place.insert(Made { image: object.clone(), file })
                 }
+            };
+            made.image = object.clone();
+            let len = made.file.metadata().map_err(failed("examining"))?.len();
+            if object.kind() == ObjectKind::ObjectMemfd && len != object.size {
+                made.file.set_len(object.size).map_err(failed("setting the size"))?;
             }
         }
         Ok(())
@@ -362,7 +364,7 @@ pub fn check(layout: &Layout) -> Result<(), &'static str> {
         if object.page_bytes != 0 && (!object.page_bytes.is_power_of_two() || unit == PAGE_BYTES) {
             return Err("an object's page size");
         }
-        let in_order = object.window >= WINDOWS_START && object.window % unit == 0;
+        let in_order = object.window >= WINDOWS_START && object.window.is_multiple_of(unit);
         let end = object.size.checked_next_multiple_of(unit).and_then(|s| object.window.checked_add(s));
         if !in_order || end.is_none_or(|end| end > WINDOWS_END) {
             return Err("an object's window");
@@ -388,7 +390,7 @@ pub fn check(layout: &Layout) -> Result<(), &'static str> {
 /// A mapping of an object fits it.
 fn of(vma: &Vma, layout: &Layout) -> Result<(), &'static str> {
     let unit = vma.page_bytes.max(PAGE_BYTES);
-    if !unit.is_power_of_two() || vma.start % unit != 0 || vma.end % unit != 0 || vma.offset % unit != 0 {
+    if !unit.is_power_of_two() || [vma.start, vma.end, vma.offset].iter().any(|v| !v.is_multiple_of(unit)) {
         return Err("a mapping of huge pages is not aligned");
     }
     if !from_object(vma) {

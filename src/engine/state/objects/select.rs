@@ -220,7 +220,7 @@ mod tests {
         let layout = Layout::default();
         assert!(book.dropped_huge(&layout, &sent, &sums, &memory).unwrap().is_empty());
         let hole = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
-        fallocate(file.as_fd(), hole, 0, HUGE as i64).unwrap();
+        fallocate(file.as_fd(), hole, 0, i64::try_from(HUGE).unwrap()).unwrap();
         let dropped = book.dropped_huge(&layout, &sent, &sums, &memory).unwrap();
         assert_eq!(dropped.total(), HUGE as u64);
     }

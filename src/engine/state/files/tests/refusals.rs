@@ -27,11 +27,11 @@ fn everything_unknown_is_refused_by_name_at_once() {
     let path = dir.path().join("f");
     let mut s = Held::source();
     s.call(libc::SYS_inotify_init1, &[0]);
-    s.with(|b| {
+    let memfd = s.with(|b| {
         let name = b.input_c_string(b"m");
         b.call(libc::SYS_memfd_create, &[name, 0u32.into()])
-    })
-    .unwrap();
+    });
+    s.call(libc::SYS_flock, &[memfd.unwrap(), libc::LOCK_EX.into()]);
     s.call(libc::SYS_socket, &[libc::AF_INET.into(), libc::SOCK_DGRAM.into(), 0]);
     s.call(libc::SYS_socket, &[libc::AF_NETLINK.into(), libc::SOCK_RAW.into(), 0]);
     s.call(libc::SYS_socket, &[libc::AF_UNIX.into(), libc::SOCK_STREAM.into(), 0]);
@@ -49,7 +49,7 @@ fn everything_unknown_is_refused_by_name_at_once() {
     let seen = reasons(&s, &options());
     let expected = [
         "inotify",
-        "memfd",
+        "locks",
         "UDP",
         "netlink",
         "without a connection",
