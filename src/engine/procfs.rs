@@ -101,8 +101,8 @@ fn unescape(path: &[u8]) -> Vec<u8> {
     out
 }
 
-/// Start and end of a mapping, and its two-letter VmFlags.
-pub type MappingFlags = (u64, u64, Vec<[u8; 2]>);
+/// A mapping, and its two-letter VmFlags.
+pub type MappingFlags = (MapsEntry, Vec<[u8; 2]>);
 
 /// VmFlags of each mapping in /proc/PID/smaps (proc_pid_smaps(5)).
 ///
@@ -112,14 +112,14 @@ pub fn parse_smaps_flags(text: &[u8]) -> Result<Vec<MappingFlags>, ProcfsError> 
     let mut all: Vec<MappingFlags> = Vec::new();
     for line in text.split(|b| *b == b'\n').filter(|l| !l.is_empty()) {
         if let Some(flags) = line.strip_prefix(b"VmFlags:") {
-            if let Some((.., list)) = all.last_mut() {
+            if let Some((_, list)) = all.last_mut() {
                 *list = flags.split(|b| *b == b' ').filter_map(|f| f.try_into().ok()).collect();
             }
         } else if line.first().is_some_and(u8::is_ascii_hexdigit)
             && !line.first().is_some_and(u8::is_ascii_uppercase)
         {
             let entry = parse_maps_line(line).ok_or_else(|| bad(line))?;
-            all.push((entry.start, entry.end, Vec::new()));
+            all.push((entry, Vec::new()));
         }
     }
     Ok(all)

@@ -36,10 +36,14 @@ impl FlagCache {
         Ok(Self { flags })
     }
 
-    /// The flags of the mapping that holds `address`.
-    fn at(&self, address: u64) -> &[[u8; 2]] {
-        let i = self.flags.partition_point(|(_, end, _)| *end <= address);
-        self.flags.get(i).filter(|(start, ..)| *start <= address).map_or(&[], |(.., f)| f)
+    /// The flags of a mapping, if it was there at the last look: of what else was there they say nothing.
+    fn of(&self, mapping: &MapsEntry) -> &[[u8; 2]] {
+        let i = self.flags.partition_point(|(was, _)| was.end <= mapping.start);
+        let same = |was: &MapsEntry| {
+            let object = |m: &MapsEntry| (m.dev, m.inode, m.shared);
+            was.start <= mapping.start && object(was) == object(mapping)
+        };
+        self.flags.get(i).filter(|(was, _)| same(was)).map_or(&[], |(_, f)| f)
     }
 }
 
@@ -140,7 +144,7 @@ pub fn capture(pid: Tid, flags: &FlagCache) -> Result<CapturedMap, MapError> {
     let mut known: HashMap<Vec<u8>, Option<u32>> = HashMap::new();
     let mut map = CapturedMap { layout: Layout::default(), reasons: Vec::new() };
     for m in &entries {
-        let vm_flags = flags.at(m.start);
+        let vm_flags = flags.of(m);
         let refused = REFUSED_FLAGS.iter().find(|(f, _)| vm_flags.contains(f)).map(|(_, why)| *why);
         let kind = match (kind_of(m), refused) {
             (Ok(None), _) => continue,
