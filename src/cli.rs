@@ -181,6 +181,12 @@ enum SubCommand {
         #[arg(allow_hyphen_values = true, trailing_var_arg = true)]
         args: Vec<String>,
     },
+    /// Part of the program's own machinery.
+    #[command(name = "__guardian", hide = true)]
+    Guardian {
+        /// Which migration it guards.
+        id: MigrationId,
+    },
 }
 
 /// What to do with the list of trusted nodes.
@@ -227,6 +233,8 @@ pub enum Request {
     Demo(crate::demo::Args),
     /// Hidden: watches over something for another process of this program.
     Sentinel(Vec<String>),
+    /// Hidden: holds the missing pages of a migration.
+    Guardian(MigrationId),
 }
 
 /// Reads the process's arguments; shows help or a usage error (exit status 2) by itself.
@@ -270,6 +278,7 @@ where
         }
         Some(SubCommand::Demo(args)) => Request::Demo(args),
         Some(SubCommand::Sentinel { args }) => Request::Sentinel(args),
+        Some(SubCommand::Guardian { id }) => Request::Guardian(id),
     };
     Ok((global, request))
 }

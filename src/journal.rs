@@ -83,7 +83,7 @@ pub struct Incoming {
     pub peer: String,
     /// How far the destination had come.
     pub state: IncomingState,
-    /// Pages are missing until the source has confirmed: a guardian holds them, see `lazy`.
+    /// Pages are missing until the source has confirmed: a guardian holds them, see `dest::guardian`.
     #[serde(default)]
     pub misses: bool,
     /// It was stopped (SIGSTOP) at the source, and must be left so.

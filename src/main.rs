@@ -39,6 +39,7 @@ fn run(global: &Global, request: Request) -> Result<ExitCode> {
         Request::Move(config) => return migrate_process(global, &config),
         Request::Serve(config) => migrate::dest::serve(config).context("serving")?,
         Request::Sentinel(args) => sentinel(global, &args)?,
+        Request::Guardian(id) => migrate::dest::guardian::run(&global.state_dir, id)?,
         Request::Demo(args) => migrate::demo::run(&args)?,
         Request::Check(config) => return check(global, &config),
         Request::Resume(id) => return resume(global, id),

@@ -90,6 +90,11 @@ impl Assembly {
         }
     }
 
+    /// Whether pages are missing, as far as the source has told.
+    pub(super) fn is_missing_any(&self) -> bool {
+        !self.missing.is_empty()
+    }
+
     /// The finished skeleton, and the pages that will come after the resume.
     ///
     /// # Errors

@@ -3,13 +3,19 @@
 //! Frames that answer requests come on a connection of their own and are placed on its thread; those of the
 //! push come by the driver. Both go into the same [`Lazy`], which places each page once.
 
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
 
+use super::guardian::{Guard, GuardianError};
 use crate::engine::extents::Extents;
+use crate::engine::remote::Tid;
 use crate::engine::skeleton::Skeleton;
 use crate::engine::state::mm::canonical;
 use crate::identity::Fingerprint;
-use crate::lazy::{Lazy, LazyError};
+use crate::lazy::book::BookError;
+use crate::lazy::{Ask, Held, Lazy, LazyError};
 use crate::migration::MigrationId;
 use crate::pageserver::frame::{Frame, FrameError};
 use crate::pageserver::runs;
@@ -39,11 +45,24 @@ pub(super) struct Drain {
     lazy: Arc<OnceLock<Arc<Lazy>>>,
     urgent: Arc<Mutex<Option<UrgentHandle>>>,
     unpacker: Unpacker,
+    state_dir: PathBuf,
+    /// Who keeps the process waiting if we die.
+    guard: Option<Guard>,
+    /// When another guardian could not be had.
+    failed_at: Option<Instant>,
 }
+
+/// How long to wait before another guardian is tried.
+const GUARD_AGAIN: Duration = Duration::from_secs(1);
 
 impl Drain {
     /// The source may attach from now on.
-    pub(super) fn expect(server: Arc<UrgentServer>, id: MigrationId, peer: Fingerprint) -> Self {
+    pub(super) fn expect(
+        server: Arc<UrgentServer>,
+        id: MigrationId,
+        peer: Fingerprint,
+        state_dir: &Path,
+    ) -> Self {
         let mut drain = Self {
             server,
             id,
@@ -51,6 +70,9 @@ impl Drain {
             lazy: Arc::default(),
             urgent: Arc::default(),
             unpacker: Unpacker::default(),
+            state_dir: state_dir.to_owned(),
+            guard: None,
+            failed_at: None,
         };
         drain.detach();
         drain
@@ -96,16 +118,91 @@ impl Drain {
     pub(super) fn start(&mut self, skeleton: &mut Skeleton, missing: Extents) -> Result<(), LazyError> {
         let layout = skeleton.layout().clone();
         let missing = canonical(missing, &layout);
-        let urgent = self.urgent.clone();
-        let ask = move |pages: &[u64]| {
-            if let Some(handle) = urgent.lock().unwrap_or_else(PoisonError::into_inner).as_ref() {
-                handle.ask(pages);
-            }
-        };
-        let lazy = Lazy::start(skeleton, &layout, &missing, Box::new(ask))?;
+        let lazy = Lazy::start(skeleton, &layout, &missing, self.ask())?;
         // Only one is ever started.
         let _ = self.lazy.set(Arc::new(lazy));
         Ok(())
+    }
+
+    /// Goes on where an earlier service ended, with what its guardian held.
+    ///
+    /// # Errors
+    /// See [`Lazy::take_over`].
+    pub(super) fn take_over(
+        &mut self,
+        pid: Tid,
+        guard: Guard,
+        kept: &[(Held, OwnedFd)],
+    ) -> Result<(), (LazyError, Guard)> {
+        let keeper = match guard.keeper() {
+            Ok(keeper) => keeper,
+            Err(source) => {
+                let source = BookError::Io { step: "finding a way to", source };
+                return Err((source.into(), guard));
+            }
+        };
+        match Lazy::take_over(pid, kept, keeper, self.ask()) {
+            Ok(lazy) => {
+                let _ = self.lazy.set(Arc::new(lazy));
+                self.guard = Some(guard);
+                Ok(())
+            }
+            Err(error) => Err((error, guard)),
+        }
+    }
+
+    fn ask(&self) -> Ask {
+        let urgent = self.urgent.clone();
+        Box::new(move |pages: &[u64]| {
+            if let Some(handle) = urgent.lock().unwrap_or_else(PoisonError::into_inner).as_ref() {
+                handle.ask(pages);
+            }
+        })
+    }
+
+    /// Starts the guardian, so that it is there when it is needed.
+    ///
+    /// # Errors
+    /// If it cannot be started.
+    pub(super) fn prepare_guard(&mut self) -> Result<(), GuardianError> {
+        if self.guard.is_none() {
+            self.guard = Some(Guard::spawn(&self.state_dir, self.id)?);
+        }
+        Ok(())
+    }
+
+    /// Gives the guardian all that it has to hold. From here on the process waits for its pages even if we
+    /// die.
+    ///
+    /// # Errors
+    /// If the guardian does not take it.
+    pub(super) fn entrust(&mut self) -> Result<(), GuardianError> {
+        self.prepare_guard()?;
+        let (Some(guard), Some(lazy)) = (&self.guard, self.lazy.get()) else { return Ok(()) };
+        if guard.is_new() {
+            guard.await_ready()?;
+        }
+        let taken = guard.keeper().and_then(|keeper| lazy.entrust(keeper));
+        taken.map_err(|source| GuardianError { step: "giving it what it has to hold", source })
+    }
+
+    /// If the guardian has died, starts another one.
+    pub(super) fn keep_guarded(&mut self) {
+        let Some(lazy) = self.lazy.get() else { return };
+        let guarded = self.guard.as_ref().is_some_and(Guard::is_alive) && lazy.is_entrusted();
+        let recently = self.failed_at.is_some_and(|at| at.elapsed() < GUARD_AGAIN);
+        if guarded || recently || lazy.is_done() {
+            return;
+        }
+        tracing::warn!(id = %self.id, "the guardian of the missing pages is gone: starting another one");
+        if let Some(guard) = self.guard.take() {
+            guard.dismiss();
+        }
+        let again = self.entrust();
+        self.failed_at = again.is_err().then(Instant::now);
+        if let Err(error) = again {
+            tracing::error!(error = &error as &dyn std::error::Error, "nobody guards the missing pages");
+        }
     }
 
     /// Whether pages were missing at the resume.
@@ -163,6 +260,9 @@ impl Drain {
         *self.handle() = None;
         if let Some(lazy) = self.lazy.get() {
             lazy.finish();
+        }
+        if let Some(guard) = self.guard.take() {
+            guard.dismiss();
         }
     }
 }

@@ -9,23 +9,23 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
-use super::assemble::{Applied, AssembleError, Assembly};
+use super::assemble::{Applied, Assembly};
 use super::drain::Drain;
 use super::machine::DestMachine;
-use super::protocol::{Action, Cause, Event, LinkId, Message, Outcome, Tell};
-use super::reaper;
+use super::protocol::{Action, Event, LinkId, Message, Outcome, Tell};
+use super::steps::{ActionError, step_name};
 use super::wire::{Extras, late_signals, to_control, to_message};
-use crate::engine::address::{Address, AddressSet};
+use super::{reaper, recover};
+use crate::engine::address::AddressSet;
 use crate::engine::alive;
-use crate::engine::clocks::{self, ClockError, Shift};
+use crate::engine::clocks::{self, Shift};
 use crate::engine::kernel::Host;
 use crate::engine::reason::{Reason, chain};
 use crate::engine::remote::Tid;
-use crate::engine::restore::{self, RestoreError};
-use crate::engine::skeleton::{ReservedPid, Skeleton, SkeletonError};
+use crate::engine::restore;
+use crate::engine::skeleton::{ReservedPid, Skeleton};
 use crate::engine::state::files;
 use crate::journal::{self, Incoming, IncomingState, Journal, JournalError};
-use crate::lazy::LazyError;
 use crate::migration::{MigrationId, ProcessKey};
 use crate::operator::protocol::Phase;
 use crate::operator::{End, Posting};
@@ -60,28 +60,6 @@ const INBOX_POLL: Duration = Duration::from_millis(20);
 const PROGRESS_EVERY: Duration = Duration::from_secs(1);
 /// The connection that began the migration.
 const OWN_LINK: LinkId = LinkId(0);
-
-#[derive(Debug, thiserror::Error)]
-enum ActionError {
-    #[error(transparent)]
-    Assemble(#[from] AssembleError),
-    #[error(transparent)]
-    Restore(#[from] RestoreError),
-    #[error(transparent)]
-    Files(#[from] files::RestoreFilesError),
-    #[error(transparent)]
-    Clocks(#[from] ClockError),
-    #[error(transparent)]
-    Journal(#[from] JournalError),
-    #[error(transparent)]
-    Skeleton(#[from] SkeletonError),
-    #[error(transparent)]
-    Alive(#[from] alive::AliveError),
-    #[error("watching for missing pages")]
-    Lazy(#[from] LazyError),
-    #[error("this step came before the one that it needs")]
-    Order,
-}
 
 /// One incoming migration.
 pub(super) struct Driver {
@@ -181,6 +159,7 @@ impl Driver {
             if let Some(event) = self.drained() {
                 return event;
             }
+            self.drain.keep_guarded();
             // Faults are answered elsewhere: whether all is there can only be looked at.
             if self.drain.is_active() && !self.drained_told {
                 self.posting.phase(if self.link.is_some() { Phase::Postcopy } else { Phase::Paused });
@@ -254,7 +233,13 @@ impl Driver {
         // Frames that were under way when we gave up are nobody's.
         let assembly = self.assembly.as_mut()?;
         self.posting.carried((HEADER_BYTES + frame.payload().len()) as u64);
-        match assembly.apply(frame) {
+        let applied = assembly.apply(frame);
+        if assembly.is_missing_any()
+            && let Err(error) = self.drain.prepare_guard()
+        {
+            return Some(self.failed("guarding the missing pages", &error.into()));
+        }
+        match applied {
             Ok(Applied::Placed) if last_progress.elapsed() > PROGRESS_EVERY => {
                 *last_progress = Instant::now();
                 Some(Event::Progress)
@@ -283,6 +268,8 @@ impl Driver {
         if !missing.is_empty() {
             self.clock.begin("watch");
             self.drain.start(&mut skeleton, missing)?;
+            self.clock.begin("guard");
+            self.drain.entrust()?;
         }
         self.clock.begin("restore");
         let elapsed = clocks::catch_up(process.clocks.as_ref(), &self.shift)?;
@@ -328,14 +315,16 @@ impl Driver {
                 Ok(None)
             }
             Action::Resume(right) => {
-                if let Some(skeleton) = self.skeleton.take()
-                    && let Err(error) = skeleton.resume(self.stopped, &self.late)
-                {
-                    tracing::error!(error = &error as &dyn std::error::Error, "resuming the process");
+                match self.skeleton.take().map(|skeleton| skeleton.resume(self.stopped, &self.late)) {
+                    Some(Ok(())) => reaper::adopt(right.process().pid),
+                    Some(Err(error)) => {
+                        tracing::error!(error = &error as &dyn std::error::Error, "resuming the process");
+                        reaper::adopt(right.process().pid);
+                    }
+                    None => recover::lower_fence(right.process(), self.stopped),
                 }
                 self.clock.end();
                 self.posting.phase(if self.drain.is_active() { Phase::Postcopy } else { Phase::Complete });
-                reaper::adopt(right.process().pid);
                 Ok(None)
             }
             Action::Attach(_) => {
@@ -460,36 +449,4 @@ impl Driver {
             let _ = link.finish(Duration::from_secs(2));
         }
     }
-}
-
-/// For the log of a finished migration.
-pub(super) fn in_words(outcome: &Outcome) -> String {
-    match outcome {
-        Outcome::Moved => "moved here".into(),
-        Outcome::NotMoved(Cause::Unable(reasons)) => {
-            let list: Vec<String> = reasons.iter().map(ToString::to_string).collect();
-            format!("refused: {}", list.join("; "))
-        }
-        Outcome::NotMoved(cause) => format!("not moved: {cause}"),
-    }
-}
-
-fn step_name(action: &Action) -> &'static str {
-    match action {
-        Action::Build => "making the skeleton",
-        Action::Record(_) => "recording the process",
-        Action::Accept => "accepting the process",
-        _ => "switching over",
-    }
-}
-
-/// The addresses of a plan, with what `ip address add` would give them.
-pub(super) fn parse_addresses(texts: &[String]) -> Result<Vec<Address>, Reason> {
-    texts
-        .iter()
-        .map(|text| match text.parse() {
-            Ok(spec) => Ok(Address::new(spec)),
-            Err(_) => Err(Reason::new(format!("address {text}"), "is not ADDR/PREFIX@DEV", "")),
-        })
-        .collect()
 }

@@ -6,12 +6,14 @@
 pub mod assemble;
 mod drain;
 mod driver;
+pub mod guardian;
 pub mod machine;
 mod preflight;
 pub mod protocol;
 mod reaper;
 mod recover;
 mod serve;
+mod steps;
 mod wire;
 
 pub use serve::{ServeError, serve};

@@ -1,6 +1,6 @@
 //! What this host has against taking a process: everything at once, before anything is made.
 
-use super::driver::parse_addresses;
+use super::steps::parse_addresses;
 use crate::engine::address::{self, AddressSet};
 use crate::engine::kernel::{self, Host};
 use crate::engine::pids;

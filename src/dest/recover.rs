@@ -1,16 +1,18 @@
 //! What a restarted service finds in its journal: processes that are its own, and what was left to do.
 
-use std::path::Path;
 use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
-use nix::sys::signal::Signal;
+use nix::errno::Errno;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 
 use super::driver::Arrival;
+use super::guardian::Guard;
 use super::machine::DestMachine;
 use super::protocol::{Action, Event, LinkId, Message, Tell};
-use super::serve::{Entry, Registry};
+use super::serve::{Entry, Service};
 use super::wire::{Extras, to_control};
 use crate::engine::address::AddressSet;
 use crate::engine::alive;
@@ -19,19 +21,22 @@ use crate::engine::procfs;
 use crate::engine::reason::Reason;
 use crate::engine::sys::pidfd::PidFd;
 use crate::journal::{self, Incoming, IncomingState, Journal, JournalError};
-use crate::operator::protocol::{Phase, Side};
-use crate::operator::{About, Board, client};
+use crate::migration::ProcessKey;
+use crate::operator::About;
+use crate::operator::protocol::Phase;
 use crate::transport::{Link, LinkSender};
 
 /// The one question that is being answered.
 const ASKER: LinkId = LinkId(1);
 
 /// Goes through the records of an earlier service: completes what was accepted, forgets the rest. For each
-/// process of ours a thread answers the source's questions until it confirms.
+/// process of ours a thread answers the source's questions until it confirms, and one that misses pages is
+/// gone on with, if a guardian holds them.
 ///
 /// # Errors
 /// If the journal cannot be read at all.
-pub(super) fn recover(state_dir: &Path, registry: &Registry, board: &Arc<Board>) -> Result<(), JournalError> {
+pub(super) fn recover(service: &Arc<Service>) -> Result<(), JournalError> {
+    let (state_dir, registry, board) = (&service.config.state_dir, &service.registry, &service.board);
     let journal = Journal::<Incoming>::open(state_dir)?;
     let (records, unreadable) = journal.list()?;
     for error in unreadable {
@@ -40,8 +45,9 @@ pub(super) fn recover(state_dir: &Path, registry: &Registry, board: &Arc<Board>)
     let boot = journal::boot_id()?;
     for record in records {
         if record.boot != boot {
-            // The process went with its boot.
+            // The process went with its boot, and its guardian, but for a socket.
             journal.remove(record.id)?;
+            let _ = Guard::find(state_dir, record.id);
             continue;
         }
         let process = match alive::open_untraced(record.process.pid, record.process.start_ticks) {
@@ -51,6 +57,27 @@ pub(super) fn recover(state_dir: &Path, registry: &Registry, board: &Arc<Board>)
                 continue;
             }
         };
+        let guardian = match Guard::find(state_dir, record.id) {
+            Ok(guardian) => guardian,
+            Err(error) => {
+                tracing::error!(id = %record.id, error = &error as &dyn std::error::Error, "no guardian");
+                None
+            }
+        };
+        match guardian {
+            Some((guard, kept)) if record.misses && process.is_some() => {
+                match service.take_over(&record, guard, &kept) {
+                    Ok(()) => continue,
+                    Err(guard) => {
+                        // While the guardian still keeps them waiting.
+                        kill_family(&record);
+                        guard.dismiss();
+                    }
+                }
+            }
+            Some((guard, _)) => guard.dismiss(),
+            None => {}
+        }
         let accepted = record.state == IncomingState::Accepted;
         let (machine, actions) = DestMachine::recovered(record.process, accepted, process.is_some());
         let mut recovered = Recovered {
@@ -68,7 +95,7 @@ pub(super) fn recover(state_dir: &Path, registry: &Registry, board: &Arc<Board>)
         let id = recovered.record.id;
         let entry = Entry { inbox, peer: recovered.record.peer.clone() };
         registry.lock().unwrap_or_else(PoisonError::into_inner).insert(id, entry);
-        let posting = board.post(recovered.about(), Arc::default());
+        let posting = board.post(About::of(&recovered.record), Arc::default());
         posting.phase(Phase::Complete);
         let registry = registry.clone();
         let thread = std::thread::Builder::new().name("dest-recovered".into()).spawn(move || {
@@ -94,17 +121,6 @@ struct Recovered {
 }
 
 impl Recovered {
-    fn about(&self) -> About {
-        let Incoming { id, process, peer, .. } = &self.record;
-        About {
-            id: *id,
-            side: Side::Destination,
-            pid: i32::try_from(process.pid).unwrap_or(0),
-            command: client::command_of(process.pid),
-            peer: peer.clone(),
-        }
-    }
-
     fn answer(&mut self, asks: &Receiver<Arrival>) {
         while let Ok(arrival) = asks.recv() {
             let message = match arrival {
@@ -146,7 +162,7 @@ impl Recovered {
                     }
                 }
                 Action::Resume(_) if self.record.misses => self.kill(),
-                Action::Resume(_) => self.lower_fence(),
+                Action::Resume(right) => lower_fence(right.process(), self.record.was_stopped),
                 Action::Forget => {
                     if let Err(error) = self.journal.remove(self.record.id) {
                         tracing::error!(error = &error as &dyn std::error::Error, "forgetting");
@@ -175,24 +191,64 @@ impl Recovered {
     }
 
     fn kill(&self) {
-        if let Some(process) = &self.process
-            && let Err(errno) = process.signal(Signal::SIGKILL)
-        {
-            tracing::error!(pid = self.record.process.pid, %errno, "ending a process that misses pages");
+        if self.process.is_some() {
+            kill_family(&self.record);
         }
     }
+}
 
-    /// The old service died between acceptance and resume: the fence still holds the process.
-    fn lower_fence(&self) {
-        let Some(process) = &self.process else { return };
-        let stat = std::fs::read(format!("/proc/{}/stat", self.record.process.pid)).unwrap_or_default();
-        let stopped = procfs::parse_stat(&stat).is_ok_and(|s| s.state == b'T');
-        if stopped
-            && !self.record.was_stopped
-            && !fence::another_stop_waits(self.record.process.pid)
-            && let Err(errno) = process.signal(Signal::SIGCONT)
-        {
-            tracing::error!(pid = self.record.process.pid, %errno, "lowering the fence");
+/// Ends a process that misses pages, and all that it has started: its children miss them as well.
+fn kill_family(record: &Incoming) {
+    let mut family = vec![record.process.pid];
+    loop {
+        let before = family.len();
+        for (pid, parent) in parents() {
+            if family.contains(&parent) && !family.contains(&pid) {
+                family.push(pid);
+            }
         }
+        // The parent first: it has no more children then.
+        for pid in &family {
+            if let Ok(raw) = i32::try_from(*pid)
+                && let Err(errno) = kill(Pid::from_raw(raw), Signal::SIGKILL)
+                && errno != Errno::ESRCH
+            {
+                tracing::error!(pid, %errno, "ending a process that misses pages");
+            }
+        }
+        if family.len() == before {
+            return;
+        }
+    }
+}
+
+/// All processes, and whose children they are.
+fn parents() -> Vec<(u32, u32)> {
+    let Ok(entries) = std::fs::read_dir("/proc") else { return Vec::new() };
+    entries
+        .flatten()
+        .filter_map(|entry| {
+            let pid = entry.file_name().to_str()?.parse().ok()?;
+            let stat = procfs::parse_stat(&std::fs::read(entry.path().join("stat")).ok()?).ok()?;
+            Some((pid, u32::try_from(stat.ppid).ok()?))
+        })
+        .collect()
+}
+
+/// The old service died between acceptance and resume: the fence still holds the process.
+pub(super) fn lower_fence(process: ProcessKey, was_stopped: bool) {
+    let stat = std::fs::read(format!("/proc/{}/stat", process.pid)).unwrap_or_default();
+    let stopped = procfs::parse_stat(&stat).is_ok_and(|s| s.state == b'T');
+    if !stopped || was_stopped || fence::another_stop_waits(process.pid) {
+        return;
+    }
+    match alive::open(process.pid, process.start_ticks) {
+        Ok(Some(open)) => {
+            if let Err(errno) = open.signal(Signal::SIGCONT) {
+                tracing::error!(pid = process.pid, %errno, "lowering the fence");
+            }
+        }
+        Ok(None) => {}
+        Err(error) => tracing::error!(error = &error as &dyn std::error::Error, "lowering the fence"),
     }
 }

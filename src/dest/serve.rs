@@ -2,24 +2,31 @@
 
 use std::collections::HashMap;
 use std::io::Write;
+use std::os::fd::OwnedFd;
 use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::drain::Drain;
-use super::driver::{Arrival, Ask, Driver, in_words};
-use super::machine::answer_unknown;
-use super::protocol::Message;
+use super::driver::{Arrival, Ask, Driver, Inbox};
+use super::guardian::Guard;
+use super::machine::{DestMachine, answer_unknown};
+use super::protocol::{Message, Outcome};
 use super::recover;
+use super::steps::in_words;
 use super::wire::{Extras, migration_of, to_control, to_message};
 use crate::config::ServeConfig;
+use crate::engine::address::AddressSet;
 use crate::engine::clocks::{self, Shift};
 use crate::engine::kernel::Host;
+use crate::engine::remote::Tid;
 use crate::identity::{IdentityError, Node};
-use crate::journal::JournalError;
+use crate::journal::{self, JournalError};
+use crate::lazy::Held;
 use crate::migration::MigrationId;
 use crate::operator::protocol::Side;
 use crate::operator::{About, Board, Listener, client};
+use crate::proto::control::Begin;
 use crate::report::PhaseClock;
 use crate::transport::urgent::UrgentServer;
 use crate::transport::{Incoming, Link, Server, Settings, TransportError};
@@ -66,11 +73,11 @@ pub(super) struct Entry {
 /// All migrations that have a thread.
 pub(super) type Registry = Arc<Mutex<HashMap<MigrationId, Entry>>>;
 
-struct Service {
-    config: ServeConfig,
+pub(super) struct Service {
+    pub config: ServeConfig,
     host: Arc<Host>,
-    registry: Registry,
-    board: Arc<Board>,
+    pub registry: Registry,
+    pub board: Arc<Board>,
     urgent: Arc<UrgentServer>,
 }
 
@@ -84,7 +91,6 @@ pub fn serve(config: ServeConfig) -> Result<(), ServeError> {
     let host = Arc::new(Host::probe()?);
     let registry = Registry::default();
     let board = Arc::new(Board::default());
-    recover::recover(&config.state_dir, &registry, &board)?;
     let _listener = Listener::start(&config.state_dir, board.clone());
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
@@ -96,12 +102,14 @@ pub fn serve(config: ServeConfig) -> Result<(), ServeError> {
         let mut server = Server::bind(node.clone(), config.listen, Settings::default(), crate::hello::hello)?;
         let addr = server.local_addr();
         let urgent = Arc::new(UrgentServer::start(node.clone(), addr, crate::hello::hello)?);
+        server.also_for(&urgent);
+        let service = Arc::new(Service { config, host, registry, board, urgent });
+        // Before anybody can ask, and with a way for the missing pages of those that wait for them.
+        recover::recover(&service)?;
         let mut out = std::io::stdout();
         writeln!(out, "listening on {addr} (fingerprint {})", node.fingerprint())
             .and_then(|()| out.flush())
             .map_err(io("writing to standard output"))?;
-        server.also_for(&urgent);
-        let service = Arc::new(Service { config, host, registry, board, urgent });
         while let Some(link) = server.accept().await {
             match link {
                 Err(failed) => {
@@ -193,7 +201,7 @@ impl Service {
         }
     }
 
-    fn migration(&self, id: MigrationId, begin: crate::proto::control::Begin, link: Link) {
+    fn migration(&self, id: MigrationId, begin: Begin, link: Link) {
         let received = clocks::here();
         let peer = link.peer().fingerprint.to_string();
         let (inbox, asks) = channel();
@@ -214,15 +222,22 @@ impl Service {
             peer: link.peer().addr.to_string(),
         };
         // Before the answer: the source attaches as soon as it knows the port.
-        let drain = Drain::expect(self.urgent.clone(), id, link.peer().fingerprint);
-        let driver = Driver {
+        let peer_key = link.peer().fingerprint;
+        let drain = Drain::expect(self.urgent.clone(), id, peer_key, &self.config.state_dir);
+        let mut driver = self.driver(id, about, peer, asks, drain);
+        (driver.begin, driver.received, driver.link) = (begin, received.ok(), Some(link));
+        self.finish(id, &driver.run());
+    }
+
+    fn driver(&self, id: MigrationId, about: About, peer: String, inbox: Inbox, drain: Drain) -> Driver {
+        Driver {
             posting: self.board.post(about, Arc::default()),
             id,
-            begin,
-            received: received.ok(),
+            begin: Begin::default(),
+            received: None,
             shift: Shift::default(),
-            link: Some(link),
-            inbox: asks,
+            link: None,
+            inbox,
             state_dir: self.config.state_dir.clone(),
             host: self.host.clone(),
             assembly: None,
@@ -237,9 +252,58 @@ impl Service {
             peer,
             drain,
             drained_told: false,
-        };
-        let outcome = driver.run();
-        tracing::info!(%id, "{}", in_words(&outcome));
+        }
+    }
+
+    fn finish(&self, id: MigrationId, outcome: &Outcome) {
+        tracing::info!(%id, "{}", in_words(outcome));
         self.registry.lock().unwrap_or_else(PoisonError::into_inner).remove(&id);
+    }
+
+    /// Goes on, in a thread of its own, with a process that runs here and misses pages which a guardian
+    /// holds. Otherwise the guardian comes back, and the process must be killed.
+    pub(super) fn take_over(
+        self: &Arc<Self>,
+        record: &journal::Incoming,
+        guard: Guard,
+        kept: &[(Held, OwnedFd)],
+    ) -> Result<(), Guard> {
+        let (id, pid) = (record.id, Tid::try_from(record.process.pid).unwrap_or(0));
+        let Ok(peer) = record.peer.parse() else { return Err(guard) };
+        let mut drain = Drain::expect(self.urgent.clone(), id, peer, &self.config.state_dir);
+        if let Err((error, guard)) = drain.take_over(pid, guard, kept) {
+            tracing::error!(%id, pid, error = &error as &dyn std::error::Error, "not taken over");
+            return Err(guard);
+        }
+        let (inbox, asks) = channel();
+        let entry = Entry { inbox, peer: record.peer.clone() };
+        self.registry.lock().unwrap_or_else(PoisonError::into_inner).insert(id, entry);
+        let mut driver = self.driver(id, About::of(record), record.peer.clone(), asks, drain);
+        driver.process = Some(record.process);
+        driver.stopped = record.was_stopped;
+        driver.addresses = AddressSet::of(&record.addresses).ok();
+        let (machine, actions) = DestMachine::recovered(record.process, true, true);
+        let service = self.clone();
+        let thread = std::thread::Builder::new()
+            .name("dest-recovered".into())
+            .spawn(move || service.finish(id, &driver.run_from(machine, actions)));
+        if let Err(error) = thread {
+            // The driver is dropped, and the process killed with it.
+            tracing::error!(%id, %error, "no thread for a process that misses pages");
+        }
+        Ok(())
+    }
+}
+
+impl About {
+    /// What a record says.
+    pub(super) fn of(record: &journal::Incoming) -> Self {
+        Self {
+            id: record.id,
+            side: Side::Destination,
+            pid: i32::try_from(record.process.pid).unwrap_or(0),
+            command: client::command_of(record.process.pid),
+            peer: record.peer.clone(),
+        }
     }
 }

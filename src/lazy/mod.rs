@@ -19,7 +19,8 @@
 //! to place pages (EAGAIN); a fault that overtakes the event about its own address is caught by that.
 //!
 //! When the last userfaultfd is closed, whoever waits for a page reads zeros. So a [`Lazy`] may be closed
-//! only when nothing is missing, and its owner must not die before (see [`Lazy::finish`]).
+//! only when nothing is missing (see [`Lazy::finish`]), and its owner, who may die before, gives duplicates
+//! of all that it holds to a [`Keeper`]; whoever gets them from there goes on ([`Lazy::take_over`]).
 //!
 //! Not seen by a userfaultfd, and so to be placed before the process runs: written pages of private file
 //! mappings, memory that also a descriptor or a new attachment leads to (a memfd that is open, System V
@@ -27,8 +28,10 @@
 //! (MADV_GUARD_INSTALL) are lost when the pages arrive, and MADV_WIPEONFORK is followed only as of the
 //! freeze.
 
+pub mod book;
 mod handler;
 mod huge;
+mod keep;
 mod look;
 mod pieces;
 mod place;
@@ -48,10 +51,12 @@ use nix::sys::eventfd::EventFd;
 use crate::engine::extents::Extents;
 use crate::engine::memory::PAGE_BYTES;
 use crate::engine::remote::{InjectError, Tid};
+use book::BookError;
 use place::{Content, Progress};
 use state::State;
 use table::TableError;
 
+pub use keep::{Held, Keeper, Kept};
 pub use stats::Stats;
 
 /// Why missing pages cannot be served, or one could not be placed.
@@ -102,6 +107,12 @@ pub enum LazyError {
         /// How many.
         len: u64,
     },
+    /// The book cannot be written, or not be gone on by.
+    #[error(transparent)]
+    Book(#[from] BookError),
+    /// Somebody's userfaultfd, or the book, was not kept.
+    #[error("not all that is needed for the missing pages was kept")]
+    NotKept,
     /// A page could not be placed; it is still missing.
     #[error("placing a page at {address:#x}")]
     Place {
@@ -267,6 +278,11 @@ impl Lazy {
     /// Ends the reader and closes everything: the mappings become ordinary ones again. If pages are
     /// missing, the processes that miss them are killed first: they would read zeros.
     pub fn finish(&self) {
+        self.stop_reader();
+        self.shared.lock().close();
+    }
+
+    fn stop_reader(&self) {
         let reader = self.reader.lock().unwrap_or_else(PoisonError::into_inner).take();
         if let Some(reader) = reader {
             if let Err(errno) = self.shared.stop.write(1) {
@@ -275,7 +291,6 @@ impl Lazy {
                 tracing::error!("the reader of faults has panicked");
             }
         }
-        self.shared.lock().close();
     }
 }
 

@@ -74,6 +74,7 @@ impl State {
         first: bool,
     ) -> Result<Progress, LazyError> {
         let placed = self.put_all(source, content, first);
+        self.write_down();
         // Until then, a fault there has been asked for.
         if !matches!(placed, Ok(Progress::Again)) {
             self.answered(source, source + content.len());
@@ -182,7 +183,9 @@ impl State {
                     (limit, twice) = (step.len, false);
                 }
                 Err(Errno::EEXIST) => {
-                    self.stats.present += step.page / PAGE_BYTES;
+                    if !self.again {
+                        self.stats.present += step.page / PAGE_BYTES;
+                    }
                     self.mark(step, done, step.page);
                     self.wake(Wake { mm, address: address + done, len: step.page });
                     done += step.page;

@@ -8,9 +8,10 @@ use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
+use super::book::Book;
 use super::handler::{self, STOP};
 use super::state::{ObjectFile, Space, State};
-use super::table::{MmId, Registered, Table};
+use super::table::{Registered, Table};
 use super::{Ask, Lazy, LazyError, Shared, look};
 use crate::engine::extents::Extents;
 use crate::engine::memory::PAGE_BYTES;
@@ -51,17 +52,24 @@ impl Lazy {
                 .map_err(|errno| LazyError::Register { start: *start, end: *end, errno })?;
         }
         let objects = objects(pid, &registered)?;
+        let book = Book::new(layout, missing)?;
+        let mut spaces = BTreeMap::new();
+        spaces.insert(0, Space { uffd, pid: Some(pid) });
+        Self::serve(pid, State::new(table, spaces, objects, pid, book), ask)
+    }
+
+    /// Starts the reader.
+    pub(super) fn serve(pid: Tid, state: State, ask: Ask) -> Result<Self, LazyError> {
+        let sys = |step| move |errno| LazyError::Sys { step, pid, errno };
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).map_err(sys("making an epoll"))?;
         let stop = EventFd::from_flags(EfdFlags::EFD_CLOEXEC).map_err(sys("making an eventfd"))?;
         epoll.add(&stop, EpollEvent::new(EpollFlags::EPOLLIN, STOP)).map_err(sys("watching an eventfd"))?;
-        let main: MmId = 0;
-        epoll
-            .add(&uffd, EpollEvent::new(EpollFlags::EPOLLIN, main.into()))
-            .map_err(sys("watching a userfaultfd"))?;
-        let mut spaces = BTreeMap::new();
-        spaces.insert(main, Space { uffd, pid: Some(pid) });
-        let state = Mutex::new(State::new(table, spaces, objects, pid));
-        let shared = Arc::new(Shared { state, changed: Condvar::new(), epoll, stop, ask });
+        for (mm, space) in &state.spaces {
+            epoll
+                .add(&space.uffd, EpollEvent::new(EpollFlags::EPOLLIN, (*mm).into()))
+                .map_err(sys("watching a userfaultfd"))?;
+        }
+        let shared = Arc::new(Shared { state: Mutex::new(state), changed: Condvar::new(), epoll, stop, ask });
         let its = Arc::clone(&shared);
         let reader = std::thread::Builder::new()
             .name(format!("faults-{pid}"))

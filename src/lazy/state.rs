@@ -10,7 +10,9 @@ use nix::sys::epoll::{Epoll, EpollEvent, EpollFlags};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
+use super::book::Book;
 use super::huge::Assembler;
+use super::keep::{Held, Keeper};
 use super::look::{self, Advice, Advising};
 use super::stats::Stats;
 use super::table::{Fault, MmId, Place, Table, Wake};
@@ -47,6 +49,11 @@ pub(super) struct State {
     /// Who cannot be answered before an event is read. Woken earlier, they would fault again, and faults
     /// are read before events.
     pub(super) later: Vec<Wake>,
+    pub(super) book: Book,
+    /// Who holds all this as well, in case we die.
+    pub(super) keeper: Option<Box<dyn Keeper>>,
+    /// It was taken over: pages may be there that nobody wrote down.
+    pub(super) again: bool,
     pid: Tid,
     /// At so many mms those that are gone are looked for.
     sweep_at: usize,
@@ -74,6 +81,7 @@ impl State {
         spaces: BTreeMap<MmId, Space>,
         objects: BTreeMap<usize, ObjectFile>,
         pid: Tid,
+        book: Book,
     ) -> Self {
         Self {
             table,
@@ -83,6 +91,9 @@ impl State {
             stats: Stats::default(),
             waiting: BTreeMap::new(),
             later: Vec::new(),
+            book,
+            keeper: None,
+            again: false,
             pid,
             sweep_at: FIRST_SWEEP,
         }
@@ -112,8 +123,18 @@ impl State {
             } else {
                 Vec::new()
             };
-            match uffd::read_message(space.uffd.as_fd()) {
-                Ok(message) => self.act(mm, message, &advising, epoll, asks),
+            if let Err(error) = self.book.reading(true) {
+                tracing::error!(pid = self.pid, error = &error as &dyn std::error::Error, "a book is lost");
+            }
+            let message = uffd::read_message(space.uffd.as_fd());
+            if matches!(message, Ok(Message::Fault { .. }) | Err(_)) {
+                self.settle();
+            }
+            match message {
+                Ok(message) => {
+                    self.act(mm, message, &advising, epoll, asks);
+                    self.settle();
+                }
                 Err(Errno::EAGAIN) => return self.settled(),
                 Err(Errno::EINTR) => {}
                 Err(errno) => {
@@ -130,6 +151,23 @@ impl State {
     fn settled(&mut self) -> Pumped {
         std::mem::take(&mut self.later).into_iter().for_each(|wake| self.wake(wake));
         Pumped::Settled
+    }
+
+    /// Writes down what has changed. Before the lock is released.
+    pub(super) fn write_down(&mut self) {
+        let ops = self.table.take_ops();
+        if let Err(error) = self.book.append(&ops) {
+            // The mark stays, and nobody will go on by this book.
+            tracing::error!(pid = self.pid, error = &error as &dyn std::error::Error, "a book is lost");
+        }
+    }
+
+    /// What was read is acted upon and written down.
+    pub(super) fn settle(&mut self) {
+        self.write_down();
+        if let Err(error) = self.book.reading(false) {
+            tracing::error!(pid = self.pid, error = &error as &dyn std::error::Error, "a book is lost");
+        }
     }
 
     fn act(&mut self, mm: MmId, message: Message, advising: &[Advising], epoll: &Epoll, asks: &mut Vec<u64>) {
@@ -233,6 +271,7 @@ impl State {
             tracing::error!(pid = self.pid, %errno, "watching the memory of a child");
             self.give_up(parent, "its child's memory cannot be watched");
         }
+        self.keep(Held::Space(child), uffd.as_fd());
         self.spaces.insert(child, Space { uffd, pid: None });
         if self.spaces.len() >= self.sweep_at {
             self.sweep();
@@ -240,8 +279,17 @@ impl State {
         }
     }
 
+    fn keep(&mut self, what: Held, fd: std::os::fd::BorrowedFd<'_>) {
+        if let Some(keeper) = &mut self.keeper
+            && let Err(error) = keeper.keep(&[(what, fd)])
+        {
+            tracing::warn!(pid = self.pid, %error, "whoever held the missing pages for us is gone");
+            self.keeper = None;
+        }
+    }
+
     /// Forgets children that have ended, of which no event tells.
-    fn sweep(&mut self) {
+    pub(super) fn sweep(&mut self) {
         let gone: Vec<MmId> = self
             .spaces
             .iter()
@@ -300,6 +348,9 @@ impl State {
     pub(super) fn gone(&mut self, mm: MmId) {
         self.table.gone(mm);
         self.spaces.remove(&mm);
+        if let Some(keeper) = &mut self.keeper {
+            keeper.release(Held::Space(mm));
+        }
     }
 
     /// What would go on with wrong contents is ended: nothing may read zeros instead of what it wrote.
@@ -352,8 +403,14 @@ impl State {
                 self.give_up(0, "its pages are given up");
             }
         }
+        self.let_go();
+    }
+
+    /// Closes what we have of all this, whatever is missing.
+    pub(super) fn let_go(&mut self) {
         self.spaces.clear();
         self.objects.clear();
+        self.keeper = None;
     }
 
     fn poison(&self, mm: MmId, address: u64, len: u64) {

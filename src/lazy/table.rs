@@ -8,9 +8,11 @@
 
 mod build;
 mod events;
+mod ops;
 
 use std::collections::BTreeMap;
 
+use super::book::Op;
 use super::pieces::{Piece, Pieces};
 use crate::engine::extents::Extents;
 use crate::engine::memory::PAGE_BYTES;
@@ -168,6 +170,8 @@ pub struct Table {
     asked: Extents,
     counts: Counts,
     next: MmId,
+    /// What has changed, to be written down.
+    ops: Vec<Op>,
 }
 
 /// A mapping that has to be registered.
@@ -276,18 +280,12 @@ impl Table {
 
     /// `len` bytes of a step, from `done` on, are in place. Returns who waits for them by another mapping.
     pub fn installed(&mut self, step: &Step, done: u64, len: u64) -> Vec<Wake> {
-        let source = step.source + done;
-        self.counts.installed += len / PAGE_BYTES;
         let Some((index, offset)) = step.object else {
-            if let Some(mm) = self.mms.get_mut(&step.mm) {
-                mm.missing.remove(source, source + len);
-            }
+            self.arrived_at(None, step.mm, step.source + done, len);
             return Vec::new();
         };
         let (from, to) = (offset + done, offset + done + len);
-        if let Some(object) = self.objects.get_mut(index) {
-            object.missing.remove(from, to);
-        }
+        self.arrived_at(Some(index), step.mm, from, len);
         let at = |w: &Wake| step.place != Place::Mapped { mm: w.mm, address: w.address.wrapping_sub(done) };
         self.showing(index, from, to)
             .map(|(mm, p)| Wake { mm, address: p.start, len: p.end - p.start })

@@ -218,3 +218,17 @@ fn zeros_are_placed_with_and_without_pages() {
     assert!(rig.lazy.install(u64::MAX - 4095, &[0; 8192]).is_err());
     assert!(rig.lazy.install_zero(start, u64::MAX, false).is_err());
 }
+
+#[test]
+fn another_goes_on_where_one_was_killed() {
+    let small = ["threads", "kernel", "forks", "storms", "shared", "holes"].map(|case| (case, 32 * PAGE));
+    for (case, piece) in small.into_iter().chain([("huge", HUGE)]) {
+        println!("{case}");
+        let mut rig = Rig::start(case, Take::All);
+        rig.worker.go();
+        while rig.source.push_some(&rig.lazy, piece) {
+            rig.hand_over();
+        }
+        rig.finish(false);
+    }
+}

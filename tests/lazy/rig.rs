@@ -1,7 +1,8 @@
 //! A worker, its freeze, and a source of its pages.
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::io::{BufRead, BufReader, Write};
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::process::{Child, ChildStdout, Command, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
@@ -12,7 +13,7 @@ use std::time::Duration;
 use migrate::engine::extents::Extents;
 use migrate::engine::freeze::Frozen;
 use migrate::engine::remote::{Batch, RemoteCalls};
-use migrate::lazy::{Lazy, Stats};
+use migrate::lazy::{Held, Keeper, Lazy, Stats};
 use migrate::proto::image::{Layout, Vma, VmaKind};
 
 pub(crate) const PAGE: u64 = 4096;
@@ -231,6 +232,15 @@ impl Source {
         asked.into_iter().for_each(|page| self.answer(lazy, page));
     }
 
+    /// Sends the first piece of what is left; false if nothing is.
+    pub(crate) fn push_some(&self, lazy: &Lazy, piece: u64) -> bool {
+        let next = self.unsent.lock().unwrap().iter().next();
+        if let Some((s, e)) = next {
+            self.send(lazy, s, e.min(s + piece));
+        }
+        next.is_some()
+    }
+
     /// Sends everything that is left, in pieces, from both ends.
     pub(crate) fn push(&self, lazy: &Lazy, piece: u64) {
         let mut back = false;
@@ -250,6 +260,24 @@ impl Source {
     }
 }
 
+/// Holds duplicates, as a guardian does.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Kept(Arc<Mutex<BTreeMap<Held, OwnedFd>>>);
+
+impl Keeper for Kept {
+    fn keep(&mut self, what: &[(Held, BorrowedFd<'_>)]) -> std::io::Result<()> {
+        let mut kept = self.0.lock().unwrap();
+        for (held, fd) in what {
+            kept.insert(*held, fd.try_clone_to_owned()?);
+        }
+        Ok(())
+    }
+
+    fn release(&mut self, what: Held) {
+        self.0.lock().unwrap().remove(&what);
+    }
+}
+
 /// A worker with missing pages, running.
 pub(crate) struct Rig {
     pub(crate) worker: Worker,
@@ -258,8 +286,11 @@ pub(crate) struct Rig {
     pub(crate) missing: Extents,
     maps: Vec<String>,
     fds: usize,
-    answers: Option<(Sender<Vec<u64>>, JoinHandle<()>)>,
+    answers: Option<Answers>,
+    kept: Kept,
 }
+
+type Answers = (Sender<Vec<u64>>, JoinHandle<()>);
 
 impl Rig {
     pub(crate) fn start(case: &str, take: Take) -> Self {
@@ -278,18 +309,29 @@ impl Rig {
             held: Mutex::new(held(&worker)),
             asked: Mutex::new(Vec::new()),
         });
-        let (asks, asked) = channel::<Vec<u64>>();
-        let ask = Mutex::new(asks.clone());
-        let ask = Box::new(move |pages: &[u64]| {
-            let _ = ask.lock().unwrap().send(pages.to_vec());
-        });
+        let (asks, asked, ask) = line();
         let lazy = Arc::new(Lazy::start(&mut frozen, &worker.layout(), &missing, ask).unwrap());
+        let kept = Kept::default();
+        lazy.entrust(Box::new(kept.clone())).unwrap();
         frozen.thaw().unwrap();
-        let answering = {
-            let (lazy, source) = (Arc::clone(&lazy), Arc::clone(&source));
-            std::thread::spawn(move || answer_all(&asked, &lazy, &source))
+        let answering = answer(asked, &lazy, &source);
+        Self { worker, lazy, source, missing, maps, fds, answers: Some((asks, answering)), kept }
+    }
+
+    /// What serves it ends without a word, and another goes on by what was kept.
+    pub(crate) fn hand_over(&mut self) {
+        let (asks, answering) = self.answers.take().unwrap();
+        asks.send(Vec::new()).unwrap();
+        answering.join().unwrap();
+        self.lazy.abandon();
+        let (asks, asked, ask) = line();
+        let kept: Vec<(Held, OwnedFd)> = {
+            let kept = self.kept.0.lock().unwrap();
+            kept.iter().map(|(held, fd)| (*held, fd.try_clone().unwrap())).collect()
         };
-        Self { worker, lazy, source, missing, maps, fds, answers: Some((asks, answering)) }
+        let keeper = Box::new(self.kept.clone());
+        self.lazy = Arc::new(Lazy::take_over(self.worker.pid(), &kept, keeper, ask).unwrap());
+        self.answers = Some((asks, answer(asked, &self.lazy, &self.source)));
     }
 
     pub(crate) fn wait_asked(&self, count: usize) {
@@ -339,6 +381,7 @@ impl Rig {
         }
         assert_eq!(stats.present, 0, "pages were there already");
         self.lazy.finish();
+        self.kept.0.lock().unwrap().clear();
         let name = format!("faults-{}", self.worker.pid());
         for task in std::fs::read_dir("/proc/self/task").unwrap().flatten() {
             let comm = std::fs::read_to_string(task.path().join("comm")).unwrap_or_default();
@@ -346,6 +389,21 @@ impl Rig {
         }
         stats
     }
+}
+
+/// A channel of requests, and who puts them in.
+fn line() -> (Sender<Vec<u64>>, Receiver<Vec<u64>>, Box<dyn Fn(&[u64]) + Send + Sync>) {
+    let (asks, asked) = channel::<Vec<u64>>();
+    let ask = Mutex::new(asks.clone());
+    let ask = Box::new(move |pages: &[u64]| {
+        let _ = ask.lock().unwrap().send(pages.to_vec());
+    });
+    (asks, asked, ask)
+}
+
+fn answer(asked: Receiver<Vec<u64>>, lazy: &Arc<Lazy>, source: &Arc<Source>) -> JoinHandle<()> {
+    let (lazy, source) = (Arc::clone(lazy), Arc::clone(source));
+    std::thread::spawn(move || answer_all(&asked, &lazy, &source))
 }
 
 fn answer_all(asked: &Receiver<Vec<u64>>, lazy: &Lazy, source: &Source) {

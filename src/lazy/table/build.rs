@@ -25,6 +25,7 @@ impl Table {
             asked: Extents::new(),
             counts: Counts::default(),
             next: 1,
+            ops: Vec::new(),
         };
         let mut unserved = missing.clone();
         let mut mm = Mm {

@@ -2,6 +2,7 @@
 
 use super::{Backing, MmId, PAGE_BYTES, Table, View, Wake};
 use crate::engine::extents::Extents;
+use crate::lazy::book::Op;
 use crate::lazy::pieces::{Piece, Pieces};
 
 /// What is not certain while events of an mm are unread. Threads change the map one after the other, but
@@ -19,6 +20,7 @@ pub(super) struct Motion {
 impl Table {
     /// A child by fork, with the same memory. Pages it does not have either are inherited.
     pub fn fork(&mut self, parent: MmId) -> Option<MmId> {
+        self.ops.push(Op::Fork { parent });
         let id = self.next;
         self.next += 1;
         let mm = self.mms.get_mut(&parent)?;
@@ -44,6 +46,7 @@ impl Table {
     /// `from..from+len` is at `to` now. What was there has left before, and will be told of. `echo`: an
     /// unmap of the old place follows.
     pub fn remap(&mut self, mm: MmId, from: u64, to: u64, len: u64, echo: bool) {
+        self.ops.push(Op::Remap { mm, from, to, len, echo });
         let Some(m) = self.mms.get_mut(&mm) else { return };
         let (from_end, to_end) = (from.saturating_add(len), to.saturating_add(len));
         let earlier = m.motion.leave(from, from_end);
@@ -77,6 +80,10 @@ impl Table {
     /// No event of the mm is due: all that was to be told of it has been.
     pub fn quiet(&mut self, mm: MmId) {
         let Some(m) = self.mms.get_mut(&mm) else { return };
+        if m.motion.is_void() {
+            return;
+        }
+        self.ops.push(Op::Quiet { mm });
         let motion = std::mem::take(&mut m.motion);
         for p in motion.displaced {
             if p.tag.backing == Backing::Private {
@@ -87,6 +94,7 @@ impl Table {
 
     /// A mapping of an object that the table did not know: `start..end` shows it from `offset` on.
     pub fn learn(&mut self, mm: MmId, start: u64, end: u64, object: usize, offset: u64, places: bool) {
+        self.ops.push(Op::Learn { mm, start, end, object, offset, places });
         let page = self.objects.get(object).map_or(PAGE_BYTES, |o| o.page);
         let tag = View { backing: Backing::Shared { object, places }, page, wiped: false };
         if let Some(m) = self.mms.get_mut(&mm) {
@@ -96,6 +104,7 @@ impl Table {
 
     /// The contents of `start..end` are given up; of shared memory only if `hole` says so.
     pub fn remove(&mut self, mm: MmId, start: u64, end: u64, hole: bool) -> Vec<Wake> {
+        self.ops.push(Op::Remove { mm, start, end, hole });
         let Some(m) = self.mms.get_mut(&mm) else { return Vec::new() };
         let mut dropped = 0;
         let mut holes = Vec::new();
@@ -121,6 +130,7 @@ impl Table {
 
     /// An event says that `start..end` is mapped no more.
     pub fn unmap(&mut self, mm: MmId, start: u64, end: u64) {
+        self.ops.push(Op::Unmap { mm, start, end });
         let Some(m) = self.mms.get_mut(&mm) else { return };
         if let Some(at) = m.motion.echoes.iter().position(|echo| *echo == (start, end)) {
             m.motion.echoes.remove(at);
@@ -138,6 +148,7 @@ impl Table {
 
     /// The kernel says that nothing is mapped at `start..end`, and that no event is due.
     pub fn vanished(&mut self, mm: MmId, start: u64, end: u64) {
+        self.ops.push(Op::Vanished { mm, start, end });
         if let Some(m) = self.mms.get_mut(&mm) {
             let gone = m.views.cut(start, end);
             self.forget(mm, &gone);
@@ -160,6 +171,7 @@ impl Table {
 
     /// The mm is no more: the process has ended or has executed another program.
     pub fn gone(&mut self, mm: MmId) {
+        self.ops.push(Op::Gone { mm });
         if let Some(m) = self.mms.remove(&mm) {
             self.counts.dropped += m.missing.total() / PAGE_BYTES;
             self.forget_unmapped();
@@ -191,6 +203,10 @@ impl Pieces<()> {
 }
 
 impl Motion {
+    fn is_void(&self) -> bool {
+        self.displaced.is_empty() && self.echoes.is_empty() && self.children.is_empty()
+    }
+
     /// Takes out what was displaced from `start..end` the longest time ago.
     fn leave(&mut self, start: u64, end: u64) -> Vec<Piece<View>> {
         let mut taken: Vec<Piece<View>> = Vec::new();

@@ -39,6 +39,9 @@ pub(crate) fn cases() -> Vec<Case> {
         weather("loss_1_of_1000", 1, 1),
         weather("loss_10_of_1000", 10, 1),
         Case::new("drain/process_ends", process_ends),
+        Case::new("drain/service_killed", service_killed),
+        Case::new("drain/guardian_killed", guardian_killed),
+        Case::new("drain/service_and_guardian_killed", service_and_guardian_killed),
     ]
 }
 
@@ -184,4 +187,76 @@ fn process_ends(lan: &Lan) -> Result {
     ensure(drain.began.elapsed() < MOVE, || "it took too long".to_owned())?;
     only(&lan.a, 0)?;
     only(&lan.b, 1)
+}
+
+/// The guardian on a host, if there is one.
+fn guardian(host: &Host) -> Result<Option<i32>> {
+    Ok(host.processes()?.into_iter().find(|(_, name)| name == "migrate-guard").map(|(pid, _)| pid))
+}
+
+/// A restarted service goes on: the process finds all its pages, and so do its children.
+fn service_killed(lan: &Lan) -> Result {
+    lan.share_identity()?;
+    let mut service = lan.serve(&lan.b)?;
+    for point in 0..10u32 {
+        let what = |error| format!("killed at point {point}: {error}");
+        let workload = Workload::start(&lan.a, "writer", WRITER)?;
+        let mut drain = Drain::of(lan, workload, service.clone(), SLOW)?;
+        let pid = drain.workload.pid();
+        lan.b.signal(pid, libc::SIGUSR2)?;
+        // A tenth of what it takes undisturbed, each.
+        std::thread::sleep(Duration::from_millis(400) * point);
+        let blows = if point % 3 == 1 { 2 } else { 1 };
+        for _ in 0..blows {
+            lan.b.kill(drain.service.job.pid)?;
+            // Long enough that whoever misses a page waits for it.
+            std::thread::sleep(Duration::from_millis(500));
+            ensure(lan.b.proc(pid).exists(), || what(lan.b.stdout(&drain.workload.job)))?;
+            drain.service = lan.serve(&lan.b)?;
+        }
+        service = drain.service.clone();
+        lan.finish_move(&lan.a, &drain.job, MOVE)?
+            .expect_moved()
+            .map_err(|error| what(format!("{error}\nthe service: {}", lan.b.stderr(&service.job))))?;
+        drain
+            .workload
+            .check_going_on(&lan.b)
+            .map_err(|error| what(format!("{error}\nthe service: {}", lan.b.stderr(&service.job))))?;
+        // No more children.
+        lan.b.signal(pid, libc::SIGUSR2)?;
+        only(&lan.a, 0).map_err(|error| what(error.to_string()))?;
+        only(&lan.b, 2).map_err(|error| what(error.to_string()))?;
+        drain.workload.check_going_on(&lan.b)?;
+        lan.b.kill(pid)?;
+    }
+    only(&lan.b, 1)
+}
+
+/// The service starts another guardian, which is as good: the service is killed then.
+fn guardian_killed(lan: &Lan) -> Result {
+    let mut drain = Drain::begin(lan, SLOW)?;
+    let first = guardian(&lan.b)?.ok_or("there is no guardian")?;
+    lan.b.kill(first)?;
+    let again = |host: &Host| Ok(guardian(host).ok().flatten().filter(|pid| *pid != first));
+    wait_for("another guardian", SETTLE, || again(&lan.b))?;
+    drain.workload.check(&lan.b)?;
+    drain.arrive(lan)
+}
+
+/// Nobody holds the pages: the process must not read zeros in their place.
+fn service_and_guardian_killed(lan: &Lan) -> Result {
+    let drain = Drain::begin(lan, SLOW)?;
+    let pid = drain.workload.pid();
+    // Both at once as far as the process can see: it is stopped meanwhile.
+    lan.b.signal(pid, libc::SIGSTOP)?;
+    let guardian = guardian(&lan.b)?.ok_or("there is no guardian")?;
+    lan.b.signal(drain.service.job.pid, libc::SIGSTOP)?;
+    lan.b.signal(guardian, libc::SIGKILL)?;
+    lan.b.kill(drain.service.job.pid)?;
+    let _service = lan.serve(&lan.b)?;
+    only(&lan.b, 1)?;
+    let outcome = lan.finish_move(&lan.a, &drain.job, MOVE)?;
+    ensure(outcome.exit.code != Some(0), || format!("it is said to have moved: {}", outcome.report))?;
+    let said = lan.b.stdout(&drain.workload.job);
+    ensure(!said.contains("FAIL"), || said)
 }

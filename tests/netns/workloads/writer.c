@@ -3,10 +3,14 @@
  * Each thread owns regions of memory (private anonymous and private file; with the words also shared
  * anonymous, memfd, System V, and some of huge pages), stamps their pages with a sequence over the whole page, and knows for each page what it must
  * contain. Under way it maps, unmaps, moves, grows, shrinks and drops parts of them. One byte that is
- * stale, lost or invented ends the program. PACE is how many stamps a thread makes per millisecond. */
+ * stale, lost or invented ends the program. PACE is how many stamps a thread makes per millisecond.
+ *
+ * After a SIGUSR2 the first thread also forks: its children find its memory as it was at their birth, and
+ * end. After the next one it forks no more. */
 #include "workload.h"
 #include <sys/ipc.h>
 #include <sys/shm.h>
+#include <sys/wait.h>
 
 #define PAGE 4096
 #define WORDS (PAGE / 8)
@@ -269,6 +273,35 @@ static void resize(struct worker *w, struct region *r)
     r->pages = pages;
 }
 
+#define MOST_CHILDREN 3
+static volatile sig_atomic_t forking;
+static pid_t children[MOST_CHILDREN];
+
+static void on_fork(int signal)
+{
+    (void)signal;
+    forking = !forking;
+}
+
+static void look_after_children(struct worker *w)
+{
+    for (int i = 0; i < MOST_CHILDREN; i++) {
+        int status;
+        if (children[i] && waitpid(children[i], &status, WNOHANG) == children[i]) {
+            CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 0, "child: status %x", (unsigned)status);
+            children[i] = 0;
+        }
+        if (!children[i] && forking) {
+            children[i] = fork();
+            CHECK(children[i] >= 0, "fork");
+            if (!children[i]) {
+                verify_all(w);
+                _exit(0);
+            }
+        }
+    }
+}
+
 static void *work(void *argument)
 {
     struct worker *w = argument;
@@ -296,6 +329,8 @@ static void *work(void *argument)
             unmake(w, r);
             make(w, r);
         }
+        if (w->number == 0 && step % 64 == 0)
+            look_after_children(w);
         atomic_fetch_add(&steps, 1);
         unsigned asked_for = atomic_load(&check_asked);
         if (atomic_load(&w->checked) != asked_for) {
@@ -349,6 +384,8 @@ int main(int argc, char **argv)
     }
     /* What is written to by nobody is easier to find the same on the other host. */
     CHECK(close(file) == 0 && (file = open(argv[3], O_RDONLY | O_CLOEXEC)) >= 0, "%s", argv[3]);
+    struct sigaction action = {.sa_handler = on_fork, .sa_flags = SA_RESTART};
+    CHECK(sigaction(SIGUSR2, &action, NULL) == 0, "sigaction");
     for (int i = 0; i < thread_count; i++) {
         workers[i].number = i;
         workers[i].random = mix((uint64_t)i + 1) ^ (uint64_t)getpid();
