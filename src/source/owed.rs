@@ -48,7 +48,8 @@ pub(super) fn split_windows(
         }
         let unit = object.page_bytes.max(PAGE_BYTES);
         let mappings = || layout.vmas.iter().filter(|v| v.shm_inode == object.id);
-        let watched = |v: &Vma| by_window(v) && !v.never_writable && !v.locked && v.offset % unit == 0;
+        let watched =
+            |v: &Vma| by_window(v) && !v.never_writable && !v.locked && v.offset.is_multiple_of(unit);
         if !mappings().all(watched) {
             continue;
         }
