@@ -41,8 +41,9 @@ impl Advising {
     }
 }
 
-/// How often threads that run are looked at again, and after which time.
-const LOOKS: usize = 200;
+/// How often threads that run are looked at again, and after which time: on a busy machine one that is woken
+/// does not run for tens of milliseconds.
+const LOOKS: usize = 20_000;
 const LOOK_AGAIN: Duration = Duration::from_micros(20);
 /// More CPU time than a thread takes to find out that it was woken for another's event.
 const BRIEF_NS: u64 = 50_000;

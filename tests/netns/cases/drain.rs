@@ -64,12 +64,7 @@ impl Drain {
 
     fn of(lan: &Lan, workload: Workload, service: Service, options: &[&str]) -> Result<Self> {
         let job = lan.start_move(&lan.a, &service.address, workload.pid(), options)?;
-        let id = wait_for("post-copy", SETTLE, || {
-            let all = status(lan, &lan.a);
-            let late = all.iter().find(|m| m["phase"] == "postcopy" && m["pages_remaining"] != 0);
-            Ok(late.and_then(|m| m["migration_id"].as_str()).map(str::to_owned))
-        });
-        let id = id.map_err(|error| format!("{error}: {} {}", lan.a.stdout(&job), lan.a.stderr(&job)))?;
+        let id = wait_for_drain(lan, &job)?;
         Ok(Self { workload, service, job, id, began: Instant::now() })
     }
 
@@ -95,8 +90,18 @@ impl Drain {
     }
 }
 
+/// Waits until a process that is moved runs at the destination and misses pages; the migration's number.
+pub(super) fn wait_for_drain(lan: &Lan, job: &Job) -> Result<String> {
+    let id = wait_for("post-copy", SETTLE, || {
+        let all = status(lan, &lan.a);
+        let late = all.iter().find(|m| m["phase"] == "postcopy" && m["pages_remaining"] != 0);
+        Ok(late.and_then(|m| m["migration_id"].as_str()).map(str::to_owned))
+    });
+    Ok(id.map_err(|error| format!("{error}: {} {}", lan.a.stdout(job), lan.a.stderr(job)))?)
+}
+
 /// So many processes are left on a host, soon.
-fn only(host: &Host, count: usize) -> Result {
+pub(super) fn only(host: &Host, count: usize) -> Result {
     wait_for("all else ending", SETTLE, || Ok((host.processes()?.len() == count).then_some(())))
         .map_err(|error| format!("{error}; on {}: {:?}", host.name(), host.processes()).into())
 }

@@ -13,6 +13,7 @@ mod operator;
 mod refusals;
 mod segments;
 mod servers;
+mod storm;
 
 use crate::case::Case;
 
@@ -31,6 +32,7 @@ pub(crate) fn all() -> Vec<Case> {
         clocks::cases(),
         moves::cases(),
         drain::cases(),
+        storm::cases(),
         crash::cases(),
         limbo::cases(),
     ];

@@ -15,7 +15,7 @@ const GROWTH_KIB: u64 = 4096;
 pub(crate) fn cases() -> Vec<Case> {
     let writers = ["precopy", "postcopy", "auto"]
         .map(|mode| Case::new(format!("moves/writer_20_times_{mode}"), move |lan| writer(lan, mode)));
-    let all_kinds = ["precopy", "auto"].map(|mode| {
+    let all_kinds = ["precopy", "postcopy", "auto"].map(|mode| {
         Case::new(format!("moves/writer_of_all_kinds_{mode}"), move |lan| all_kinds(lan, mode))
             .needs(Need::HugePages(HUGE_PAGES))
     });

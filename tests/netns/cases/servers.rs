@@ -13,6 +13,8 @@ use crate::case::{Case, Need, Result, ensure};
 use crate::memcached::{self, Memcached};
 
 const KEYS: u64 = 200_000;
+/// About 160 MiB.
+const MANY_KEYS: u64 = 800_000;
 const VALUE_BYTES: usize = 120;
 /// The writer must get on this much, before the move and again after it.
 const SOME_WRITES: u64 = 2_000;
@@ -22,28 +24,44 @@ pub(crate) fn cases() -> Vec<Case> {
     let redis = || Need::Program("redis-server");
     let memcached = || Need::Program("memcached");
     vec![
-        Case::new("servers/redis_unmoved", |lan| serve::<Redis>(lan, &redis::server(), redis::PORT, false))
-            .needs(redis()),
+        Case::new("servers/redis_unmoved", |lan| {
+            serve::<Redis>(lan, &redis::server(), redis::PORT, KEYS, None)
+        })
+        .needs(redis()),
         Case::new("servers/memcached_unmoved", |lan| {
-            serve::<Memcached>(lan, &memcached::server(), memcached::PORT, false)
+            serve::<Memcached>(lan, &memcached::server(), memcached::PORT, KEYS, None)
         })
         .needs(memcached()),
-        Case::new("servers/redis", |lan| serve::<Redis>(lan, &redis::server(), redis::PORT, true))
-            .needs(redis()),
+        Case::new("servers/redis", |lan| {
+            serve::<Redis>(lan, &redis::server(), redis::PORT, KEYS, Some("auto"))
+        })
+        .needs(redis()),
         Case::new("servers/memcached", |lan| {
-            serve::<Memcached>(lan, &memcached::server(), memcached::PORT, true)
+            serve::<Memcached>(lan, &memcached::server(), memcached::PORT, KEYS, Some("auto"))
         })
         .needs(memcached()),
+        limited("auto").needs(redis()),
+        limited("postcopy").needs(redis()),
     ]
 }
 
-fn serve<S: Store + 'static>(lan: &Lan, server: &Spawn, port: u16, moving: bool) -> Result {
+/// More memory than goes over a gigabit while somebody waits.
+fn limited(mode: &'static str) -> Case {
+    Case::new(format!("servers/redis_over_1_gbit_{mode}"), move |lan| {
+        lan.limit_rate(&lan.a, 1000)?;
+        lan.limit_rate(&lan.b, 1000)?;
+        serve::<Redis>(lan, &redis::server(), redis::PORT, MANY_KEYS, Some(mode))
+    })
+}
+
+/// Under a writer, and moved in a mode if one is given.
+fn serve<S: Store + 'static>(lan: &Lan, server: &Spawn, port: u16, keys: u64, mode: Option<&str>) -> Result {
     let address = SocketAddr::new(Lan::SERVICE.parse()?, port);
     let job = lan.a.spawn(server)?;
     in_client(lan, "connect", move || {
         wait_for("the server answering", Duration::from_secs(20), || Ok(S::connect(address).ok().map(drop)))
     })??;
-    let load = in_client(lan, "fill", move || Load::fill::<S>(address, KEYS, VALUE_BYTES))??;
+    let load = in_client(lan, "fill", move || Load::fill::<S>(address, keys, VALUE_BYTES))??;
 
     let (stop, writes) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
     let (stopped, counted) = (Arc::clone(&stop), Arc::clone(&writes));
@@ -53,13 +71,13 @@ fn serve<S: Store + 'static>(lan: &Lan, server: &Spawn, port: u16, moving: bool)
         (load, activity)
     })?;
     // Whatever fails from here on, the writer is told to stop.
-    let outcome = under_load(lan, job.pid, moving, &writes);
+    let outcome = under_load(lan, job.pid, mode, &writes);
     stop.store(true, Ordering::Relaxed);
     let (load, activity) = writer.join().map_err(|_| "the writer panicked")??;
     outcome?;
     let wrong = in_client(lan, "verify", move || load.verify::<S>(address))??;
     ensure(wrong.is_empty(), || format!("acknowledged writes are missing: {}", wrong.join("; ")))?;
-    ensure(activity.reconnects == u64::from(moving), || format!("{activity:?}"))?;
+    ensure(activity.reconnects == u64::from(mode.is_some()), || format!("{activity:?}"))?;
     println!(
         "    {} writes, longest pause {:.1} ms",
         activity.writes,
@@ -68,18 +86,28 @@ fn serve<S: Store + 'static>(lan: &Lan, server: &Spawn, port: u16, moving: bool)
     Ok(())
 }
 
-fn under_load(lan: &Lan, pid: i32, moving: bool, writes: &AtomicU64) -> Result {
+fn under_load(lan: &Lan, pid: i32, mode: Option<&str>, writes: &AtomicU64) -> Result {
     more_writes(writes)?;
-    if moving {
+    if let Some(mode) = mode {
         lan.share_identity()?;
         let service = lan.serve(&lan.b)?;
-        let options = ["--tcp-close", "--move-ip", Lan::MOVE_IP];
+        let options = ["--tcp-close", "--move-ip", Lan::MOVE_IP, "--mode", mode];
         let outcome = lan.move_to(&lan.a, &service, pid, &options, MOVE)?.expect_moved()?;
         for field in ["migration_id", "downtime_ms", "rounds", "pages_data", "bytes_wire", "phases"] {
             ensure(!outcome.report[field].is_null(), || {
                 format!("the report has no {field}: {}", outcome.report)
             })?;
         }
+        println!(
+            "    {} rounds, downtime {} ms, {} pages after the resume, of which {} were waited for",
+            outcome.report["rounds"].as_array().map_or(0, Vec::len),
+            outcome.report["downtime_ms"],
+            outcome.report["pages_postcopy"],
+            outcome.report["pages_faulted"]
+        );
+        ensure(mode != "postcopy" || outcome.report["pages_postcopy"].as_u64() > Some(0), || {
+            format!("nothing followed after the resume: {}", outcome.report)
+        })?;
         ensure(lan.b.proc(pid).exists() && !lan.a.proc(pid).exists(), || {
             "it is on the wrong host".to_owned()
         })?;
