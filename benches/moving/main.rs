@@ -6,7 +6,12 @@
 //! among them are the sizes of `downtime`, in MiB. `MIGRATE_BIN` names another `migrate` than the one built
 //! with this, to compare two of them under the same conditions.
 
-#![allow(clippy::cast_precision_loss, clippy::cast_possible_truncation, reason = "numbers for people")]
+#![allow(
+    clippy::cast_precision_loss,
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "numbers for people"
+)]
 
 mod calls;
 mod client;
@@ -99,7 +104,7 @@ fn main() -> Result<()> {
 /// speed of memory that was used before.
 fn warm(largest_mib: usize) {
     let start = Instant::now();
-    let bytes = largest_mib * 9 / 4 << 20;
+    let bytes = (largest_mib * 9 / 4) << 20;
     let mut memory = vec![0_u8; bytes];
     memory.iter_mut().step_by(4096).for_each(|byte| *byte = 1);
     std::hint::black_box(&memory);
