@@ -16,6 +16,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, SockaddrIn, connect, getsockopt, socket, sockopt};
 
 use crate::data::{Data, request};
+use crate::table::percentile;
 
 /// Time from one request of the pausing client to the next; every second one is a SET.
 const PACE: Duration = Duration::from_micros(250);
@@ -23,6 +24,8 @@ const PACE: Duration = Duration::from_micros(250);
 const PATIENCE: Duration = Duration::from_secs(10);
 /// Requests in flight of the throughput client.
 const PIPELINE: usize = 16;
+/// How often the writer sends what is due.
+const TICK: Duration = Duration::from_millis(2);
 
 /// A time between two answers, and what it was made of.
 #[derive(Debug, Clone, Copy)]
@@ -32,6 +35,8 @@ pub(crate) struct Gap {
     pub(crate) until_closed: Duration,
     /// From there until a new connection was established.
     pub(crate) until_connected: Duration,
+    /// When the answer came that ended it.
+    pub(crate) ended: Instant,
 }
 
 /// What a client tells while it runs.
@@ -41,11 +46,18 @@ pub(crate) struct Seen {
     /// The longest gap in which the connection broke, and the longest of all others.
     longest: Mutex<[Option<Gap>; 2]>,
     answers: Mutex<Vec<(Instant, usize)>>,
+    /// How long single answers took, and when they came.
+    waits: Mutex<Vec<(Instant, Duration)>>,
 }
 
 impl Seen {
     pub(crate) fn new() -> Arc<Self> {
-        Arc::new(Self { stop: AtomicBool::new(false), longest: Mutex::default(), answers: Mutex::default() })
+        Arc::new(Self {
+            stop: AtomicBool::new(false),
+            longest: Mutex::default(),
+            answers: Mutex::default(),
+            waits: Mutex::default(),
+        })
     }
 
     /// The longest gap since the last call in which the connection broke, and the longest of the others.
@@ -60,6 +72,13 @@ impl Seen {
         count as f64 / (to - from).as_secs_f64().max(1e-6)
     }
 
+    /// This percentile of how long single answers took, of those that came between two instants, in ms.
+    pub(crate) fn wait_ms(&self, percent: usize, from: Instant, to: Instant) -> f64 {
+        let waits = self.waits.lock().unwrap_or_else(PoisonError::into_inner);
+        let within = waits.iter().filter(|(at, _)| *at > from && *at <= to);
+        percentile(&mut within.map(|(_, wait)| wait.as_secs_f64() * 1e3).collect::<Vec<_>>(), percent)
+    }
+
     fn note(&self, gap: Gap) {
         let mut longest = self.longest.lock().unwrap_or_else(PoisonError::into_inner);
         let longest = &mut longest[usize::from(gap.until_closed.is_zero())];
@@ -69,8 +88,72 @@ impl Seen {
     }
 }
 
-/// Asks at an even pace and notes the longest gap, until told to stop.
+/// Writes and asks in turn, at an even pace, and notes the longest gap, until told to stop.
 pub(crate) fn pauses(address: SocketAddrV4, data: &Data, seen: &Seen) -> io::Result<()> {
+    watch(address, seen, |turn, request| match turn % 2 {
+        0 => data.set(data.hot_key(turn / 2), turn as u64, request),
+        _ => self::request(&[b"PING"], request),
+    })
+}
+
+/// Looks for keys all over the memory and writes nothing; redis notes no use of a key that is only looked for.
+pub(crate) fn looks(address: SocketAddrV4, data: &Data, seen: &Seen) -> io::Result<()> {
+    let mut noise = Noise::new(1);
+    watch(address, seen, |_, request| {
+        self::request(&[b"EXISTS", &data.key(noise.below(data.keys()))], request);
+    })
+}
+
+/// Writes keys all over the memory, so many a second, in batches, until told to stop.
+pub(crate) fn writes(address: SocketAddrV4, data: &Data, seen: &Seen, per_second: usize) -> io::Result<()> {
+    let mut stream = reconnect(address)?;
+    let mut noise = Noise::new(2);
+    let mut batch = Vec::new();
+    let (mut due, mut owed) = (Instant::now(), 0.0);
+    while !seen.stop.load(Ordering::Relaxed) {
+        batch.clear();
+        owed += per_second as f64 * TICK.as_secs_f64();
+        let count = owed as usize;
+        owed -= count as f64;
+        for _ in 0..count {
+            data.set(noise.below(data.keys()), noise.next(), &mut batch);
+        }
+        match ask(&mut stream, &batch, count) {
+            Ok(()) => {
+                let mut answers = seen.answers.lock().unwrap_or_else(PoisonError::into_inner);
+                answers.push((Instant::now(), count));
+            }
+            Err(_) => stream = reconnect(address)?,
+        }
+        // What was not written during a gap is not caught up with.
+        due = (due + TICK).max(Instant::now() - 5 * TICK);
+        std::thread::sleep(due.saturating_duration_since(Instant::now()));
+    }
+    Ok(())
+}
+
+/// Numbers without order.
+struct Noise(u64);
+
+impl Noise {
+    fn new(seed: u64) -> Self {
+        Self(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15))
+    }
+
+    fn next(&mut self) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0 >> 11
+    }
+
+    fn below(&mut self, end: usize) -> usize {
+        self.next() as usize % end.max(1)
+    }
+}
+
+/// One request at a time, at an even pace; notes each wait and the longest gaps.
+fn watch(address: SocketAddrV4, seen: &Seen, mut ask_for: impl FnMut(usize, &mut Vec<u8>)) -> io::Result<()> {
     let mut stream = reconnect(address)?;
     let mut last = Instant::now();
     let (mut closed, mut connected) = (None, None);
@@ -78,19 +161,18 @@ pub(crate) fn pauses(address: SocketAddrV4, data: &Data, seen: &Seen) -> io::Res
     let mut request = Vec::new();
     while !seen.stop.load(Ordering::Relaxed) {
         request.clear();
-        if turn % 2 == 0 {
-            data.set(data.hot_key(turn / 2), turn as u64, &mut request);
-        } else {
-            self::request(&[b"PING"], &mut request);
-        }
+        ask_for(turn, &mut request);
+        let asked = Instant::now();
         match ask(&mut stream, &request, 1) {
             Ok(()) => {
                 let now = Instant::now();
+                seen.waits.lock().unwrap_or_else(PoisonError::into_inner).push((now, now - asked));
                 let (closed, connected) = (closed.take(), connected.take());
                 seen.note(Gap {
                     whole: now - last,
                     until_closed: closed.map_or(Duration::ZERO, |at| at - last),
                     until_connected: closed.zip(connected).map_or(Duration::ZERO, |(from, to)| to - from),
+                    ended: now,
                 });
                 last = now;
                 turn += 1;

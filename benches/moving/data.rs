@@ -35,6 +35,11 @@ impl Data {
         Self { keys: (mib << 20) / KEY_COST, noise: noise.collect() }
     }
 
+    /// How many keys there are.
+    pub(crate) fn keys(&self) -> usize {
+        self.keys
+    }
+
     /// The number of the nth hot key; they are spread over all keys.
     pub(crate) fn hot_key(&self, turn: usize) -> usize {
         (turn % HOT_KEYS) * (self.keys / HOT_KEYS)

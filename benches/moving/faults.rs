@@ -125,11 +125,11 @@ fn report(round_trip: f64, seen: &mut [Seen]) {
         ]);
     }
     let head = ["push", "requests over", "pages", "p50", "p99", "most", "p50 - rt", "push, MB/s", "of plain"];
-    table::print(&crate::words(&head), &rows);
+    table::print(&table::words(&head), &rows);
 }
 
 /// Round trips of a small packet without any protocol, us.
-fn echo(lan: &Lan) -> Result<Vec<f64>> {
+pub(crate) fn echo(lan: &Lan) -> Result<Vec<f64>> {
     let (ready, is_ready) = channel();
     let server = Lan::inside(&lan.b, "echo", move || -> Result<()> {
         let socket = UdpSocket::bind((Lan::B, PORT))?;

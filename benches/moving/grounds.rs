@@ -12,7 +12,7 @@ use serde_json::Value;
 use crate::client::Seen;
 use crate::data::Data;
 
-const MOVE: Duration = Duration::from_secs(150);
+const MOVE: Duration = Duration::from_secs(300);
 
 /// One redis, filled, on one of the two hosts.
 pub(crate) struct Grounds<'a> {
@@ -87,7 +87,7 @@ impl<'a> Grounds<'a> {
     /// A client that runs until its [`Seen`] says stop.
     pub(crate) fn client(
         &self,
-        work: fn(SocketAddrV4, &Data, &Seen) -> std::io::Result<()>,
+        work: impl Fn(SocketAddrV4, &Data, &Seen) -> std::io::Result<()> + Send + 'static,
         seen: &Arc<Seen>,
     ) -> Result<JoinHandle<migrate::testbed::Result<std::io::Result<()>>>> {
         let (address, data, seen) = (address()?, self.data.clone(), seen.clone());

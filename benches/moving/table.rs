@@ -9,6 +9,13 @@ pub(crate) fn median(numbers: &mut [f64]) -> f64 {
     }
 }
 
+/// The number that so many percent of them do not exceed; 0 if there are none.
+pub(crate) fn percentile(numbers: &mut [f64], percent: usize) -> f64 {
+    numbers.sort_by(f64::total_cmp);
+    let last = numbers.len().saturating_sub(1);
+    numbers.get(last * percent / 100).copied().unwrap_or(0.0)
+}
+
 /// Prints rows below a head, in the form of Markdown.
 pub(crate) fn print(head: &[String], rows: &[Vec<String>]) {
     let width = |column: usize| {
@@ -26,4 +33,9 @@ pub(crate) fn print(head: &[String], rows: &[Vec<String>]) {
     line(&rule);
     rows.iter().for_each(|row| line(row));
     println!();
+}
+
+/// Owned words.
+pub(crate) fn words(texts: &[&str]) -> Vec<String> {
+    texts.iter().map(|text| (*text).to_owned()).collect()
 }
