@@ -392,7 +392,7 @@ impl Rig {
 }
 
 /// A channel of requests, and who puts them in.
-fn line() -> (Sender<Vec<u64>>, Receiver<Vec<u64>>, Box<dyn Fn(&[u64]) + Send + Sync>) {
+fn line() -> (Sender<Vec<u64>>, Receiver<Vec<u64>>, migrate::lazy::Ask) {
     let (asks, asked) = channel::<Vec<u64>>();
     let ask = Mutex::new(asks.clone());
     let ask = Box::new(move |pages: &[u64]| {
