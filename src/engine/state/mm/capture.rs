@@ -155,12 +155,6 @@ pub fn capture(pid: Tid, flags: &FlagCache) -> Result<CapturedMap, MapError> {
             }
             (Ok(Some(kind)), None) => kind,
         };
-        let of_file = matches!(kind, VmaKind::VmaFilePrivate | VmaKind::VmaFileShared);
-        if of_file && vm_flags.contains(b"ht") {
-            let why = "maps a file of huge pages (hugetlbfs), which cannot be carried yet";
-            map.reasons.push(Reason::new(describe(m), why, ""));
-            continue;
-        }
         let file = if matches!(kind, VmaKind::VmaFilePrivate | VmaKind::VmaFileShared) {
             let file = known.entry(m.path.clone()).or_insert_with(|| {
                 let file = file_ref(m).map_err(|r| map.reasons.push(r)).ok()?;
@@ -211,6 +205,11 @@ fn file_ref(m: &MapsEntry) -> Result<FileRef, Reason> {
     let meta = std::fs::metadata(path).map_err(|e| {
         Reason::new(describe(m), format!("maps a file that cannot be reached by its path: {e}"), "")
     })?;
+    let system = nix::sys::statfs::statfs(path).map(|fs| fs.filesystem_type());
+    if system == Ok(nix::sys::statfs::HUGETLBFS_MAGIC) {
+        let why = "maps a file of huge pages (hugetlbfs), which cannot be carried yet";
+        return Err(Reason::new(describe(m), why, ""));
+    }
     if meta.ino() != m.inode {
         return Err(Reason::new(
             describe(m),

@@ -81,10 +81,20 @@ impl ObjectBook {
         for ((id, _), leads) in leads {
             let Some(lead) = leads.first() else { continue };
             let is_open = leads.iter().any(|lead| lead.is_descriptor);
-            let opened = match self.held.contains_key(&id) {
+            // Ids of segments are used again, so a segment may be another one than before.
+            let is_held = self.held.contains_key(&id);
+            let reused = is_held && lead.kind == ObjectKind::ObjectSysv;
+            let mut opened = match is_held && !reused {
                 true => None,
                 false => leads.iter().find_map(|lead| find::open(lead).transpose()).transpose()?,
             };
+            if let (true, Some(file)) = (reused, &opened) {
+                if self.held.get(&id).is_some_and(|held| find::is_same(&held.file, file)) {
+                    opened = None;
+                } else {
+                    self.held.remove(&id);
+                }
+            }
             let Some(file) = opened.as_ref().or(self.held.get(&id).map(|h| &h.file)) else { continue };
             let Some((mut image, now)) = find::describe(file, lead, &table)? else { continue };
             if image.size > WINDOWS_END - WINDOWS_START - WINDOW_STEP {

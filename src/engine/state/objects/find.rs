@@ -137,6 +137,12 @@ pub(super) fn open(lead: &Lead) -> Result<Option<File>, ObjectError> {
     Ok(same.then_some(file))
 }
 
+/// Whether two files with one number are one: made at the same time.
+pub(super) fn is_same(a: &File, b: &File) -> bool {
+    let made = |file: &File| file.metadata().and_then(|meta| meta.created()).ok();
+    made(a).is_some() && made(a) == made(b)
+}
+
 /// What an object is now. `None`: a segment that is not in the table (any more).
 pub(super) fn describe(
     file: &File,
