@@ -12,7 +12,7 @@
 //! | fork | the child has its copy | the child misses the same pages; they are placed in both |
 //! | remap | the mapping has moved | the pages belong to the new address |
 //! | unmap | the mapping is gone | its pages are wanted no more |
-//! | remove | *before* the contents go | private: wanted no more; shared: see [`look`] |
+//! | remove | *before* the contents go | private: wanted no more; shared: see `look` |
 //!
 //! Nothing may be placed by a table that does not know of an event that has been read. So messages are
 //! read and acted upon, and pages are placed, under one lock. While an event is unread the kernel refuses

@@ -2,7 +2,7 @@
 //!
 //! A `migrate --to` and a `migrate serve` each keep a [`Board`] on which their migrations write how far they
 //! are, and from which they read what the operator wants. A [`Listener`] answers for the board on a unix socket
-//! below the state directory ([`place`]); [`client`] asks all sockets there, and the journal for what has no
+//! below the state directory (`place`); [`client`] asks all sockets there, and the journal for what has no
 //! socket any more. Nothing of this can hurt a migration: without a socket it goes on unseen.
 
 mod board;
