@@ -311,11 +311,11 @@ impl Precopy {
             dirty.insert(r.start, r.start + r.len as u64);
         }
         windows.iter().for_each(|(start, end)| dirty.insert(start, end));
-        if objects::has_huge_pages(&map.layout) {
+        if map.layout.vmas.iter().any(|v| v.page_bytes != 0) {
             let mut kept = self.sent.clone();
             gone.iter().for_each(|(start, end)| kept.remove(*start, *end));
             self.owed.iter().for_each(|(start, end)| kept.remove(start, end));
-            let dropped = self.objects.dropped_huge(&map.layout, &kept, &self.sums, &self.memory)?;
+            let dropped = ObjectBook::dropped_huge(&map.layout, &kept, &self.sums, &self.memory);
             dropped.iter().for_each(|(start, end)| dirty.insert(start, end));
         }
         Ok(Remainder { layout: map.layout, dirty, suspects, gone, guards })

@@ -94,7 +94,7 @@ static void dropped_fully(void)
     filled(areas[1], 1, 3);
 }
 
-/* Shared anonymous, mapped a second time by mremap. */
+/* Shared anonymous: written, and then not mapped any more, so that no scan of the mapping tells. */
 static void shared_prepare(void)
 {
     areas[0] = map(MAP_SHARED | MAP_ANONYMOUS | MAP_HUGETLB, -1, 4);
@@ -102,8 +102,11 @@ static void shared_prepare(void)
 }
 static void shared_often(void)
 {
-    turn++;
-    ((unsigned *)areas[0])[turn % (HUGE / 2)] = turn % (HUGE / 2) * 7 + 2;
+    unsigned *words = (unsigned *)(areas[0] + 2 * HUGE);
+    CHECK(words[HUGE / 8] == turn, "lost: %u, not %u", words[HUGE / 8], turn);
+    words[0] = 1;
+    words[HUGE / 8] = ++turn;
+    CHECK(madvise(areas[0] + 2 * HUGE, HUGE, MADV_DONTNEED) == 0, "dontneed");
 }
 static void shared_fully(void)
 {

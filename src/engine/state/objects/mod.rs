@@ -32,7 +32,7 @@ pub use sysv::{attach_range, check_source, remove_left_behind, same_attach};
 use super::super::reason::Reason;
 use super::super::remote::{InjectError, Tid};
 use crate::proto::control::HugePages;
-use crate::proto::image::{Layout, Object, ObjectKind, Vma, VmaKind};
+use crate::proto::image::{Object, ObjectKind, Vma, VmaKind};
 
 /// Windows begin here, above all user space of four-level page tables.
 pub const WINDOWS_START: u64 = 1 << 48;
@@ -99,11 +99,6 @@ pub fn from_object(vma: &Vma) -> bool {
 pub fn window_range(object: &Object) -> (u64, u64) {
     let unit = object.page_bytes.max(crate::engine::memory::PAGE_BYTES);
     (object.window, object.window + object.size.next_multiple_of(unit))
-}
-
-/// Whether there are huge pages in a map, mapped or in an object.
-pub fn has_huge_pages(layout: &Layout) -> bool {
-    layout.vmas.iter().any(|v| v.page_bytes != 0) || layout.objects.iter().any(|o| o.page_bytes != 0)
 }
 
 /// An object in the words of the operator.
