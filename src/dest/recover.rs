@@ -50,7 +50,12 @@ pub(super) fn recover(service: &Arc<Service>) -> Result<(), JournalError> {
             let _ = Guard::find(state_dir, record.id);
             continue;
         }
-        let process = match alive::open_untraced(record.process.pid, record.process.start_ticks) {
+        let accepted = record.state == IncomingState::Accepted;
+        let (pid, start) = (record.process.pid, record.process.start_ticks);
+        // Until it was accepted it may be half-way gone with the old service: it is stopped for a moment to
+        // see. Afterwards not: a thread that waits in the kernel for a missing page cannot be stopped.
+        let looked = if accepted { alive::open(pid, start) } else { alive::open_untraced(pid, start) };
+        let process = match looked {
             Ok(process) => process,
             Err(error) => {
                 tracing::error!(id = %record.id, error = &error as &dyn std::error::Error, "not recovered");
@@ -78,7 +83,6 @@ pub(super) fn recover(service: &Arc<Service>) -> Result<(), JournalError> {
             Some((guard, _)) => guard.dismiss(),
             None => {}
         }
-        let accepted = record.state == IncomingState::Accepted;
         let (machine, actions) = DestMachine::recovered(record.process, accepted, process.is_some());
         let mut recovered = Recovered {
             record,
