@@ -248,9 +248,12 @@ fn another_version_is_refused_with_both_named() {
         connection.closed().await
     });
     let seen = TransportError::from_end(closed);
-    assert!(matches!(seen, TransportError::VersionMismatch { theirs: 1, .. }), "{seen:?}");
+    assert!(matches!(seen, TransportError::VersionMismatch { theirs: PROTOCOL_VERSION, .. }), "{seen:?}");
     let failed = listening.accept().unwrap_err();
-    assert!(matches!(failed.error, TransportError::VersionMismatch { ours: 1, theirs: 9 }), "{failed:?}");
+    assert!(
+        matches!(failed.error, TransportError::VersionMismatch { ours: PROTOCOL_VERSION, theirs: 9 }),
+        "{failed:?}"
+    );
 }
 
 #[test]
@@ -295,7 +298,7 @@ fn a_long_control_message_or_a_broken_frame_ends_the_link() {
     for (on_bulk, bytes) in frames {
         runtime.block_on(async {
             let (_endpoint, connection) = bare(&a, listening.addr()).await;
-            let (mut control, _receive, mut bulk) = open(&connection, &hello_bytes(1)).await;
+            let (mut control, _receive, mut bulk) = open(&connection, &hello_bytes(PROTOCOL_VERSION)).await;
             let stream = if on_bulk { &mut bulk } else { &mut control };
             stream.write_all(&bytes).await.unwrap();
             let closed = TransportError::from_end(connection.closed().await);

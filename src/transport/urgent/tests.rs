@@ -317,7 +317,9 @@ fn an_attach_is_bounded_in_time_and_length() {
     let mut main = main_listener(&grounds);
     main.server.also_for(&grounds.server);
     let (_handle, happened) = grounds.expect();
-    let greeting = encode(&Body::Hello(crate::wire::Hello { version: crate::wire::PROTOCOL_VERSION, ..hello() }).into()).unwrap();
+    let greeting =
+        encode(&Body::Hello(crate::wire::Hello { version: crate::wire::PROTOCOL_VERSION, ..hello() }).into())
+            .unwrap();
     let attach =
         |id: &str| encode(&Body::Attach(Attach { migration_id: id.into() }).into()).unwrap().to_vec();
     let long = u32::try_from(crate::wire::MAX_HELLO_BYTES + 1).unwrap().to_le_bytes().to_vec();
