@@ -88,6 +88,8 @@ pub(super) struct Driver {
     pub posting: Posting,
     /// Pages that are missing after the resume.
     pub drain: Drain,
+    /// The right to run is ours.
+    pub accepted: bool,
     /// The source was told that nothing is missing.
     pub drained_told: bool,
 }
@@ -299,6 +301,7 @@ impl Driver {
                 Ok(Some(Event::Accepted))
             }
             Action::RecordAccepted => {
+                self.accepted = true;
                 if let Some(process) = self.process
                     && let Err(error) = self.record(process, IncomingState::Accepted)
                 {
@@ -400,9 +403,10 @@ impl Driver {
         })
     }
 
-    /// Nothing is missing any more, and the source does not know yet.
+    /// Nothing is missing any more, and the source does not know yet. Few pages may all be fetched by the
+    /// restore: that counts only once the process is ours, or the record below would say so too early.
     fn drained(&mut self) -> Option<Event> {
-        if self.drained_told || !self.drain.is_active() || !self.drain.is_done() || self.process.is_none() {
+        if self.drained_told || !self.accepted || !self.drain.is_active() || !self.drain.is_done() {
             return None;
         }
         self.drained_told = true;

@@ -251,6 +251,7 @@ impl Service {
             clock: PhaseClock::start(),
             peer,
             drain,
+            accepted: false,
             drained_told: false,
         }
     }

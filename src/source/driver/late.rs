@@ -56,6 +56,18 @@ impl Driver<'_> {
         Ok(())
     }
 
+    /// Before the process is stopped: the restore may already need pages that are owed, and would wait in vain
+    /// for a connection that was lost during the rounds.
+    pub(super) fn ensure_attached(&mut self) -> Result<(), ActionError> {
+        let (Some(serving), Some(link)) = (self.state.serving.as_mut(), self.link.as_ref()) else {
+            return Ok(());
+        };
+        if !serving.is_attached() {
+            serving.answer(link, self.state.urgent_port)?;
+        }
+        Ok(())
+    }
+
     /// In place of a round.
     pub(super) fn announce(&mut self, round: u32, clock: &mut PhaseClock) -> Result<Event, ActionError> {
         if self.state.precopy.is_none() {
@@ -82,8 +94,17 @@ impl Driver<'_> {
         }))
     }
 
-    /// The process runs at the destination: what it is owed follows.
-    pub(super) fn serve(&mut self) -> Result<Option<Event>, ActionError> {
+    /// The process runs at the destination: what it is owed follows. What hinders us here is a reason to try
+    /// again on a new connection, not to give the pages up.
+    pub(super) fn serve(&mut self) -> Option<Event> {
+        self.try_to_serve().unwrap_or_else(|error| {
+            tracing::warn!(error = chain(&error), "serving owed pages");
+            self.lose_link();
+            Some(Event::LinkLost)
+        })
+    }
+
+    fn try_to_serve(&mut self) -> Result<Option<Event>, ActionError> {
         let now = Instant::now();
         if self.state.committed_at.is_none() {
             self.state.committed_at = Some(now);
@@ -107,12 +128,8 @@ impl Driver<'_> {
                 self.report.postcopy.paused += now - lost;
             }
         }
-        if !serving.is_attached()
-            && let Err(error) = serving.answer(link, self.state.urgent_port)
-        {
-            tracing::info!(error = chain(&error), "the connection for single pages");
-            self.lose_link();
-            return Ok(Some(Event::LinkLost));
+        if !serving.is_attached() {
+            serving.answer(link, self.state.urgent_port)?;
         }
         serving.push(link.sender()).map_err(ActionError::Push)?;
         Ok(None)

@@ -54,9 +54,10 @@ impl Driver<'_> {
             Action::StartSentinel => self.start_sentinel().map(|()| None),
             Action::StartRound(round) => self.round(round, machine, limits, clock).map(Some),
             Action::Announce(round) => self.announce(round, clock).map(Some),
-            Action::Serve => self.serve(),
+            Action::Serve => Ok(self.serve()),
             Action::Freeze { reason, eager_pages } => {
                 tracing::info!(?reason, "freezing");
+                self.ensure_attached()?;
                 self.state.eager_pages = eager_pages;
                 priority::urgent();
                 clock.begin("freeze");
