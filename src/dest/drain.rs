@@ -29,6 +29,12 @@ pub(super) enum DrainError {
     /// A frame is not valid, or not one about pages.
     #[error("unpacking a late frame")]
     Frame(#[from] FrameError),
+    /// Nobody would answer a fault.
+    #[error("the source's connection for single pages is lost")]
+    Unattached,
+    /// Faults cannot be noticed.
+    #[error("watching for missing pages")]
+    Watch(#[source] LazyError),
     /// Another frame than one with pages.
     #[error("a frame that has no place after the resume")]
     Kind,
@@ -43,6 +49,7 @@ pub(super) struct Drain {
     id: MigrationId,
     peer: Fingerprint,
     lazy: Arc<OnceLock<Arc<Lazy>>>,
+    line: Arc<Mutex<Line>>,
     urgent: Arc<Mutex<Option<UrgentHandle>>>,
     unpacker: Unpacker,
     state_dir: PathBuf,
@@ -50,6 +57,15 @@ pub(super) struct Drain {
     guard: Option<Guard>,
     /// When another guardian could not be had.
     failed_at: Option<Instant>,
+}
+
+/// The connection for single pages, as the restore sees it.
+#[derive(Default)]
+struct Line {
+    lost: bool,
+    /// The restore is under way. If it waits for a page, it waits for nothing else, so it would not notice
+    /// that the source is gone.
+    needed: bool,
 }
 
 /// How long to wait before another guardian is tried.
@@ -68,6 +84,7 @@ impl Drain {
             id,
             peer,
             lazy: Arc::default(),
+            line: Arc::default(),
             urgent: Arc::default(),
             unpacker: Unpacker::default(),
             state_dir: state_dir.to_owned(),
@@ -79,7 +96,7 @@ impl Drain {
     }
 
     fn handle(&self) -> MutexGuard<'_, Option<UrgentHandle>> {
-        self.urgent.lock().unwrap_or_else(PoisonError::into_inner)
+        locked(&self.urgent)
     }
 
     /// Where the source finds the connection for single pages.
@@ -91,7 +108,9 @@ impl Drain {
     pub(super) fn detach(&mut self) {
         *self.handle() = None;
         let (lazy, mut unpacker) = (self.lazy.clone(), Unpacker::default());
+        let line = self.line.clone();
         let on = move |what: Urgent| {
+            note(&line, &what, lazy.get());
             let Some(lazy) = lazy.get() else { return };
             match what {
                 Urgent::Attached => lazy.ask_again(),
@@ -114,14 +133,21 @@ impl Drain {
     /// From here on pages of the stopped skeleton are missing, and faults on them are reported.
     ///
     /// # Errors
-    /// See [`LazyError`].
-    pub(super) fn start(&mut self, skeleton: &mut Skeleton, missing: Extents) -> Result<(), LazyError> {
+    /// [`DrainError::Watch`]; [`DrainError::Unattached`] if the source has attached and is gone again.
+    pub(super) fn start(&mut self, skeleton: &mut Skeleton, missing: Extents) -> Result<(), DrainError> {
         let layout = skeleton.layout().clone();
         let missing = canonical(missing, &layout);
-        let lazy = Lazy::start(skeleton, &layout, &missing, self.ask())?;
+        let lazy = Lazy::start(skeleton, &layout, &missing, self.ask()).map_err(DrainError::Watch)?;
         // Only one is ever started.
         let _ = self.lazy.set(Arc::new(lazy));
-        Ok(())
+        let mut line = locked(&self.line);
+        line.needed = true;
+        if line.lost { Err(DrainError::Unattached) } else { Ok(()) }
+    }
+
+    /// The restore waits for no page any more: from here on a lost connection is only a pause.
+    pub(super) fn restored(&mut self) {
+        locked(&self.line).needed = false;
     }
 
     /// Goes on where an earlier service ended, with what its guardian held.
@@ -154,7 +180,7 @@ impl Drain {
     fn ask(&self) -> Ask {
         let urgent = self.urgent.clone();
         Box::new(move |pages: &[u64]| {
-            if let Some(handle) = urgent.lock().unwrap_or_else(PoisonError::into_inner).as_ref() {
+            if let Some(handle) = locked(&urgent).as_ref() {
                 handle.ask(pages);
             }
         })
@@ -265,6 +291,26 @@ impl Drain {
             guard.dismiss();
         }
     }
+}
+
+/// Ends a restore that may wait for pages which do not come.
+fn note(line: &Mutex<Line>, what: &Urgent, lazy: Option<&Arc<Lazy>>) {
+    let mut line = locked(line);
+    match what {
+        Urgent::Attached => line.lost = false,
+        Urgent::Frame(_) => {}
+        Urgent::Lost(_) => {
+            line.lost = true;
+            if let (true, Some(lazy)) = (line.needed, lazy) {
+                tracing::warn!("the source is gone while the process is being restored: given up");
+                lazy.finish();
+            }
+        }
+    }
+}
+
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn place(lazy: &Lazy, frame: &Frame, unpacker: &mut Unpacker) -> Result<(), DrainError> {

@@ -275,7 +275,9 @@ impl Driver {
         }
         self.clock.begin("restore");
         let elapsed = clocks::catch_up(process.clocks.as_ref(), &self.shift)?;
-        restore::restore(&mut skeleton, process, built, elapsed)?;
+        let restored = restore::restore(&mut skeleton, process, built, elapsed);
+        self.drain.restored();
+        restored?;
         self.clock.end();
         self.stopped = process.stopped;
         let start_ticks = alive::start_ticks(process.pid)?.ok_or(ActionError::Order)?;

@@ -20,6 +20,7 @@ use crate::engine::address::AddressSet;
 use crate::engine::clocks::{self, Shift};
 use crate::engine::kernel::Host;
 use crate::engine::remote::Tid;
+use crate::engine::sys::heap;
 use crate::identity::{IdentityError, Node};
 use crate::journal::{self, JournalError};
 use crate::lazy::Held;
@@ -259,6 +260,8 @@ impl Service {
     fn finish(&self, id: MigrationId, outcome: &Outcome) {
         tracing::info!(%id, "{}", in_words(outcome));
         self.registry.lock().unwrap_or_else(PoisonError::into_inner).remove(&id);
+        // A service that waits for the next one holds no memory for it.
+        heap::give_back();
     }
 
     /// Goes on, in a thread of its own, with a process that runs here and misses pages which a guardian
@@ -280,7 +283,7 @@ impl Service {
         let entry = Entry { inbox, peer: record.peer.clone() };
         self.registry.lock().unwrap_or_else(PoisonError::into_inner).insert(id, entry);
         let mut driver = self.driver(id, About::of(record), record.peer.clone(), asks, drain);
-        driver.process = Some(record.process);
+        (driver.process, driver.accepted) = (Some(record.process), true);
         driver.stopped = record.was_stopped;
         driver.addresses = AddressSet::of(&record.addresses).ok();
         let (machine, actions) = DestMachine::recovered(record.process, true, true);

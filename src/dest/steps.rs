@@ -1,6 +1,7 @@
 //! What the driver's steps are called, why they fail, and how they end.
 
 use super::assemble::AssembleError;
+use super::drain::DrainError;
 use super::guardian::GuardianError;
 use super::protocol::{Action, Cause, Outcome};
 use crate::engine::address::Address;
@@ -11,7 +12,6 @@ use crate::engine::restore::RestoreError;
 use crate::engine::skeleton::SkeletonError;
 use crate::engine::state::files;
 use crate::journal::JournalError;
-use crate::lazy::LazyError;
 
 /// Why an action failed.
 #[derive(Debug, thiserror::Error)]
@@ -30,8 +30,8 @@ pub(super) enum ActionError {
     Skeleton(#[from] SkeletonError),
     #[error(transparent)]
     Alive(#[from] alive::AliveError),
-    #[error("watching for missing pages")]
-    Lazy(#[from] LazyError),
+    #[error(transparent)]
+    Drain(#[from] DrainError),
     #[error("guarding the missing pages")]
     Guard(#[from] GuardianError),
     #[error("this step came before the one that it needs")]

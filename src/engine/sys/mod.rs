@@ -26,6 +26,7 @@ pub fn owned_fd(fd: i32) -> OwnedFd {
     // SAFETY: callers pass what a system call has just made for them and nobody else holds.
     unsafe { OwnedFd::from_raw_fd(fd) }
 }
+pub(crate) mod heap;
 pub(crate) mod inherit;
 pub(crate) mod netlink;
 pub(crate) mod packet;

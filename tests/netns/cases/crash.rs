@@ -57,7 +57,8 @@ fn at_random_instants(lan: &Lan, blow: Blow, name: &str) -> Result {
         }
         // A command that is still at it could move the process after all, once the link is back.
         here.wait_exit(job.pid, MOVE).map_err(|error| format!("{}: {error}", what()))?;
-        let runner = settled(lan, workload.pid()).map_err(|error| format!("{}: {error}", what()))?;
+        let runner = settled(lan, workload.pid())
+            .map_err(|error| format!("{}: {error}{}", what(), story(lan, here, &job, &services)))?;
         moved += usize::from(runner.name() == there.name());
         here = runner;
         workload.check(here).map_err(|error| format!("{}: {error}", what()))?;
@@ -90,6 +91,20 @@ fn strike(lan: &Lan, blow: Blow, here: &Host, there: &Host, job: &Job, service: 
         }
     }
     Ok(())
+}
+
+/// What is there and what was said, to understand a failure by.
+fn story(lan: &Lan, here: &Host, job: &Job, services: &[Service; 2]) -> String {
+    let tail = |text: String| {
+        let lines: Vec<&str> = text.lines().collect();
+        lines[lines.len().saturating_sub(30)..].join("\n")
+    };
+    let mut story = format!("\nthe command on {}:\n{}", here.name(), tail(here.stderr(job)));
+    for (host, service) in [(&lan.a, &services[0]), (&lan.b, &services[1])] {
+        story +=
+            &format!("\n{} has {:?}\n{}", host.name(), host.processes(), tail(host.stderr(&service.job)));
+    }
+    story
 }
 
 /// The one host that has the process, once that is clear. Both running it at once is an error at any time.

@@ -26,6 +26,7 @@ pub(crate) fn cases() -> Vec<Case> {
     vec![
         Case::new("drain/link_cut_at_ten_points", cut_at_ten_points),
         Case::new("drain/link_cut_twice", cut_twice),
+        Case::new("drain/link_cut_in_the_restore", cut_in_the_restore),
         Case::new("drain/link_cut_for_30_s", |lan| {
             let mut there = Drain::begin(lan, SLOW)?;
             there.cut(lan, Duration::from_secs(30))?;
@@ -139,6 +140,30 @@ fn cut_twice(lan: &Lan) -> Result {
 }
 
 /// The sentinel goes on with the pages of the stopped process.
+/// The restore itself needs pages that are missing. If they do not come, it ends, and the process stays where
+/// it was.
+fn cut_in_the_restore(lan: &Lan) -> Result {
+    const FAR: Duration = Duration::from_millis(400);
+    let mut workload = Workload::start(&lan.a, "writer", &["2", "16", "/run/shared/writer", "2"])?;
+    lan.share_identity()?;
+    let service = lan.serve(&lan.b)?;
+    let relay = Relay::start(lan, Weather { lost: 0, repeated: 0, delay: FAR, reorders: false })?;
+    let job = lan.start_move(&lan.a, &relay.address, workload.pid(), &["--mode", "postcopy"])?;
+    // From here on it waits for pages that are 800 ms away.
+    wait_for("the restore", SETTLE, || {
+        Ok(status(lan, &lan.b).iter().any(|m| m["phase"] == "frozen").then_some(()))
+    })?;
+    lan.cut(&lan.b)?;
+    let exit = lan.a.wait_exit(job.pid, MOVE)?;
+    lan.heal(&lan.b)?;
+    ensure(exit.code != Some(0), || format!("{exit:?}: {}", lan.a.stdout(&job)))?;
+    workload.check_going_on(&lan.a)?;
+    only(&lan.a, 1)?;
+    only(&lan.b, 1)?;
+    lan.move_to(&lan.a, &service, workload.pid(), &[], MOVE)?.expect_moved()?;
+    workload.check_going_on(&lan.b)
+}
+
 fn source_killed(lan: &Lan) -> Result {
     let mut drain = Drain::begin(lan, SLOW)?;
     lan.a.kill(drain.job.pid)?;
