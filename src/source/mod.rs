@@ -10,6 +10,7 @@ mod leftovers;
 pub mod machine;
 mod outcome;
 mod owed;
+mod pace;
 pub mod plan;
 pub mod policy;
 pub mod postcopy;

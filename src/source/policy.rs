@@ -11,7 +11,7 @@ pub struct Round {
     pub pages: u64,
     /// Bytes they took on the wire.
     pub bytes: u64,
-    /// From its scan to its acknowledgement.
+    /// From its scan to its acknowledgement, without rests.
     pub duration: Duration,
     /// Pages still to be sent when it ended: written since its scan, or not sent because it was cut short.
     pub dirty_after: u64,

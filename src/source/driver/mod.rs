@@ -12,6 +12,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::machine::SourceMachine;
+use super::pace::Pacer;
 use super::policy::{self, Limits, Order, Told};
 use super::precopy::{Precopy, PrecopyError};
 use super::protocol::{Action, Cause, Event, Message, Outcome};
@@ -106,6 +107,7 @@ pub(super) struct Driver<'a> {
 #[derive(Default)]
 pub(super) struct Held {
     precopy: Option<Precopy>,
+    pacer: Option<Pacer>,
     frozen: Option<Frozen>,
     sleeps: SleepBook,
     closing: Vec<OwnedFd>,

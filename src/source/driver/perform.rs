@@ -1,5 +1,6 @@
 //! The single actions.
 
+use std::cell::RefCell;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -21,6 +22,7 @@ use crate::migration::ProcessKey;
 use crate::operator::protocol::Phase;
 use crate::report::{PhaseClock, Round, RoundProgress};
 use crate::source::machine::SourceMachine;
+use crate::source::pace::Pacer;
 use crate::source::policy::{self, Limits, Order};
 use crate::source::precopy::{Following, Go, Precopy, PrecopyError};
 use crate::source::protocol::{Action, Event, Tell};
@@ -45,6 +47,7 @@ impl Driver<'_> {
                 if tell == Tell::Begin {
                     // Not before now: on another machine the clocks go on from here.
                     self.begin.clocks = Some(clocks::look(self.pid())?.now);
+                    self.state.pacer = Some(Pacer::new(self.pid()));
                 }
                 if tell == Tell::Commit {
                     self.posting.phase(Phase::Committing);
@@ -187,6 +190,9 @@ impl Driver<'_> {
         if self.state.precopy.is_none() {
             self.start_tracking(clock)?;
             priority::background();
+            if let Some(pacer) = self.state.pacer.as_mut() {
+                pacer.begin();
+            }
         }
         clock.begin("precopy");
         let start = Instant::now();
@@ -198,8 +204,13 @@ impl Driver<'_> {
             posting.carried(bytes.len() as u64);
             sender.send_frame_blocking(bytes)
         };
+        // The first round is the long one; the others are a race against the writes.
+        let pacer = self.state.pacer.as_mut().filter(|_| number == 1).map(RefCell::new);
         let go = |left| {
             posting.remaining(left);
+            if let Some(pacer) = &pacer {
+                pacer.borrow_mut().breathe();
+            }
             match ordered(posting, config, began) {
                 None => Go::On,
                 Some(Order::Hurry(_)) => Go::Stop,
@@ -208,8 +219,10 @@ impl Driver<'_> {
         };
         let (sent, dirty_after) = precopy.round(number, &mut sink, &go)?;
         let took = start.elapsed();
+        // What the link and we can do is what the freeze will need.
+        let worked = took.saturating_sub(pacer.map(|p| p.into_inner().take_rested()).unwrap_or_default());
         self.report.rounds.push(Round { pages: sent.pages, bytes_wire: sent.bytes, took, dirty_after });
-        let round = policy::Round { pages: sent.pages, bytes: sent.bytes, duration: took, dirty_after };
+        let round = policy::Round { pages: sent.pages, bytes: sent.bytes, duration: worked, dirty_after };
         let per_second = u128::from(dirty_after) * 1_000_000 / took.as_micros().max(1);
         let per_second = u64::try_from(per_second).unwrap_or(u64::MAX);
         self.posting.remaining(dirty_after);

@@ -1,0 +1,212 @@
+//! Stands back where copying takes processors away from the process that is being copied.
+//!
+//! The kernel counts for each thread how long it ran and how long it was ready and waited for a processor
+//! (`/proc/PID/task/TID/schedstat`, nanoseconds; Documentation/scheduler/sched-stats.rst). From both the share
+//! of its progress follows that the process has lost since we began: if that is more than a client would
+//! overlook, we rest between two reads. A nice value would not do: it counts only within our own session or
+//! control group (sched(7), autogroup).
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::time::{Duration, Instant};
+
+use crate::engine::freeze::thread_ids;
+use crate::engine::remote::Tid;
+
+/// Time between two looks at the process.
+const WINDOW: Duration = Duration::from_millis(20);
+/// So long is worked between two rests.
+const WORK: Duration = Duration::from_millis(1);
+/// What the process may lose.
+const LOSS: f64 = 0.06;
+/// Rest for each time of work, at most: a copy that never ends helps nobody.
+const MOST_REST: f64 = 3.0;
+/// Threads that are looked at.
+const MOST_THREADS: usize = 64;
+/// A process that is ready for less than this part of a window tells nothing.
+const LEAST_READY: f64 = 0.1;
+/// One line of numbers.
+const LINE_BYTES: usize = 128;
+
+/// Time that the threads of a process ran, and waited for a processor.
+#[derive(Debug, Clone, Copy, Default)]
+struct Times {
+    ran: u64,
+    waited: u64,
+}
+
+/// Watches one process while it is copied.
+#[derive(Debug)]
+pub(super) struct Pacer {
+    threads: Vec<File>,
+    window: (Instant, Times),
+    /// The part of its ready time that the process waited before we began.
+    before: Option<f64>,
+    rest: f64,
+    working_since: Instant,
+    rested: Duration,
+}
+
+impl Pacer {
+    /// To be made some time before the copying begins: what happens until then is what it is compared with.
+    /// A kernel without these counters gives a pacer that never rests.
+    pub(super) fn new(pid: Tid) -> Self {
+        let open = |tid| File::open(format!("/proc/{pid}/task/{tid}/schedstat")).ok();
+        let threads: Vec<File> =
+            thread_ids(pid).unwrap_or_default().into_iter().take(MOST_THREADS).filter_map(open).collect();
+        let now = Instant::now();
+        let window = (now, times(&threads));
+        Self { threads, window, before: None, rest: 0.0, working_since: now, rested: Duration::ZERO }
+    }
+
+    /// The copying begins now.
+    pub(super) fn begin(&mut self) {
+        let (now, times) = (Instant::now(), times(&self.threads));
+        let (began, first) = self.window;
+        self.before = Some(waiting(first, times, now - began).unwrap_or(0.0));
+        self.window = (now, times);
+        self.working_since = now;
+    }
+
+    /// To be called between two reads: rests if the process needs it.
+    pub(super) fn breathe(&mut self) {
+        let now = Instant::now();
+        let since = now - self.window.0;
+        if since >= WINDOW {
+            let times = times(&self.threads);
+            if let (Some(before), Some(waits)) = (self.before, waiting(self.window.1, times, since)) {
+                (self.rest, self.before) = adjusted(self.rest, before, waits);
+            } else {
+                self.rest = eased(self.rest);
+            }
+            self.window = (now, times);
+        }
+        let worked = now - self.working_since;
+        if worked < WORK {
+            return;
+        }
+        if self.rest > 0.0 {
+            std::thread::sleep(worked.min(WINDOW).mul_f64(self.rest));
+            self.rested += now.elapsed();
+        }
+        self.working_since = Instant::now();
+    }
+
+    /// How long it rested since the last time that this was asked.
+    pub(super) fn take_rested(&mut self) -> Duration {
+        std::mem::take(&mut self.rested)
+    }
+}
+
+/// The part of its ready time that a process waited, if it was ready for long enough to say.
+fn waiting(from: Times, to: Times, over: Duration) -> Option<f64> {
+    #[allow(clippy::cast_precision_loss, reason = "a ratio")]
+    let [ran, waited] =
+        [to.ran.saturating_sub(from.ran) as f64, to.waited.saturating_sub(from.waited) as f64];
+    let ready = ran + waited;
+    (ready > LEAST_READY * over.as_secs_f64() * 1e9).then(|| waited / ready)
+}
+
+/// The rest from here on, and what to compare with. `waits` and `before` are parts of the ready time.
+fn adjusted(rest: f64, before: f64, waits: f64) -> (f64, Option<f64>) {
+    let lost = 1.0 - (1.0 - waits) / (1.0 - before).max(0.01);
+    if lost <= LOSS {
+        return (eased(rest), Some(before));
+    }
+    if rest >= MOST_REST {
+        // If resting does not help it is not us, or not us alone, for whom the process waits.
+        return (rest, Some(before + (waits - before) / 10.0));
+    }
+    ((rest * 1.5 + 0.25).min(MOST_REST), Some(before))
+}
+
+fn eased(rest: f64) -> f64 {
+    (rest * 0.9 - 0.02).max(0.0)
+}
+
+fn times(threads: &[File]) -> Times {
+    let mut sum = Times::default();
+    for thread in threads {
+        let mut line = [0; LINE_BYTES];
+        // A thread that has ended says nothing more.
+        let length = thread.read_at(&mut line, 0).unwrap_or(0);
+        if let Some(times) = line.get(..length).and_then(parse) {
+            sum.ran = sum.ran.saturating_add(times.ran);
+            sum.waited = sum.waited.saturating_add(times.waited);
+        }
+    }
+    sum
+}
+
+/// `ran waited timeslices`.
+fn parse(line: &[u8]) -> Option<Times> {
+    let mut words = std::str::from_utf8(line).ok()?.split_ascii_whitespace();
+    Some(Times { ran: words.next()?.parse().ok()?, waited: words.next()?.parse().ok()? })
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn counters() {
+        let times = parse(b"900 100 7\n").unwrap();
+        assert_eq!((times.ran, times.waited), (900, 100));
+        assert!(parse(b"").is_none() && parse(b"9").is_none() && parse(b"x y z").is_none());
+        let (from, to) = (Times::default(), Times { ran: 9_000_000, waited: 3_000_000 });
+        assert_eq!(waiting(from, to, Duration::from_millis(20)), Some(0.25));
+        // Mostly asleep.
+        assert_eq!(waiting(from, to, Duration::from_millis(200)), None);
+        // A thread less than before.
+        assert_eq!(waiting(to, from, Duration::from_millis(20)), None);
+    }
+
+    #[test]
+    fn rests_only_for_what_it_takes_away() {
+        // On a host that was busy before, the process waits without us as well.
+        for before in [0.0, 0.5, 0.9] {
+            let (rest, base) = adjusted(0.0, before, before);
+            assert_eq!((rest, base), (0.0, Some(before)));
+            let worse = before + (1.0 - before) * 0.2;
+            let (rest, _) = adjusted(0.0, before, worse);
+            assert!(rest > 0.0);
+            let (more, _) = adjusted(rest, before, worse);
+            assert!(more > rest);
+            // Once it runs as before, we work on.
+            let mut rest = more;
+            for _ in 0..100 {
+                (rest, _) = adjusted(rest, before, before);
+            }
+            assert_eq!(rest, 0.0);
+        }
+    }
+
+    #[test]
+    fn resting_that_does_not_help_ends() {
+        let (mut rest, mut before) = (0.0, 0.0);
+        for _ in 0..200 {
+            let (next, base) = adjusted(rest, before, 0.6);
+            assert!(next <= MOST_REST);
+            (rest, before) = (next, base.unwrap());
+        }
+        assert!(rest < MOST_REST, "{rest} {before}");
+    }
+
+    #[test]
+    fn of_a_real_process() {
+        let mut child = std::process::Command::new("sh").args(["-c", "while :; do :; done"]).spawn().unwrap();
+        let pid = Tid::try_from(child.id()).unwrap();
+        let mut pacer = Pacer::new(pid);
+        while times(&pacer.threads).ran < 50_000_000 {
+            std::thread::yield_now();
+        }
+        pacer.begin();
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert!(pacer.before.is_some());
+        // It has ended: nobody to rest for.
+        pacer.breathe();
+        assert_eq!(pacer.take_rested(), Duration::ZERO);
+    }
+}
