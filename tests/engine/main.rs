@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "tests may panic")]
 
 mod stops;
+mod tracker;
 
 use std::io::{BufRead, BufReader, Write};
 use std::process::{Child, Command, Stdio};

@@ -3,7 +3,7 @@
 use std::os::unix::fs::FileExt;
 
 use super::TrackError;
-use super::uffd::{Runs, UffdTracker};
+use super::uffd::{Runs, UffdTracker, whole};
 use crate::engine::extents::Extents;
 use crate::engine::memory::PAGE_BYTES;
 use crate::engine::state::objects::by_window;
@@ -89,8 +89,11 @@ impl UffdTracker {
                     report: pagemap::WRITTEN,
                     ..Query::default()
                 };
-                let written = &mut out.written;
-                self.query(vma.start, vma.end, query, |r| written.push(r.start, r.end))
+                let mut written = Extents::new();
+                let tracked = self.query(vma.start, vma.end, query, |r| written.insert(r.start, r.end))?;
+                self.removals.ever.overlap(vma.start, vma.end).for_each(|(s, e)| written.insert(s, e));
+                written.iter().for_each(|(s, e)| out.written.push(s, e));
+                Ok(tracked)
             }
             VmaKind::VmaAnonShared => {
                 let query = Query {
@@ -100,19 +103,26 @@ impl UffdTracker {
                     ..Query::default()
                 };
                 let mut written = Extents::new();
-                if self.punched.contains(&vma.shm_inode) {
-                    written.insert(vma.start, vma.end);
-                }
                 if !self.query(vma.start, vma.end, query, |r| written.insert(r.start, r.end))? {
                     return Ok(false);
                 }
-                // Holes punched since are not reported; holes that were never filled are not to be read.
+                // Where something was given up, the scan does not tell what is there now.
+                let mut unsure = Extents::new();
+                if self.must_resend(vma, !written.is_empty()) {
+                    unsure.insert(vma.start, vma.end);
+                } else {
+                    self.removals.ever.overlap(vma.start, vma.end).for_each(|(s, e)| unsure.insert(s, e));
+                }
+                unsure.iter().for_each(|(s, e)| written.insert(s, e));
                 let mut left = Extents::new();
-                sent.overlap(vma.start, vma.end).for_each(|(s, e)| left.insert(s, e));
+                for (start, end) in unsure.iter() {
+                    sent.overlap(start, end).for_each(|(s, e)| left.insert(s, e));
+                }
+                // Holes that were never filled are not to be read.
                 let runs = &mut out.written;
-                self.object_data(vma, |s, e| {
+                self.object_data(vma, &written, |s, e| {
                     left.remove(s, e);
-                    written.overlap(s, e).for_each(|(s, e)| runs.push(s, e));
+                    runs.push(s, e);
                 })?;
                 out.gone.extend(left.iter());
                 Ok(true)
@@ -155,7 +165,7 @@ impl UffdTracker {
             }
             VmaKind::VmaAnonShared => {
                 let runs = &mut out.written;
-                return self.object_data(vma, |s, e| runs.push(s, e)).map(drop);
+                return self.object_data(vma, &whole(vma), |s, e| runs.push(s, e)).map(drop);
             }
             // What is not there but marked holds nothing, and reading it would take a huge page.
             VmaKind::VmaAnonPrivate if vma.page_bytes != 0 => query.any = pagemap::PRESENT,

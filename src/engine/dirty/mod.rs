@@ -11,6 +11,7 @@
 //! destination starts it over.
 
 mod last;
+mod removals;
 mod uffd;
 
 pub use uffd::UffdTracker;

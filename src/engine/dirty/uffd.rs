@@ -8,6 +8,7 @@ use std::os::unix::fs::MetadataExt;
 use nix::errno::Errno;
 
 use super::last::Final;
+use super::removals::{Removals, is_shared};
 use super::{FinalScan, TrackError, Tracker};
 use crate::engine::extents::Extents;
 use crate::engine::freeze::Frozen;
@@ -31,10 +32,26 @@ pub struct UffdTracker {
     pub(super) swap: bool,
     /// Ranges whose contents no scan has reported yet, although they may be protected.
     owed: Extents,
-    /// Of each shared memory object, by inode: when it was last changed otherwise than by a store (ns).
-    changed_at: HashMap<u64, i64>,
-    /// Objects that have been changed so since the last scan.
-    pub(super) punched: HashSet<u64>,
+    /// Shared mappings are registered here.
+    pub(super) removals: Removals,
+    /// What is to be sent again, by the last look at the removals.
+    removed: Extents,
+    /// Plain shared memory by inode.
+    shared: HashMap<u64, Shared>,
+}
+
+/// One object of plain shared memory, at the last scan.
+#[derive(Debug, Default)]
+struct Shared {
+    /// When it was last changed, by stores or otherwise (ns).
+    changed_at: i64,
+    /// Changed since the scan before.
+    is_changed: bool,
+    /// Stores to it were reported: by this scan so far, by the one before.
+    is_stored: bool,
+    was_stored: bool,
+    /// Some page of it was mapped at two places at once, at some time.
+    has_views: bool,
 }
 
 /// How many regions one ioctl can report.
@@ -47,23 +64,12 @@ impl UffdTracker {
     /// See [`TrackError`].
     pub fn start(process: &mut Frozen) -> Result<Self, TrackError> {
         let pid = process.pid();
-        let mut batch = Batch::new();
-        let flags = u64::from((libc::O_CLOEXEC | libc::O_NONBLOCK).unsigned_abs()) | uffd::USER_MODE_ONLY;
-        batch.call(libc::SYS_userfaultfd, &[flags.into()]);
-        let theirs = process
-            .run(&batch)?
-            .ret(0)
-            .map_err(|errno| TrackError::Unsupported { what: "userfaultfd(2)", errno })?;
-        let ours = pidfd::PidFd::open(pid.unsigned_abs())
-            .and_then(|p| pidfd::take_fd(p.as_fd(), i32::try_from(theirs).unwrap_or(-1)));
-        let mut close = Batch::new();
-        close.call(libc::SYS_close, &[theirs.into()]);
-        process.run_all_ok("closing the userfaultfd", &close)?;
-        let ours = ours.map_err(|errno| TrackError::Unsupported { what: "pidfd_getfd(2)", errno })?;
         let features =
             uffd::FEATURE_WP_ASYNC | uffd::FEATURE_WP_UNPOPULATED | uffd::FEATURE_WP_HUGETLBFS_SHMEM;
-        uffd::api(ours.as_fd(), features)
-            .map_err(|errno| TrackError::Unsupported { what: "asynchronous write-protection", errno })?;
+        let mut made = make(process, &[features, features | uffd::FEATURE_EVENT_REMOVE])?.into_iter();
+        let (Some(ours), Some(of_shared)) = (made.next(), made.next()) else {
+            return Err(TrackError::Unsupported { what: "userfaultfd(2)", errno: Errno::EMFILE });
+        };
         let path = format!("/proc/{pid}/pagemap");
         let pagemap = File::open(&path).map_err(|source| TrackError::Open { path, source })?;
         let path = format!("/proc/{pid}/maps");
@@ -77,8 +83,9 @@ impl UffdTracker {
             found: vec![PageRegion::default(); FOUND_REGIONS],
             swap,
             owed: Extents::new(),
-            changed_at: HashMap::new(),
-            punched: HashSet::new(),
+            removals: Removals::start(of_shared)?,
+            removed: Extents::new(),
+            shared: HashMap::new(),
         })
     }
 
@@ -150,16 +157,9 @@ impl UffdTracker {
             }
         };
         let owed = self.owed.overlap(vma.start, vma.end).next().is_some();
-        if !vma.fresh && !owed && self.punched.contains(&vma.shm_inode) {
-            if self.query(vma.start, vma.end, query, |_| {})?
-                && self.object_data(vma, |start, end| runs.push(start, end))?
-            {
-                return Ok(());
-            }
-            runs.forget();
-        } else if !vma.fresh && !owed {
+        if !vma.fresh && !owed {
             if self.query(vma.start, vma.end, query, |r| push(r, runs))? {
-                return Ok(());
+                return self.add_unreported(vma, runs);
             }
             runs.forget();
         }
@@ -182,7 +182,7 @@ impl UffdTracker {
         } else if vma.kind() == VmaKind::VmaAnonShared {
             // Protect all of it, and report what the object holds, in this page table or not.
             self.query(vma.start, vma.end, query, |_| {})?
-                && self.object_data(vma, |start, end| runs.push(start, end))?
+                && self.object_data(vma, &whole(vma), |start, end| runs.push(start, end))?
         } else {
             query.all &= !pagemap::WRITTEN;
             self.query(vma.start, vma.end, query, |r| push(r, runs))?
@@ -201,6 +201,7 @@ impl UffdTracker {
     /// upon which the kernel joins the two again.
     fn register(&mut self, vma: &Vma) -> Result<(), Errno> {
         const GROWTHS: usize = 4;
+        let uffd = if is_shared(vma) { self.removals.uffd() } else { self.uffd.as_fd() };
         let mut at = vma.start;
         while at < vma.end {
             let mapping = match pagemap::mapping_at(self.maps.as_fd(), at) {
@@ -208,17 +209,17 @@ impl UffdTracker {
                 Ok(_) => return if at == vma.start { Err(Errno::ENOMEM) } else { Ok(()) },
                 // An older kernel: the borders of a moment ago.
                 Err(Errno::ENOTTY) => {
-                    return uffd::register_wp(self.uffd.as_fd(), vma.start, vma.end - vma.start);
+                    return uffd::register_wp(uffd, vma.start, vma.end - vma.start);
                 }
                 Err(errno) => return Err(errno),
             };
-            uffd::register_wp(self.uffd.as_fd(), mapping.start, mapping.end - mapping.start)?;
+            uffd::register_wp(uffd, mapping.start, mapping.end - mapping.start)?;
             at = mapping.end;
             for _ in 0..GROWTHS {
                 match pagemap::mapping_at(self.maps.as_fd(), at) {
                     Ok(Some(rest)) if mapping.anonymous && rest.anonymous && rest.start == at => {
                         let len = rest.end - rest.start;
-                        if uffd::register_wp(self.uffd.as_fd(), rest.start, len).is_err() {
+                        if uffd::register_wp(uffd, rest.start, len).is_err() {
                             break;
                         }
                         at = rest.end;
@@ -239,53 +240,105 @@ impl UffdTracker {
         maps.iter().any(|m| m.start == vma.start && m.end == vma.end)
     }
 
-    /// Finds out which shared memory objects had holes punched (MADV_REMOVE) since the last scan. A page
-    /// that is read again behind such a hole is a new one, full of zeros, that no scan reports; but the
-    /// object's change time tells, which stores do not touch. Before the scan, so that a hole that comes
-    /// later is found by the next one.
-    fn look_for_holes(&mut self, layout: &Layout) {
-        self.punched.clear();
+    /// Before a scan, so that what comes later is found by the next one: what was given up, and which objects
+    /// of plain shared memory were changed.
+    fn look_at_shared(&mut self, layout: &Layout) {
+        self.removed = self.removals.look(layout);
+        for shared in self.shared.values_mut() {
+            shared.was_stored = std::mem::take(&mut shared.is_stored);
+        }
+        let mut views: Vec<&Vma> = layout.vmas.iter().filter(|v| is_plain_shared(v)).collect();
+        views.sort_by_key(|v| (v.shm_inode, v.offset));
         let mut seen = HashSet::new();
-        let shared = |v: &&Vma| v.kind() == VmaKind::VmaAnonShared && !by_window(v);
-        for vma in layout.vmas.iter().filter(shared) {
+        for (i, vma) in views.iter().enumerate() {
+            let next = views.get(i + 1).filter(|n| n.shm_inode == vma.shm_inode);
+            let overlaps = next.is_some_and(|n| n.offset < vma.offset + (vma.end - vma.start));
             if !seen.insert(vma.shm_inode) {
+                if let Some(shared) = self.shared.get_mut(&vma.shm_inode) {
+                    shared.has_views |= overlaps;
+                }
                 continue;
             }
             let path = format!("/proc/{}/map_files/{:x}-{:x}", self.pid, vma.start, vma.end);
             // Gone meanwhile: whatever is there now is scanned as new.
             let Ok(meta) = std::fs::metadata(&path) else { continue };
-            let changed = meta.ctime() * 1_000_000_000 + meta.ctime_nsec();
-            if self.changed_at.insert(vma.shm_inode, changed).is_some_and(|before| before != changed) {
-                self.punched.insert(vma.shm_inode);
-            }
+            let changed_at = meta.ctime() * 1_000_000_000 + meta.ctime_nsec();
+            let known = self.shared.contains_key(&vma.shm_inode);
+            let shared = self.shared.entry(vma.shm_inode).or_default();
+            shared.is_changed = known && shared.changed_at != changed_at;
+            shared.changed_at = changed_at;
+            shared.has_views |= overlaps;
         }
-        self.changed_at.retain(|inode, _| seen.contains(inode));
+        self.shared.retain(|inode, _| seen.contains(inode));
     }
 
-    /// The pages that a shared memory object holds, as addresses in this mapping of it. `false`: there is no
-    /// such mapping any more.
-    pub(super) fn object_data(&self, vma: &Vma, mut each: impl FnMut(u64, u64)) -> Result<bool, TrackError> {
+    /// Adds to what was reported as written what no scan reports.
+    fn add_unreported(&mut self, vma: &Vma, runs: &mut Runs) -> Result<(), TrackError> {
+        if !is_shared(vma) {
+            return Ok(());
+        }
+        let mut more = Extents::new();
+        self.removed.overlap(vma.start, vma.end).for_each(|(s, e)| more.insert(s, e));
+        if self.must_resend(vma, runs.has_own()) {
+            more.insert(vma.start, vma.end);
+        }
+        if more.is_empty() {
+            return Ok(());
+        }
+        for run in runs.take_own() {
+            more.insert(run.start, run.start + run.len as u64);
+        }
+        if by_window(vma) {
+            more.iter().for_each(|(s, e)| runs.push(s, e));
+        } else if !self.object_data(vma, &more, |s, e| runs.push(s, e))? {
+            runs.forget();
+        }
+        Ok(())
+    }
+
+    /// Whether a mapping of plain shared memory must be sent as a whole, after a scan that reported stores to
+    /// it or did not. The times of the object tell that it was changed. Where its pages are mapped once, it was
+    /// by stores that this scan or the one before has reported; where they are mapped twice, the one mapping
+    /// may be gone with what it would have reported.
+    pub(super) fn must_resend(&mut self, vma: &Vma, stored: bool) -> bool {
+        let Some(shared) = self.shared.get_mut(&vma.shm_inode).filter(|_| is_plain_shared(vma)) else {
+            return false;
+        };
+        shared.is_stored |= stored;
+        let explained = shared.is_stored || shared.was_stored;
+        shared.is_changed && (shared.has_views || !explained)
+    }
+
+    /// The pages that a shared memory object holds, of these addresses in this mapping of it. `false`: there is
+    /// no such mapping any more.
+    pub(super) fn object_data(
+        &self,
+        vma: &Vma,
+        of: &Extents,
+        mut each: impl FnMut(u64, u64),
+    ) -> Result<bool, TrackError> {
         let path = format!("/proc/{}/map_files/{:x}-{:x}", self.pid, vma.start, vma.end);
         let object = match File::open(&path) {
             Ok(object) => object,
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(false),
             Err(source) => return Err(TrackError::Open { path, source }),
         };
-        let end = vma.offset + (vma.end - vma.start);
         let seek = |at: u64, whence| {
             nix::unistd::lseek64(&object, i64::try_from(at).unwrap_or(i64::MAX), whence)
                 .map(|v| u64::try_from(v).unwrap_or(0))
         };
-        let mut at = vma.offset;
-        while at < end {
-            let Ok(data) = seek(at, nix::unistd::Whence::SeekData) else { break };
-            if data >= end {
-                break;
+        for (start, end) in of.overlap(vma.start, vma.end) {
+            let (mut at, end) = (vma.offset + (start - vma.start), vma.offset + (end - vma.start));
+            while at < end {
+                let Ok(data) = seek(at, nix::unistd::Whence::SeekData) else { break };
+                if data >= end {
+                    break;
+                }
+                let hole = seek(data, nix::unistd::Whence::SeekHole).unwrap_or(end).min(end);
+                let (from, to) = (data & !(PAGE_BYTES - 1), hole.next_multiple_of(PAGE_BYTES));
+                each(vma.start + (from - vma.offset), vma.start + (to.min(end) - vma.offset));
+                at = hole.max(data + 1);
             }
-            let hole = seek(data, nix::unistd::Whence::SeekHole).unwrap_or(end).min(end);
-            let (from, to) = (data & !(PAGE_BYTES - 1), hole.next_multiple_of(PAGE_BYTES));
-            each(vma.start + (from - vma.offset), vma.start + (to.min(end) - vma.offset));
-            at = hole.max(data + 1);
         }
         Ok(true)
     }
@@ -294,7 +347,7 @@ impl UffdTracker {
 impl Tracker for UffdTracker {
     fn scan(&mut self, layout: &mut Layout) -> Result<Vec<RemoteRange>, TrackError> {
         let mut runs = Runs::default();
-        self.look_for_holes(layout);
+        self.look_at_shared(layout);
         for vma in &mut layout.vmas {
             self.scan_vma(vma, &mut runs)?;
         }
@@ -303,7 +356,7 @@ impl Tracker for UffdTracker {
 
     fn final_scan(&mut self, layout: &mut Layout, sent: &Extents) -> Result<FinalScan, TrackError> {
         let mut out = Final::default();
-        self.look_for_holes(layout);
+        self.look_at_shared(layout);
         for vma in &mut layout.vmas {
             let gone = out.gone.len();
             out.written.begin();
@@ -338,6 +391,52 @@ impl Tracker for UffdTracker {
         }
         Ok(zero)
     }
+}
+
+/// Shared memory that travels by its addresses.
+fn is_plain_shared(vma: &Vma) -> bool {
+    vma.kind() == VmaKind::VmaAnonShared && !by_window(vma)
+}
+
+pub(super) fn whole(vma: &Vma) -> Extents {
+    let mut whole = Extents::new();
+    whole.insert(vma.start, vma.end);
+    whole
+}
+
+/// Makes userfaultfds in the stopped process, one for each set of features, and takes them over.
+fn make(process: &mut Frozen, features: &[u64]) -> Result<Vec<OwnedFd>, TrackError> {
+    let unsupported = |what| move |errno| TrackError::Unsupported { what, errno };
+    let flags = u64::from((libc::O_CLOEXEC | libc::O_NONBLOCK).unsigned_abs()) | uffd::USER_MODE_ONLY;
+    let mut batch = Batch::new();
+    for _ in features {
+        batch.call(libc::SYS_userfaultfd, &[flags.into()]);
+    }
+    let outcome = process.run(&batch)?;
+    let theirs: Vec<Result<u64, Errno>> = (0..features.len()).map(|i| outcome.ret(i)).collect();
+    let pidfd = pidfd::PidFd::open(process.pid().unsigned_abs());
+    let take = |number: u64| {
+        let pidfd = pidfd.as_ref().map_err(|errno| *errno)?;
+        pidfd::take_fd(pidfd.as_fd(), i32::try_from(number).unwrap_or(-1))
+    };
+    let ours: Vec<Result<OwnedFd, Errno>> = theirs.iter().flatten().map(|number| take(*number)).collect();
+    let mut close = Batch::new();
+    for number in theirs.iter().flatten() {
+        close.call(libc::SYS_close, &[(*number).into()]);
+    }
+    if !close.is_empty() {
+        process.run_all_ok("closing the userfaultfds", &close)?;
+    }
+    if let Some(Err(errno)) = theirs.iter().find(|r| r.is_err()) {
+        return Err(unsupported("userfaultfd(2)")(*errno));
+    }
+    let mut made = Vec::with_capacity(features.len());
+    for (fd, features) in ours.into_iter().zip(features) {
+        let fd = fd.map_err(unsupported("pidfd_getfd(2)"))?;
+        uffd::api(fd.as_fd(), *features).map_err(unsupported("asynchronous write-protection"))?;
+        made.push(fd);
+    }
+    Ok(made)
 }
 
 /// Pages of a private mapping of a file that are the process's own. Huge pages are never swapped: what looks
@@ -376,5 +475,11 @@ impl Runs {
     }
     pub(super) fn forget(&mut self) {
         self.runs.truncate(self.sealed);
+    }
+    fn has_own(&self) -> bool {
+        self.runs.len() > self.sealed
+    }
+    fn take_own(&mut self) -> Vec<RemoteRange> {
+        self.runs.split_off(self.sealed)
     }
 }

@@ -9,7 +9,9 @@ use std::time::{Duration, SystemTime};
 use nix::unistd::{Whence, lseek64};
 
 use super::find::{self, Lead, Stamp};
-use super::{ObjectError, WINDOW_STEP, WINDOWS_END, WINDOWS_START, from_object, sysv, window_range};
+use super::{
+    ObjectError, WINDOW_STEP, WINDOWS_END, WINDOWS_START, by_window, from_object, sysv, window_range,
+};
 use crate::engine::extents::Extents;
 use crate::engine::memory::{Memory, PAGE_BYTES};
 use crate::engine::reason::Reason;
@@ -30,8 +32,19 @@ pub(super) struct Held {
     /// As it was while the process stood still, before the first round. `None`: it was not there then, or
     /// changed just before.
     pub(super) baseline: Option<Stamp>,
-    /// Whether the process has a descriptor of it.
+    /// Whether the process has a descriptor of it, and whether it had one at some look.
     pub(super) is_open: bool,
+    pub(super) was_open: bool,
+    /// Stores to it were reported at some time.
+    pub(super) was_stored: bool,
+    /// At some time a page of it was mapped at two places at once, or was unmapped.
+    has_views: bool,
+    /// Its pages that were mapped at the last selection, as offsets.
+    mapped: Extents,
+    /// When it was seen first (s).
+    seen_at: u64,
+    /// What may have changed, by the last selection.
+    pub(super) looked_at: Extents,
     /// At the last look, and at the one before.
     pub(super) now: Stamp,
     pub(super) before: Option<Stamp>,
@@ -58,8 +71,7 @@ impl ObjectBook {
     /// See [`ObjectError`].
     pub fn start(&mut self, layout: &mut Layout) -> Result<(), ObjectError> {
         self.look(layout, false)?;
-        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-        let settled = now.saturating_sub(SETTLED).as_nanos();
+        let settled = since_epoch().saturating_sub(SETTLED).as_nanos();
         for held in self.held.values_mut() {
             let changed = u128::try_from(held.now.changed_ns.max(held.now.modified_ns)).unwrap_or(0);
             held.baseline = (changed < settled).then_some(held.now);
@@ -106,6 +118,7 @@ impl ObjectBook {
                     image.window = held.image.window;
                     (held.image, held.now) = (image.clone(), now);
                     held.is_open = is_open;
+                    held.was_open |= is_open;
                 }
                 Some(_) => {
                     let why = "has grown beyond all expectations during the move";
@@ -123,7 +136,21 @@ impl ObjectBook {
                     self.next_window += span;
                     if let Some(file) = opened {
                         let image = image.clone();
-                        let held = Held { file, image, span, baseline: None, is_open, now, before: None };
+                        let held = Held {
+                            file,
+                            image,
+                            span,
+                            baseline: None,
+                            is_open,
+                            was_open: is_open,
+                            was_stored: false,
+                            has_views: false,
+                            mapped: Extents::new(),
+                            seen_at: since_epoch().as_secs(),
+                            looked_at: Extents::new(),
+                            now,
+                            before: None,
+                        };
                         self.held.insert(id, held);
                     }
                 }
@@ -203,13 +230,13 @@ impl ObjectBook {
         Ok(filled)
     }
 
-    /// The pages that hold something, as addresses of the window; of huge pages all, because their file
+    /// The pages that hold something, of these addresses of the window; of huge pages all, because their file
     /// system does not tell.
-    pub(super) fn data(held: &Held) -> Extents {
+    pub(super) fn data(held: &Held, of: &Extents) -> Extents {
         let mut data = Extents::new();
         let (start, end) = window_range(&held.image);
         if held.image.page_bytes != 0 {
-            data.insert(start, end);
+            of.overlap(start, end).for_each(|(s, e)| data.insert(s, e));
             return data;
         }
         let size = held.image.size;
@@ -217,20 +244,49 @@ impl ObjectBook {
             lseek64(&held.file, i64::try_from(at).unwrap_or(i64::MAX), whence)
                 .map(|v| u64::try_from(v).unwrap_or(0))
         };
-        let mut at = 0;
-        while at < size {
-            // ENXIO: nothing but a hole up to the end.
-            let Ok(from) = seek(at, Whence::SeekData) else { break };
-            let to = seek(from, Whence::SeekHole).unwrap_or(size).min(size);
-            if from >= size {
-                break;
+        for (first, last) in of.overlap(start, end) {
+            let (mut at, last) = (first - start, (last - start).min(size));
+            while at < last {
+                // ENXIO: nothing but a hole up to the end.
+                let Ok(from) = seek(at, Whence::SeekData) else { break };
+                let to = seek(from, Whence::SeekHole).unwrap_or(last).min(last);
+                if from >= last {
+                    break;
+                }
+                let (from_page, to_page) = (from & !(PAGE_BYTES - 1), to.next_multiple_of(PAGE_BYTES));
+                data.insert(start + from_page, (start + to_page).min(end));
+                at = to.max(from + 1);
             }
-            let (first, last) = (from & !(PAGE_BYTES - 1), to.next_multiple_of(PAGE_BYTES));
-            data.insert(start + first, (start + last).min(end));
-            at = to.max(from + 1);
         }
         data
     }
+}
+
+impl Held {
+    /// Takes down where it is mapped: what was stored through a mapping that is gone is not reported.
+    pub(super) fn note_views(&mut self, layout: &Layout, id: u64) {
+        let mut mapped = Extents::new();
+        for vma in layout.vmas.iter().filter(|v| by_window(v) && v.shm_inode == id) {
+            let (start, end) = (vma.offset, vma.offset + (vma.end - vma.start));
+            self.has_views |= mapped.overlap(start, end).next().is_some();
+            mapped.insert(start, end);
+        }
+        mapped.iter().for_each(|(start, end)| self.mapped.remove(start, end));
+        self.has_views |= !self.mapped.is_empty();
+        self.mapped = mapped;
+    }
+
+    /// Whether it can only have been changed by stores that the tracker has reported: there were some, and
+    /// nothing else reaches it than mappings that were there all along, each page by one. A segment tells
+    /// when it was last attached or detached, to the second.
+    pub(super) fn is_changed_by_stores_only(&self) -> bool {
+        let attached = self.now.attached.iter().any(|at| *at >= self.seen_at);
+        self.was_stored && !self.was_open && !self.has_views && !attached
+    }
+}
+
+fn since_epoch() -> Duration {
+    SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default()
 }
 
 /// Where a page of an object is mapped.

@@ -121,6 +121,8 @@ pub(super) struct Stamp {
     pub(super) changed_ns: i64,
     pub(super) modified_ns: i64,
     pub(super) size: u64,
+    /// When a segment was last attached and detached (s).
+    pub(super) attached: [u64; 2],
 }
 
 /// Opens what a lead leads to; `None`: it leads elsewhere by now.
@@ -152,10 +154,11 @@ pub(super) fn describe(
     let failed = |step| ObjectError::sys(step, lead.path.display().to_string());
     let meta = file.metadata().map_err(failed("examining"))?;
     let ns = |s: i64, ns: i64| s.saturating_mul(1_000_000_000).saturating_add(ns);
-    let stamp = Stamp {
+    let mut stamp = Stamp {
         changed_ns: ns(meta.ctime(), meta.ctime_nsec()),
         modified_ns: ns(meta.mtime(), meta.mtime_nsec()),
         size: meta.size(),
+        attached: [0; 2],
     };
     let mut object = Object {
         id: lead.id,
@@ -182,6 +185,7 @@ pub(super) fn describe(
             object.mode = row.mode & 0o777;
             (object.uid, object.gid) = (row.uid, row.gid);
             object.size = row.size;
+            stamp.attached = row.attached;
             object.segment = Some(Segment {
                 id: row.id,
                 key: row.key,

@@ -24,11 +24,14 @@ pub struct Selected {
 
 impl ObjectBook {
     /// Sorts what was written, after a look at the objects and a scan of the mappings. Objects that may have
-    /// been changed by calls are suspected as a whole. Their times tell, although stores to protected pages
-    /// move those too: since the look before, or, at the `last` look, at any time
+    /// been changed otherwise than by reported stores are suspected as a whole. Their times tell, although
+    /// stores to protected pages move those too: since the look before, or, at the `last` look, at any time
     /// since [`ObjectBook::start`]. (A write(2) sets the object's times first and copies then: a look in
     /// between, and the page read before the copy, would leave nothing to notice at the next look. But at
     /// the start and at the end no call is under way.)
+    ///
+    /// An object that only mappings reach, each page by one, can only be changed through them; so where stores
+    /// were reported, they are what its times tell of.
     pub fn select(&mut self, layout: &Layout, runs: Vec<RemoteRange>, last: bool) -> Selected {
         let mut selected = Selected::default();
         let mut written: BTreeMap<u64, Extents> = BTreeMap::new();
@@ -37,7 +40,9 @@ impl ObjectBook {
             match layout.vmas.get(i).filter(|v| v.start <= run.start && by_window(v)) {
                 None => selected.mapped.push(run),
                 Some(vma) => {
-                    let Some(held) = self.held.get(&vma.shm_inode) else { continue };
+                    let Some(held) = self.held.get_mut(&vma.shm_inode) else { continue };
+                    // Of what is new in the page tables everything is reported, stored or not.
+                    held.was_stored |= !vma.fresh;
                     let from = held.image.window + vma.offset + (run.start - vma.start);
                     let to = (from + run.len as u64).min(window_range(&held.image).1);
                     written.entry(vma.shm_inode).or_default().insert(from, to);
@@ -45,37 +50,47 @@ impl ObjectBook {
             }
         }
         for (id, held) in &mut self.held {
+            held.note_views(layout, *id);
             let reference = if last { held.baseline } else { held.before };
             let written = written.remove(id).unwrap_or_default();
             // Between rounds, only where there is a descriptor to change it by; in the end, all. What is
             // new is sent as a whole in any case.
-            let changed = reference != Some(held.now) && (last || held.is_open || reference.is_none());
+            let asked = if last { !held.is_changed_by_stores_only() } else { held.is_open };
+            let changed = reference != Some(held.now) && (asked || held.before.is_none());
             // Of huge pages the times tell nothing, and a page that was written and is not mapped any more
             // (munmap, MADV_DONTNEED) is not reported.
             let changed = changed || last && held.image.page_bytes != 0;
             let new = held.before.is_none();
             held.before = Some(held.now);
-            if changed || !written.is_empty() {
-                for (start, end) in Self::data(held).iter() {
-                    written.overlap(start, end).for_each(|(s, e)| selected.windows.insert(s, e));
-                    if changed {
-                        let into = if new { &mut selected.windows } else { &mut selected.suspects };
-                        into.insert(start, end);
-                    }
+            held.looked_at = written;
+            if changed {
+                let (start, end) = window_range(&held.image);
+                let into = if new { &mut selected.windows } else { &mut selected.suspects };
+                let mut whole = Extents::new();
+                whole.insert(start, end);
+                let data = Self::data(held, &whole);
+                data.iter().for_each(|(s, e)| into.insert(s, e));
+                for (start, end) in held.looked_at.iter() {
+                    data.overlap(start, end).for_each(|(s, e)| selected.windows.insert(s, e));
                 }
+                held.looked_at = whole;
+            } else if !held.looked_at.is_empty() {
+                let data = Self::data(held, &held.looked_at);
+                data.iter().for_each(|(s, e)| selected.windows.insert(s, e));
             }
         }
         selected
     }
 
-    /// Pages that were sent and are holes now.
+    /// Pages that were sent and are holes now, of those that may have changed by the last selection.
     pub fn gone(&self, sent: &Extents) -> Vec<(u64, u64)> {
         let mut gone = Extents::new();
         for held in self.held.values().filter(|h| h.image.page_bytes == 0) {
-            let (start, end) = window_range(&held.image);
-            sent.overlap(start, end).for_each(|(s, e)| gone.insert(s, e));
-            if sent.overlap(start, end).next().is_some() {
-                Self::data(held).iter().for_each(|(s, e)| gone.remove(s, e));
+            for (start, end) in held.looked_at.iter() {
+                sent.overlap(start, end).for_each(|(s, e)| gone.insert(s, e));
+            }
+            if !held.looked_at.is_empty() {
+                Self::data(held, &held.looked_at).iter().for_each(|(s, e)| gone.remove(s, e));
             }
         }
         gone.iter().collect()

@@ -28,6 +28,8 @@ pub(super) struct Row {
     pub(super) gid: u32,
     pub(super) creator_uid: u32,
     pub(super) creator_gid: u32,
+    /// When it was last attached, and detached (s).
+    pub(super) attached: [u64; 2],
 }
 
 impl Row {
@@ -59,7 +61,7 @@ pub(super) fn table() -> Result<Vec<Row>, ObjectError> {
 /// Lines that do not look like rows (the heading) are none.
 fn parse(text: &str) -> Vec<Row> {
     let row = |line: &str| {
-        // key shmid perms size cpid lpid nattch uid gid cuid cgid ...
+        // key shmid perms size cpid lpid nattch uid gid cuid cgid atime dtime ...
         let words: Vec<&str> = line.split_ascii_whitespace().collect();
         let number = |i: usize| words.get(i)?.parse::<u64>().ok();
         let id = |i: usize| words.get(i)?.parse::<u32>().ok();
@@ -75,6 +77,7 @@ fn parse(text: &str) -> Vec<Row> {
             gid: id(8)?,
             creator_uid: id(9)?,
             creator_gid: id(10)?,
+            attached: [number(11)?, number(12)?],
         })
     };
     text.lines().filter_map(row).collect()

@@ -1,0 +1,145 @@
+//! Tracking of shared memory: what is stored is reported and nothing else, and so is what was given up.
+
+use std::io::{BufRead, BufReader, Write};
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use migrate::engine::dirty::{Tracker, UffdTracker};
+use migrate::engine::extents::Extents;
+use migrate::engine::freeze::Frozen;
+use migrate::engine::state::mm::{self, FlagCache};
+use migrate::proto::image::{Layout, VmaKind};
+
+const PAGE: u64 = 4096;
+const NONE: [u64; 0] = [];
+
+/// A Python program that has 64 pages of shared anonymous memory, and does with them what it is told:
+/// `s PAGE` stores, `r PAGE COUNT` gives up and reads again, `v PAGE` stores through a second mapping.
+const PROGRAM: &str = r#"
+import ctypes, mmap, sys
+libc = ctypes.CDLL(None, use_errno=True)
+libc.mmap.restype = libc.mremap.restype = ctypes.c_void_p
+libc.mremap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int]
+libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+P = 4096
+m = mmap.mmap(-1, 64 * P)
+m.write(b'x' * 64 * P)
+at = ctypes.addressof(ctypes.c_char.from_buffer(m))
+print(at, flush=True)
+for line in sys.stdin:
+    word, page, *more = line.split()
+    page = int(page)
+    if word == 's':
+        m[page * P] = 1
+    elif word == 'r':
+        count = int(more[0])
+        m.madvise(mmap.MADV_REMOVE, page * P, count * P)
+        assert all(m[i * P] == 0 for i in range(page, page + count))
+    else:
+        twin = libc.mremap(at, 0, 64 * P, 1)
+        ctypes.c_char.from_address(twin + page * P).value = b'\2'
+        libc.munmap(twin, 64 * P)
+    print('done', flush=True)
+"#;
+
+struct Target {
+    child: Child,
+    out: BufReader<std::process::ChildStdout>,
+    at: u64,
+}
+
+impl Target {
+    fn start() -> Self {
+        let mut command = Command::new("python3");
+        command.args(["-c", PROGRAM]).stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut child = command.spawn().unwrap();
+        let mut out = BufReader::new(child.stdout.take().unwrap());
+        let mut line = String::new();
+        out.read_line(&mut line).unwrap();
+        Self { child, out, at: line.trim().parse().unwrap() }
+    }
+
+    fn pid(&self) -> i32 {
+        i32::try_from(self.child.id()).unwrap()
+    }
+
+    fn tell(&mut self, what: &str) {
+        writeln!(self.child.stdin.as_mut().unwrap(), "{what}").unwrap();
+        let mut line = String::new();
+        self.out.read_line(&mut line).unwrap();
+        assert_eq!(line, "done\n");
+    }
+
+    fn freeze(&self) -> Frozen {
+        Frozen::freeze(self.pid(), Duration::from_secs(5)).unwrap()
+    }
+
+    /// The pages of the area among addresses.
+    fn pages(&self, ranges: impl Iterator<Item = (u64, u64)>) -> Vec<u64> {
+        let end = self.at + 64 * PAGE;
+        ranges
+            .map(|(from, to)| (from.max(self.at), to.min(end)))
+            .flat_map(|(from, to)| (from..to).step_by(4096))
+            .map(|address| (address - self.at) / PAGE)
+            .collect()
+    }
+}
+
+impl Drop for Target {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn layout(pid: i32, before: &Layout) -> Layout {
+    let mut layout = mm::capture(pid, &FlagCache::default()).unwrap().layout;
+    layout.vmas.retain(|v| v.kind() == VmaKind::VmaAnonShared);
+    mm::mark_replaced(&mut layout, before);
+    layout
+}
+
+#[test]
+fn of_shared_memory_what_was_stored_or_given_up_is_reported_and_no_more() {
+    let mut target = Target::start();
+    let mut frozen = target.freeze();
+    let mut tracker = UffdTracker::start(&mut frozen).unwrap();
+    frozen.thaw().unwrap();
+    let mut before = Layout::default();
+    let mut scan = |target: &Target| {
+        let mut layout = layout(target.pid(), &before);
+        let runs = tracker.scan(&mut layout).unwrap();
+        before = layout;
+        target.pages(runs.iter().map(|r| (r.start, r.start + r.len as u64)))
+    };
+    assert_eq!(scan(&target), (0..64).collect::<Vec<_>>(), "at first, all");
+    assert_eq!(scan(&target), NONE);
+    // Its times change with that; it is not sent as a whole for it.
+    target.tell("s 7");
+    assert_eq!(scan(&target), [7]);
+    assert_eq!(scan(&target), NONE);
+    target.tell("r 20 4");
+    target.tell("s 9");
+    assert_eq!(scan(&target), [9, 20, 21, 22, 23]);
+    // What was read for the round before may be older than the removal.
+    assert_eq!(scan(&target), [20, 21, 22, 23]);
+    assert_eq!(scan(&target), NONE);
+    assert_eq!(scan(&target), NONE);
+    // Through a mapping that is gone again, no scan reports it.
+    target.tell("v 40");
+    assert_eq!(scan(&target), (0..64).collect::<Vec<_>>());
+    target.tell("s 30");
+
+    let frozen = target.freeze();
+    let mut sent = Extents::new();
+    sent.insert(target.at, target.at + 64 * PAGE);
+    let mut last = layout(target.pid(), &before);
+    let found = tracker.final_scan(&mut last, &sent).unwrap();
+    let written = target.pages(found.written.iter().map(|r| (r.start, r.start + r.len as u64)));
+    assert_eq!(written, [20, 21, 22, 23, 30], "what was given up at any time once more");
+    assert_eq!(target.pages(found.gone.into_iter()), NONE);
+    drop(tracker);
+    frozen.thaw().unwrap();
+    // The process has nothing of it left: this would wait for ever.
+    target.tell("r 1 2");
+}
