@@ -31,4 +31,5 @@ pub mod skeleton;
 pub mod sleep;
 pub mod state;
 pub mod sys;
+pub mod undertaker;
 mod vdso;

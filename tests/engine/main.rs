@@ -7,10 +7,13 @@ mod tracker;
 
 use std::io::{BufRead, BufReader, Write};
 use std::process::{Child, Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use migrate::engine::freeze::Frozen;
 use migrate::engine::remote::{Batch, RemoteCalls};
+use migrate::engine::undertaker::Undertaker;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 
 /// A Python program with threads that sleep, wait and compute, and check themselves.
 const BUSY: &str = r#"
@@ -85,6 +88,33 @@ impl Drop for Busy {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+/// A leader's end is told to us only after that of its threads, which we must ask for.
+#[test]
+fn a_process_that_is_killed_under_our_hands_keeps_nobody_waiting() {
+    let busy = Busy::start();
+    let pid = busy.pid();
+    let (done, is_done) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        let mut frozen = Frozen::freeze(pid, Duration::from_secs(5)).unwrap();
+        let _undertaker = Undertaker::start(pid).unwrap();
+        let mut batch = Batch::new();
+        batch.call(libc::SYS_pause, &[]);
+        done.send(frozen.run(&batch).map(drop)).unwrap();
+    });
+    let pauses = || {
+        let call = std::fs::read_to_string(format!("/proc/{pid}/syscall")).unwrap();
+        call.starts_with(&format!("{} ", libc::SYS_pause))
+    };
+    let end = Instant::now() + Duration::from_secs(20);
+    while !pauses() {
+        assert!(Instant::now() < end, "it does not run our call");
+        std::thread::yield_now();
+    }
+    kill(Pid::from_raw(pid), Signal::SIGKILL).unwrap();
+    let outcome = is_done.recv_timeout(Duration::from_secs(20)).expect("it waits for ever");
+    assert!(outcome.is_err());
 }
 
 #[test]

@@ -2,7 +2,7 @@
 
 use std::collections::{HashMap, HashSet};
 use std::fs::File;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 
 use nix::errno::Errno;
@@ -201,7 +201,10 @@ impl UffdTracker {
     /// upon which the kernel joins the two again.
     fn register(&mut self, vma: &Vma) -> Result<(), Errno> {
         const GROWTHS: usize = 4;
-        let uffd = if is_shared(vma) { self.removals.uffd() } else { self.uffd.as_fd() };
+        let mut pair = [self.uffd.as_fd(), self.removals.uffd()];
+        if is_shared(vma) {
+            pair.reverse();
+        }
         let mut at = vma.start;
         while at < vma.end {
             let mapping = match pagemap::mapping_at(self.maps.as_fd(), at) {
@@ -209,17 +212,17 @@ impl UffdTracker {
                 Ok(_) => return if at == vma.start { Err(Errno::ENOMEM) } else { Ok(()) },
                 // An older kernel: the borders of a moment ago.
                 Err(Errno::ENOTTY) => {
-                    return uffd::register_wp(uffd, vma.start, vma.end - vma.start);
+                    return register_with(pair, vma.start, vma.end - vma.start);
                 }
                 Err(errno) => return Err(errno),
             };
-            uffd::register_wp(uffd, mapping.start, mapping.end - mapping.start)?;
+            register_with(pair, mapping.start, mapping.end - mapping.start)?;
             at = mapping.end;
             for _ in 0..GROWTHS {
                 match pagemap::mapping_at(self.maps.as_fd(), at) {
                     Ok(Some(rest)) if mapping.anonymous && rest.anonymous && rest.start == at => {
                         let len = rest.end - rest.start;
-                        if uffd::register_wp(uffd, rest.start, len).is_err() {
+                        if register_with(pair, rest.start, len).is_err() {
                             break;
                         }
                         at = rest.end;
@@ -390,6 +393,18 @@ impl Tracker for UffdTracker {
             self.query(run.start, run.start + run.len as u64, query, |r| zero.insert(r.start, r.end))?;
         }
         Ok(zero)
+    }
+}
+
+/// Registers with the first of two userfaultfds. When a shared mapping takes the place of a private one, or the
+/// other way round, at the moment that it is registered, it is so with the wrong one, until the next time.
+fn register_with([right, wrong]: [BorrowedFd<'_>; 2], start: u64, len: u64) -> Result<(), Errno> {
+    match uffd::register_wp(right, start, len) {
+        Err(Errno::EBUSY) => {
+            uffd::unregister(wrong, start, len).map_err(|_| Errno::EBUSY)?;
+            uffd::register_wp(right, start, len)
+        }
+        registered => registered,
     }
 }
 

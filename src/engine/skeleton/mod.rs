@@ -25,6 +25,7 @@ use super::state::mm;
 use super::state::objects::{ObjectError, Objects};
 use super::sys::clone;
 use super::sys::ptrace::{self, Stop};
+use super::undertaker::Undertaker;
 use crate::proto::control::LateSignal;
 use crate::proto::image::Layout;
 
@@ -106,6 +107,7 @@ pub struct Skeleton {
     channel_in_process: i32,
     fence: Option<Fence>,
     over: bool,
+    _undertaker: Undertaker,
 }
 
 impl Skeleton {

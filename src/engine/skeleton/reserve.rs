@@ -13,6 +13,7 @@ use crate::engine::memory::{Memory, PAGE_BYTES};
 use crate::engine::remote::{InjectError, Tid};
 use crate::engine::sys::ptrace::{self, Stop};
 use crate::engine::sys::{blob, clone};
+use crate::engine::undertaker::Undertaker;
 use crate::proto::image::Layout;
 
 /// A PID that is ours: a child that waits for its program.
@@ -119,6 +120,7 @@ impl ReservedPid {
             .channel
             .try_clone()
             .map_err(|_| SkeletonError::Own { what: "a descriptor", errno: Errno::EMFILE })?;
+        let undertaker = Undertaker::start(pid).map_err(|e| io("starting a thread for", pid, &e))?;
         let mut skeleton = Skeleton {
             pid,
             base,
@@ -131,6 +133,7 @@ impl ReservedPid {
             channel_in_process: self.channel_in_process,
             fence: None,
             over: false,
+            _undertaker: undertaker,
         };
         skeleton.clear()?;
         Ok(skeleton)

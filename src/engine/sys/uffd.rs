@@ -78,6 +78,8 @@ const fn iowr(nr: u64, size: usize) -> u64 {
 }
 const UFFDIO_API: u64 = iowr(0x3f, size_of::<UffdioApi>());
 const UFFDIO_REGISTER: u64 = iowr(0x00, size_of::<UffdioRegister>());
+/// `_IOR(0xAA, 0x01, struct uffdio_range)`.
+const UFFDIO_UNREGISTER: u64 = (2 << 30) | ((size_of::<UffdioRange>() as u64) << 16) | (0xaa << 8) | 1;
 /// `_IOR(0xAA, 0x02, struct uffdio_range)`.
 const UFFDIO_WAKE: u64 = (2 << 30) | ((size_of::<UffdioRange>() as u64) << 16) | (0xaa << 8) | 2;
 const UFFDIO_COPY: u64 = iowr(0x03, size_of::<UffdioCopy>());
@@ -87,7 +89,7 @@ const REGISTER_MODE_MISSING: u64 = 1;
 const REGISTER_MODE_WP: u64 = 2;
 
 const _: () = assert!(UFFDIO_API == 0xc018_aa3f && UFFDIO_REGISTER == 0xc020_aa00);
-const _: () = assert!(UFFDIO_WAKE == 0x8010_aa02);
+const _: () = assert!(UFFDIO_UNREGISTER == 0x8010_aa01 && UFFDIO_WAKE == 0x8010_aa02);
 const _: () = assert!(UFFDIO_COPY == 0xc028_aa03 && UFFDIO_ZEROPAGE == 0xc020_aa04);
 
 /// The handshake: exactly these features, or EINVAL.
@@ -109,6 +111,16 @@ pub fn register_wp(uffd: BorrowedFd<'_>, start: u64, len: u64) -> Result<(), Err
 /// Registers `start..start+len` of the process for pages that are not there; errors as [`register_wp`].
 pub fn register_missing(uffd: BorrowedFd<'_>, start: u64, len: u64) -> Result<(), Errno> {
     register(uffd, start, len, REGISTER_MODE_MISSING)
+}
+
+/// Takes `start..start+len` of the process back: it is tracked no more, and what was protected is not.
+///
+/// EINVAL: something there is not registered with this userfaultfd. ENOMEM: as [`register_wp`].
+pub fn unregister(uffd: BorrowedFd<'_>, start: u64, len: u64) -> Result<(), Errno> {
+    let mut arg = UffdioRange { start, len };
+    // SAFETY: as in `api`; the range is another process's and only checked by the kernel.
+    let rc = unsafe { libc::ioctl(uffd.as_raw_fd(), UFFDIO_UNREGISTER, &raw mut arg) };
+    Errno::result(rc).map(drop)
 }
 
 fn register(uffd: BorrowedFd<'_>, start: u64, len: u64, mode: u64) -> Result<(), Errno> {

@@ -31,6 +31,7 @@ use crate::engine::reason::{Reason, chain};
 use crate::engine::remote::{InjectError, Tid};
 use crate::engine::sleep::SleepBook;
 use crate::engine::state::files::ScannedProcesses;
+use crate::engine::undertaker::Undertaker;
 use crate::identity::Node;
 use crate::journal::{Journal, JournalError, Outgoing};
 use crate::migration::{MigrationId, ProcessKey};
@@ -77,6 +78,8 @@ enum ActionError {
     Push(#[source] std::io::Error),
     #[error("the destination's list of missing pages")]
     Missing(#[source] FrameError),
+    #[error("starting a thread")]
+    Thread(#[source] std::io::Error),
     #[error("the sentinel has ended")]
     NoSentinel,
     #[error("this step came before the one that it needs")]
@@ -108,6 +111,7 @@ pub(super) struct Driver<'a> {
 pub(super) struct Held {
     precopy: Option<Precopy>,
     pacer: Option<Pacer>,
+    undertaker: Option<Undertaker>,
     frozen: Option<Frozen>,
     sleeps: SleepBook,
     closing: Vec<OwnedFd>,

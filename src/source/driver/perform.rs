@@ -17,6 +17,7 @@ use crate::engine::reason::{Reason, chain};
 use crate::engine::state::files::{self, FilesOptions};
 use crate::engine::state::mm::{self, FlagCache};
 use crate::engine::state::objects::{self, ObjectBook};
+use crate::engine::undertaker::Undertaker;
 use crate::journal::{self, Journal, JournalError, Outgoing, OutgoingState};
 use crate::migration::ProcessKey;
 use crate::operator::protocol::Phase;
@@ -147,6 +148,7 @@ impl Driver<'_> {
     }
 
     fn start_sentinel(&mut self) -> Result<(), ActionError> {
+        self.state.undertaker = Some(Undertaker::start(self.pid()).map_err(ActionError::Thread)?);
         let state_dir = std::path::absolute(&self.config.state_dir).unwrap_or_else(|_| PathBuf::from("/"));
         self.state.journal = Some(Journal::open(&state_dir)?);
         let mut command = std::process::Command::new("/proc/self/exe");

@@ -159,7 +159,7 @@ fn cut_in_the_restore(lan: &Lan) -> Result {
     ensure(exit.code != Some(0), || format!("{exit:?}: {}", lan.a.stdout(&job)))?;
     workload.check_going_on(&lan.a)?;
     only(&lan.a, 1)?;
-    only(&lan.b, 1)?;
+    only(&lan.b, 1).map_err(|error| format!("{error}\nthe service: {}", lan.b.stderr(&service.job)))?;
     lan.move_to(&lan.a, &service, workload.pid(), &[], MOVE)?.expect_moved()?;
     workload.check_going_on(&lan.b)
 }

@@ -43,8 +43,8 @@ pub(super) struct Held {
     mapped: Extents,
     /// When it was seen first (s).
     seen_at: u64,
-    /// What may have changed, by the last selection.
-    pub(super) looked_at: Extents,
+    /// What was selected as perhaps changed and held nothing, as addresses of the window.
+    pub(super) holes: Extents,
     /// At the last look, and at the one before.
     pub(super) now: Stamp,
     pub(super) before: Option<Stamp>,
@@ -147,7 +147,7 @@ impl ObjectBook {
                             has_views: false,
                             mapped: Extents::new(),
                             seen_at: since_epoch().as_secs(),
-                            looked_at: Extents::new(),
+                            holes: Extents::new(),
                             now,
                             before: None,
                         };
