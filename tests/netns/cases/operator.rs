@@ -49,7 +49,9 @@ fn at_phase(lan: &Lan, host: &Host, phase: &str) -> Result<Value> {
     let what = format!("a migration on {} at {phase}", host.name());
     Ok(wait_for(&what, COMMAND, || {
         let list = migrations(lan, host).unwrap_or_default();
-        let found = list.iter().find(|m| m["phase"] == phase && m["bytes_per_second"] != 0);
+        // What remains is known a moment after the first bytes have gone.
+        let counts = |m: &Value| m["side"] != "source" || phase != "precopy" || m["pages_remaining"].is_u64();
+        let found = list.iter().find(|m| m["phase"] == phase && m["bytes_per_second"] != 0 && counts(m));
         Ok(found.cloned())
     })?)
 }
