@@ -6,7 +6,9 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
 use super::capture::boot_id;
-use super::{RestoreFilesError, Trouble, errno_of, eventfd, memfd, path, pipe, signalfd, tcp, timerfd, unix};
+use super::{
+    RestoreFilesError, Trouble, errno_of, eventfd, ip_socket, memfd, path, pipe, signalfd, tcp, timerfd, unix,
+};
 use crate::engine::clocks::Shift;
 use crate::engine::state::objects::Objects;
 use crate::engine::sys::fds;
@@ -22,6 +24,8 @@ pub struct Built {
     pub(super) files: Files,
     /// One per description; those that only the process can make are still missing.
     pub(super) made: Vec<Option<OwnedFd>>,
+    /// Datagrams that were not read yet and are not in the new sockets, as if the network had lost them.
+    pub lost_datagrams: u64,
 }
 
 impl Built {
@@ -57,13 +61,17 @@ pub fn build(
         pipes.push([Some(read), Some(write)]);
     }
     let mut made = Vec::with_capacity(files.descriptions.len());
+    let mut lost_datagrams = 0;
     for (index, description) in files.descriptions.iter().enumerate() {
         let number = number_of(files, index);
-        let fd = make(description, same_kernel, shift, stdio_log, &mut pipes, objects)
+        let fd = make(description, same_kernel, shift, stdio_log, &mut pipes, objects, &mut lost_datagrams)
             .map_err(|t| t.for_fd(number))?;
         made.push(fd);
     }
-    Ok(Built { files: files.clone(), made })
+    if lost_datagrams > 0 {
+        tracing::warn!(lost_datagrams, "unread datagrams were lost on the way");
+    }
+    Ok(Built { files: files.clone(), made, lost_datagrams })
 }
 
 fn validate(files: &Files) -> Result<(), RestoreFilesError> {
@@ -105,6 +113,7 @@ fn make(
     stdio_log: Option<&Path>,
     pipes: &mut [[Option<OwnedFd>; 2]],
     objects: &Objects,
+    lost_datagrams: &mut u64,
 ) -> Result<Option<OwnedFd>, Trouble> {
     let flags = description.flags.cast_signed();
     let fd = match description.kind.as_ref().ok_or(Trouble::Invalid("a description of an unknown kind"))? {
@@ -121,6 +130,11 @@ fn make(
         Kind::Epoll(_) => fds::epoll().map_err(Trouble::step("making an epoll"))?,
         Kind::Tcp(image) => tcp::make(image)?,
         Kind::TcpClosed(image) => tcp::make_closed(image)?,
+        Kind::IpSocket(image) => {
+            let (fd, lost) = ip_socket::make(image)?;
+            *lost_datagrams += u64::from(lost);
+            fd
+        }
         Kind::UnixEnd(_) => return Ok(None),
         Kind::LeftBehind(left) => return leave(left.input, stdio_log).map(Some),
     };

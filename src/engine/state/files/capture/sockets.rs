@@ -6,7 +6,7 @@ use libc::SOL_SOCKET;
 
 use super::super::scan::Open;
 use super::super::tcp::{self, Tcp};
-use super::super::{Stop, unix, unix_diag};
+use super::super::{Stop, ip_socket, unix, unix_diag};
 use super::{Collector, index, left_behind};
 use crate::engine::sys::socket;
 use crate::proto::files::description::Kind;
@@ -40,6 +40,9 @@ impl Collector<'_> {
                         Ok(Kind::TcpClosed(image))
                     }
                 }
+            }
+            (libc::AF_INET | libc::AF_INET6, ..) if ip_socket::is_known(kind, protocol) => {
+                ip_socket::capture(open, (domain, kind, protocol), self.contents).map(Kind::IpSocket)
             }
             _ => Err(Stop::refuse(format!(
                 "is {}, which cannot be carried yet",
@@ -101,8 +104,9 @@ impl Collector<'_> {
 
 fn socket_words(domain: i32, kind: i32, protocol: i32) -> String {
     match (domain, kind) {
-        (libc::AF_INET | libc::AF_INET6, libc::SOCK_DGRAM) => "a UDP socket".to_owned(),
-        (libc::AF_INET | libc::AF_INET6, libc::SOCK_RAW) => "a raw IP socket".to_owned(),
+        (libc::AF_INET | libc::AF_INET6, libc::SOCK_DGRAM) => {
+            format!("a datagram socket of IP protocol {protocol}")
+        }
         (libc::AF_INET | libc::AF_INET6, libc::SOCK_STREAM) => {
             format!("a stream socket of IP protocol {protocol}")
         }

@@ -8,6 +8,7 @@
     clippy::cast_sign_loss
 )]
 
+mod ip;
 mod objects;
 mod refusals;
 mod sockets;

@@ -32,7 +32,7 @@ fn everything_unknown_is_refused_by_name_at_once() {
         b.call(libc::SYS_memfd_create, &[name, 0u32.into()])
     });
     s.call(libc::SYS_flock, &[memfd.unwrap(), libc::LOCK_EX.into()]);
-    s.call(libc::SYS_socket, &[libc::AF_INET.into(), libc::SOCK_DGRAM.into(), 0]);
+    s.call(libc::SYS_socket, &[libc::AF_VSOCK.into(), libc::SOCK_STREAM.into(), 0]);
     s.call(libc::SYS_socket, &[libc::AF_NETLINK.into(), libc::SOCK_RAW.into(), 0]);
     s.call(libc::SYS_socket, &[libc::AF_UNIX.into(), libc::SOCK_STREAM.into(), 0]);
     s.open("/proc/self/status".as_ref(), libc::O_RDONLY);
@@ -50,7 +50,7 @@ fn everything_unknown_is_refused_by_name_at_once() {
     let expected = [
         "inotify",
         "locks",
-        "UDP",
+        "vsock",
         "netlink",
         "without a connection",
         "/proc",
