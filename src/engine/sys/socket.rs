@@ -124,22 +124,28 @@ pub struct Peeked {
     pub len: usize,
     /// Whether descriptors (or other ancillary data) travel with it.
     pub ancillary: bool,
+    /// The sender's name in the kernel's form; empty for none.
+    pub from: Vec<u8>,
 }
 
 /// Looks at the next data of a unix socket without consuming it. Never blocks. Descriptors that travel
 /// with it are not taken over: there is no room for them, and the kernel says so.
 pub fn peek(fd: BorrowedFd<'_>, buffer: &mut [u8], flags: c_int) -> Result<Peeked, Errno> {
+    let mut name = [0u8; size_of::<libc::sockaddr_storage>()];
     let mut iov = libc::iovec { iov_base: buffer.as_mut_ptr().cast(), iov_len: buffer.len() };
     // SAFETY: all-zero is a valid msghdr.
     let mut header: libc::msghdr = unsafe { std::mem::zeroed() };
+    header.msg_name = name.as_mut_ptr().cast();
+    header.msg_namelen = name.len() as libc::socklen_t;
     header.msg_iov = &raw mut iov;
     header.msg_iovlen = 1;
     let flags = flags | libc::MSG_PEEK | libc::MSG_DONTWAIT;
-    // SAFETY: `header` and `iov` live for the whole call, `buffer` is writable for its length, and there
-    // is neither a name nor a control buffer to write to.
+    // SAFETY: `header`, `name` and `iov` live for the whole call, `name` and `buffer` are writable for the
+    // lengths given, and there is no control buffer to write to.
     let rc = unsafe { libc::recvmsg(fd.as_raw_fd(), &raw mut header, flags) };
     let len = Errno::result(rc)? as usize;
-    Ok(Peeked { len, ancillary: header.msg_flags & libc::MSG_CTRUNC != 0 })
+    let from = name.get(..header.msg_namelen as usize).unwrap_or_default().to_vec();
+    Ok(Peeked { len, ancillary: header.msg_flags & libc::MSG_CTRUNC != 0, from })
 }
 
 /// Sends one byte with these descriptors. Never blocks.

@@ -2,6 +2,7 @@
 //! from their ends, reasons collected.
 
 mod sockets;
+mod unix;
 
 use std::collections::HashMap;
 use std::ffi::OsString;

@@ -31,6 +31,8 @@ mod tests;
 mod timerfd;
 mod unix;
 mod unix_diag;
+mod unix_names;
+mod unix_single;
 
 use nix::errno::Errno;
 
@@ -44,6 +46,7 @@ pub use holders::ScannedProcesses;
 pub use install::install;
 pub use path::{add_content, compare_here, describe};
 pub use tcp::{ListenPort, close_peers, port_free};
+pub use unix_names::UnixNames;
 
 /// What the operator allows.
 #[derive(Debug, Clone, Copy, Default)]

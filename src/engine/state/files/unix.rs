@@ -14,15 +14,22 @@ use nix::sys::socket::{MsgFlags, Shutdown, send, shutdown};
 use super::options::{self, COMMON};
 use super::scan::Open;
 use super::unix_diag::UnixState;
-use super::{Stop, Trouble};
+use super::{Stop, Trouble, filter};
 use crate::engine::remote::Tid;
 use crate::engine::sys::{fds, socket};
-use crate::proto::files::{UnixPair, UnixSocket};
+use crate::proto::files::{UnixDatagram, UnixPair, UnixSocket};
 
 /// Most bytes that we take into one queue from a peer: no socket buffer is larger.
-const QUEUE_BYTES: usize = 256 << 20;
+pub(super) const QUEUE_BYTES: usize = 256 << 20;
 /// Bytes of stream taken at a time; datagrams are at most as large as a send buffer.
 const PEEK_BYTES: usize = 256 << 10;
+
+const SO_PASSPIDFD: c_int = 76;
+const SO_PASSRIGHTS: c_int = 83;
+/// The kinds of unix sockets.
+pub(super) const TYPES: [c_int; 3] = [libc::SOCK_STREAM, libc::SOCK_DGRAM, libc::SOCK_SEQPACKET];
+/// What a unix socket has beyond [`COMMON`].
+pub(super) const UNIX: &[(c_int, c_int)] = &[(SOL_SOCKET, SO_PASSPIDFD), (SOL_SOCKET, SO_PASSRIGHTS)];
 
 /// The type of a socket and the process that made it.
 pub(super) fn capture_pair(pid: Tid, a: &Open) -> Result<UnixPair, Stop> {
@@ -52,21 +59,35 @@ pub(super) fn capture_end(
     contents: bool,
 ) -> Result<UnixSocket, Stop> {
     let fd = open.fd();
-    let mut options = options::capture(fd, &[COMMON])?;
+    let mut options = options::capture(fd, &[UNIX, COMMON])?;
     options.extend(options::capture_buffers(fd)?);
     let mut end = UnixSocket { shutdown: state.shutdown & 3, options, ..UnixSocket::default() };
     if contents {
         end.reset = has_error(fd)?;
-        end.queue = peek_queue(fd, kind, end.reset)?;
-        let credentials = [libc::SO_PASSCRED, libc::SO_PASSSEC];
-        let passed = credentials.iter().any(|o| socket::int_option(fd, SOL_SOCKET, *o).is_ok_and(|v| v != 0));
-        if passed && !end.queue.is_empty() {
-            return Err(Stop::refuse(
-                "is a unix socket with unread data that carries its sender's credentials",
-            ));
-        }
+        let unread = peek_queue(fd, kind, end.reset)?;
+        refuse_credentials(fd, &unread)?;
+        end.queue = unread.into_iter().map(|message| message.data).collect();
+    }
+    if filter::capture(fd)?.is_some() {
+        return Err(Stop::refuse("is a connected unix socket with a packet filter"));
     }
     Ok(end)
+}
+
+fn refuse_credentials(fd: BorrowedFd<'_>, unread: &[UnixDatagram]) -> Result<(), Stop> {
+    let credentials = [libc::SO_PASSCRED, libc::SO_PASSSEC, SO_PASSPIDFD];
+    let passed = credentials.iter().any(|o| socket::int_option(fd, SOL_SOCKET, *o).is_ok_and(|v| v != 0));
+    if passed && !unread.is_empty() {
+        return Err(Stop::refuse("is a unix socket with unread data that carries its sender's credentials"));
+    }
+    Ok(())
+}
+
+/// The unread messages of a datagram socket that is not one of a pair.
+pub(super) fn unread(fd: BorrowedFd<'_>, kind: c_int) -> Result<Vec<UnixDatagram>, Stop> {
+    let unread = peek_queue(fd, kind, has_error(fd)?)?;
+    refuse_credentials(fd, &unread)?;
+    Ok(unread)
 }
 
 fn has_error(fd: BorrowedFd<'_>) -> Result<bool, Stop> {
@@ -77,7 +98,7 @@ fn polls(fd: BorrowedFd<'_>, events: i16) -> Result<bool, Stop> {
     Ok(fds::poll_now(fd, events).map_err(Stop::failed("polling a unix socket"))? & events != 0)
 }
 
-fn peek_queue(fd: BorrowedFd<'_>, kind: c_int, has_error: bool) -> Result<Vec<Vec<u8>>, Stop> {
+fn peek_queue(fd: BorrowedFd<'_>, kind: c_int, has_error: bool) -> Result<Vec<UnixDatagram>, Stop> {
     let failed = Stop::failed;
     let unread = fds::readable_bytes(fd).map_err(failed("asking for a unix socket's contents"))?;
     // A pending error is reported once, by streams behind the data, by others before it: it must stay.
@@ -106,7 +127,7 @@ fn peek_queue(fd: BorrowedFd<'_>, kind: c_int, has_error: bool) -> Result<Vec<Ve
 }
 
 /// Peeks at one message after the other; the kernel moves the peek offset along.
-fn walk(fd: BorrowedFd<'_>, kind: c_int, unread: usize) -> Result<Vec<Vec<u8>>, Stop> {
+fn walk(fd: BorrowedFd<'_>, kind: c_int, unread: usize) -> Result<Vec<UnixDatagram>, Stop> {
     let stream = kind == libc::SOCK_STREAM;
     let flags = if stream { 0 } else { libc::MSG_TRUNC };
     let mut queue = Vec::new();
@@ -134,7 +155,8 @@ fn walk(fd: BorrowedFd<'_>, kind: c_int, unread: usize) -> Result<Vec<Vec<u8>>, 
         if total > QUEUE_BYTES || queue.len() > 1 << 20 {
             return Err(Stop::Failed { step: "peeking at a queue of moderate length", errno: Errno::EFBIG });
         }
-        queue.push(message.to_vec());
+        let from = peeked.from.get(2..).unwrap_or_default().to_vec();
+        queue.push(UnixDatagram { data: message.to_vec(), from });
         // A stream ends here: one look more would report, and clear, a pending error.
         if stream && total >= unread {
             break;
@@ -159,9 +181,7 @@ fn longest_message(fd: BorrowedFd<'_>) -> Result<usize, Stop> {
 
 /// Checks what a peer sent about a pair, before anything is made of it.
 pub(super) fn validate(pair: &UnixPair) -> Result<(), Trouble> {
-    if pair.ends.len() != 2
-        || ![libc::SOCK_STREAM, libc::SOCK_DGRAM, libc::SOCK_SEQPACKET].contains(&pair.r#type)
-    {
+    if pair.ends.len() != 2 || !TYPES.contains(&pair.r#type) {
         return Err(Trouble::Invalid("a unix socket pair"));
     }
     let bytes = |e: &UnixSocket| e.queue.iter().map(Vec::len).sum::<usize>();
@@ -189,20 +209,25 @@ pub(super) fn fill(pair: &UnixPair, made: [OwnedFd; 2]) -> Result<[Option<OwnedF
         if image.gone {
             continue;
         }
-        options::apply(fd.as_fd(), &image.options, &[COMMON])?;
+        options::apply(fd.as_fd(), &image.options, &[UNIX, COMMON])?;
         options::apply_buffers(fd.as_fd(), &image.options)?;
-        let how = match image.shutdown {
-            0 => continue,
-            1 => Shutdown::Read,
-            2 => Shutdown::Write,
-            _ => Shutdown::Both,
-        };
+        let Some(how) = how(image.shutdown) else { continue };
         // The other end's closing does this by itself; doing it twice changes nothing.
         if !(first.gone || second.gone) {
             shutdown(fd.as_raw_fd(), how).map_err(Trouble::step("shutting down a unix socket"))?;
         }
     }
     Ok([(!first.gone).then_some(a), (!second.gone).then_some(b)])
+}
+
+/// The directions that were shut down, as the call takes them.
+pub(super) fn how(ended: u32) -> Option<Shutdown> {
+    match ended {
+        0 => None,
+        1 => Some(Shutdown::Read),
+        2 => Some(Shutdown::Write),
+        _ => Some(Shutdown::Both),
+    }
 }
 
 /// Sends without blocking, into a send buffer that is made large enough for it.

@@ -1,16 +1,13 @@
-//! Sockets: each to its kind, ends of one connection put together.
-
-use std::ffi::OsString;
+//! Sockets: each to its kind.
 
 use libc::SOL_SOCKET;
 
 use super::super::scan::Open;
 use super::super::tcp::{self, Tcp};
-use super::super::{Stop, ip_socket, unix, unix_diag};
-use super::{Collector, index, left_behind};
+use super::super::{Stop, ip_socket};
+use super::Collector;
 use crate::engine::sys::socket;
 use crate::proto::files::description::Kind;
-use crate::proto::files::{UnixEnd, UnixSocket};
 
 impl Collector<'_> {
     pub(super) fn socket(&mut self, description: usize, open: &Open) -> Result<Kind, Stop> {
@@ -49,56 +46,6 @@ impl Collector<'_> {
                 socket_words(domain, kind, protocol)
             ))),
         }
-    }
-
-    fn unix_end(&mut self, open: &Open, kind: i32) -> Result<Kind, Stop> {
-        let inode = unix::inode(open);
-        if let Some(known) = self.unix_index.get(&inode) {
-            return known.clone().map(|(pair, end)| Kind::UnixEnd(UnixEnd { pair, end }));
-        }
-        let ask = |i| unix_diag::ask(i).map_err(Stop::failed("asking the kernel about a unix socket"));
-        let state = ask(inode)?;
-        if state.named || open.link.is_empty() {
-            return Err(Stop::refuse("is a unix socket with a name, which cannot be carried yet"));
-        }
-        if !state.connected {
-            return Err(Stop::refuse("is a unix socket without a connection, which cannot be carried yet"));
-        }
-        let other = self
-            .table
-            .opens
-            .iter()
-            .find(|o| o.link_starts_with("socket:[") && unix::inode(o) == state.peer && state.peer != 0);
-        let named_peer = socket::peer_has_name(open.fd()).unwrap_or(true);
-        if other.is_none() && state.peer != 0 || named_peer {
-            let peer = OsString::from(format!("socket:[{}]", state.peer));
-            return self.outside(open, &peer, "a unix socket");
-        }
-        for end in [Some(open), other].into_iter().flatten() {
-            if let Some(pids) = self.holders.others(&end.link) {
-                if self.is_left(open) {
-                    return Ok(left_behind());
-                }
-                return Err(Stop::refuse(format!(
-                    "is a unix socket that another process holds too ({pids})"
-                )));
-            }
-        }
-        let made = (|| {
-            let mut pair = unix::capture_pair(self.table.pid, open)?;
-            pair.ends.push(unix::capture_end(open, state, kind, self.contents)?);
-            pair.ends.push(match other {
-                Some(other) => unix::capture_end(other, ask(state.peer)?, kind, self.contents)?,
-                None => UnixSocket { gone: true, ..UnixSocket::default() },
-            });
-            self.pairs.push(pair);
-            Ok(index(self.pairs.len() - 1))
-        })();
-        if let Some(other) = other {
-            self.unix_index.insert(unix::inode(other), made.clone().map(|pair| (pair, 1)));
-        }
-        self.unix_index.insert(inode, made.clone().map(|pair| (pair, 0)));
-        made.map(|pair| Kind::UnixEnd(UnixEnd { pair, end: 0 }))
     }
 }
 
