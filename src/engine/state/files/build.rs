@@ -8,8 +8,8 @@ use std::path::Path;
 use super::capture::boot_id;
 use super::unix_names::UnixNames;
 use super::{
-    RestoreFilesError, Trouble, errno_of, eventfd, ip_socket, memfd, path, pipe, signalfd, tcp, timerfd,
-    unix, unix_single,
+    RestoreFilesError, Trouble, errno_of, eventfd, ip_socket, memfd, netlink, path, pipe, signalfd, tcp,
+    timerfd, unix, unix_single,
 };
 use crate::engine::clocks::Shift;
 use crate::engine::state::objects::Objects;
@@ -148,6 +148,7 @@ fn make(
             extras.lost_datagrams += u64::from(lost);
             fd
         }
+        Kind::Netlink(image) => netlink::make(image)?,
         Kind::UnixSingle(image) => unix_single::make(image, &mut extras.names)?,
         Kind::UnixEnd(_) => return Ok(None),
         Kind::LeftBehind(left) => return leave(left.input, stdio_log).map(Some),

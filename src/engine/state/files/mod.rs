@@ -20,6 +20,7 @@ mod install;
 mod ip_socket;
 mod memfd;
 mod multicast;
+mod netlink;
 mod options;
 mod path;
 mod pipe;

@@ -4,7 +4,7 @@ use libc::SOL_SOCKET;
 
 use super::super::scan::Open;
 use super::super::tcp::{self, Tcp};
-use super::super::{Stop, ip_socket};
+use super::super::{Stop, ip_socket, netlink};
 use super::Collector;
 use crate::engine::sys::socket;
 use crate::proto::files::description::Kind;
@@ -41,6 +41,9 @@ impl Collector<'_> {
             (libc::AF_INET | libc::AF_INET6, ..) if ip_socket::is_known(kind, protocol) => {
                 ip_socket::capture(open, (domain, kind, protocol), self.contents).map(Kind::IpSocket)
             }
+            (libc::AF_NETLINK, ..) => {
+                netlink::capture(open, kind, protocol, self.contents).map(Kind::Netlink)
+            }
             _ => Err(Stop::refuse(format!(
                 "is {}, which cannot be carried yet",
                 socket_words(domain, kind, protocol)
@@ -57,7 +60,6 @@ fn socket_words(domain: i32, kind: i32, protocol: i32) -> String {
         (libc::AF_INET | libc::AF_INET6, libc::SOCK_STREAM) => {
             format!("a stream socket of IP protocol {protocol}")
         }
-        (libc::AF_NETLINK, _) => "a netlink socket".to_owned(),
         (libc::AF_PACKET, _) => "a packet socket".to_owned(),
         (libc::AF_VSOCK, _) => "a vsock socket".to_owned(),
         _ => format!("a socket of family {domain}"),

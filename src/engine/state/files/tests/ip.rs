@@ -1,4 +1,4 @@
-//! UDP and raw sockets.
+//! UDP, raw and netlink sockets.
 
 use std::net::{IpAddr, SocketAddr, UdpSocket};
 
@@ -255,4 +255,33 @@ fn what_is_half_done_or_unknown_is_refused() {
         s.call(libc::SYS_close, &[loaded.into()]);
     });
     assert!(program.contains("eBPF"), "{program}");
+}
+
+#[test]
+fn netlink_sockets_keep_port_groups_and_options() {
+    let mut s = Held::source();
+    let fd = socket(&mut s, libc::AF_NETLINK, SOCK_RAW, libc::NETLINK_ROUTE);
+    // Links, IPv4 addresses, and one beyond the first word.
+    let name = [&16u32.to_ne_bytes()[..], &77_777u32.to_ne_bytes(), &0x11u32.to_ne_bytes()].concat();
+    s.with(|b| {
+        let name = b.input(&name);
+        b.call(libc::SYS_bind, &[fd.into(), name, 12.into()])
+    })
+    .unwrap();
+    set(&mut s, fd, 270, libc::NETLINK_ADD_MEMBERSHIP, 33);
+    set(&mut s, fd, 270, libc::NETLINK_EXT_ACK, 1);
+    let read = |h: &Held| {
+        let image = capture(h.pid(), &options()).unwrap().image;
+        let Some(Kind::Netlink(image)) = image.descriptions[0].kind.clone() else { panic!("{image:?}") };
+        image
+    };
+    let before = read(&s);
+    assert_eq!((before.port, before.groups.as_slice()), (77_777, &[1, 5, 33][..]));
+    let mut d = moved(s, &options());
+    assert_eq!(read(&d), before);
+    // It works, and an answer that is not read is not left behind silently: a question about all links.
+    let ask = [&20u32.to_ne_bytes()[..], &[18, 0, 1, 3], &[0; 12]].concat();
+    d.write(fd, &ask);
+    let refused = capture(d.pid(), &options()).unwrap_err().to_string();
+    assert!(refused.contains("unread messages"), "{refused}");
 }
