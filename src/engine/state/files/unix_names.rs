@@ -8,6 +8,7 @@
 
 use std::ffi::OsStr;
 use std::fs::{self, DirBuilder, File, Permissions};
+use std::io::ErrorKind;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, PermissionsExt, lchown};
@@ -155,6 +156,19 @@ fn check_place(place: &Path) -> Result<(), Reason> {
     }
 }
 
+/// A directory that nobody has, not even a service that was killed here and had our number.
+fn new_directory(beside: &Path) -> std::io::Result<PathBuf> {
+    static NEXT: AtomicU64 = AtomicU64::new(0);
+    loop {
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        let root = beside.join(format!(".migrate-{}-{number}", std::process::id()));
+        match DirBuilder::new().mode(0o700).create(&root) {
+            Err(error) if error.kind() == ErrorKind::AlreadyExists => {}
+            made => return made.map(|()| root),
+        }
+    }
+}
+
 /// Binds below a new directory `beside`, which a thread of its own takes for the root.
 fn stage(
     fd: BorrowedFd<'_>,
@@ -163,11 +177,8 @@ fn stage(
     beside: &Path,
     place: Option<PathBuf>,
 ) -> Result<Staged, Errno> {
-    static NEXT: AtomicU64 = AtomicU64::new(0);
     let errno = |e: std::io::Error| errno_of(&e);
-    let number = NEXT.fetch_add(1, Ordering::Relaxed);
-    let root = beside.join(format!(".migrate-{}-{number}", std::process::id()));
-    DirBuilder::new().mode(0o700).create(&root).map_err(errno)?;
+    let root = new_directory(beside).map_err(errno)?;
     let mut file = root.clone();
     for part in path.components() {
         match part {
