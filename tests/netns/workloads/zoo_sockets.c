@@ -1,6 +1,7 @@
 /* Sockets other than TCP. */
 #include "zoo.h"
 #include <linux/filter.h>
+#include <linux/rtnetlink.h>
 #include <net/if.h>
 #include <netinet/in.h>
 #include <netinet/udp.h>
@@ -240,9 +241,76 @@ static void letters_fully(void)
     letters_send();
 }
 
+/* A listener to changes of links and IPv4 addresses, which also asks. */
+static void netlink_prepare(void)
+{
+    struct sockaddr_nl name = {.nl_family = AF_NETLINK, .nl_groups = RTMGRP_LINK | RTMGRP_IPV4_IFADDR};
+    fds[0] = socket(AF_NETLINK, SOCK_RAW | SOCK_CLOEXEC, NETLINK_ROUTE);
+    set(fds[0], SOL_NETLINK, NETLINK_EXT_ACK, 1);
+    CHECK(bind(fds[0], (struct sockaddr *)&name, sizeof name) == 0, "bind");
+}
+static void netlink_fully(void)
+{
+    struct sockaddr_nl name;
+    socklen_t length = sizeof name;
+    CHECK(getsockname(fds[0], (struct sockaddr *)&name, &length) == 0 && name.nl_pid == (unsigned)getpid(), "port");
+    CHECK(name.nl_groups == (RTMGRP_LINK | RTMGRP_IPV4_IFADDR), "groups");
+    CHECK(option(fds[0], SOL_NETLINK, NETLINK_EXT_ACK) == 1, "option");
+    struct {
+        struct nlmsghdr head;
+        struct ifinfomsg link;
+    } ask = {.head = {.nlmsg_len = sizeof ask, .nlmsg_type = RTM_GETLINK, .nlmsg_flags = NLM_F_REQUEST}};
+    ask.link.ifi_index = (int)if_nametoindex("lo");
+    CHECK(send(fds[0], &ask, sizeof ask, 0) == (ssize_t)sizeof ask, "send");
+    /* Changes of the host may come before the answer. */
+    do
+        CHECK(recv(fds[0], text, sizeof text, 0) > 0, "answer");
+    while (((struct nlmsghdr *)text)->nlmsg_type != RTM_NEWLINK);
+}
+
+/* A connection to its own server, whose name is gone: a question on its way, credentials asked for. */
+static void own_ask(void)
+{
+    CHECK(send(fds[0], "question", 8, 0) == 8 && send(fds[1], "answer", 6, 0) == 6, "send");
+}
+static void own_prepare(void)
+{
+    struct sockaddr_un name;
+    socklen_t length = unix_name(&name, "own");
+    int listener = socket(AF_UNIX, SOCK_STREAM, 0);
+    CHECK(bind(listener, (struct sockaddr *)&name, length) == 0 && listen(listener, 3) == 0, "listen");
+    fds[0] = socket(AF_UNIX, SOCK_STREAM, 0);
+    CHECK(connect(fds[0], (struct sockaddr *)&name, length) == 0, "connect");
+    CHECK((fds[1] = accept(listener, NULL, NULL)) >= 0, "accept");
+    set(fds[1], SOL_SOCKET, SO_PASSCRED, 1);
+    close(listener);
+    unlink(name.sun_path);
+    own_ask();
+}
+static void own_fully(void)
+{
+    struct sockaddr_un name, seen;
+    socklen_t length = unix_name(&name, "own"), room = sizeof seen;
+    CHECK(getpeername(fds[0], (struct sockaddr *)&seen, &room) == 0, "getpeername");
+    CHECK(room == length && memcmp(&seen, &name, length) == 0, "name");
+    char control[64];
+    struct iovec part = {text, sizeof text};
+    struct msghdr message = {.msg_iov = &part, .msg_iovlen = 1, .msg_control = control, .msg_controllen = sizeof control};
+    CHECK(recvmsg(fds[1], &message, 0) == 8 && memcmp(text, "question", 8) == 0, "question");
+    struct cmsghdr *by = CMSG_FIRSTHDR(&message);
+    struct ucred who;
+    CHECK(by && by->cmsg_type == SCM_CREDENTIALS, "credentials");
+    memcpy(&who, CMSG_DATA(by), sizeof who);
+    CHECK(who.pid == getpid() && who.uid == getuid(), "%d", who.pid);
+    CHECK(recv(fds[0], text, sizeof text, MSG_DONTWAIT) == 6, "answer");
+    own_ask();
+}
+
 ZOO({"udp", udp_prepare, NULL, udp_fully},
     {"udp6", six_prepare, NULL, six_fully},
     {"multicast", group_prepare, NULL, group_fully},
     {"filter", filter_prepare, NULL, filter_fully},
     {"unix_named", named_prepare, NULL, named_fully},
-    {"unix_letters", letters_prepare, NULL, letters_fully})
+    {"unix_letters", letters_prepare, NULL, letters_fully},
+    {"unix_own_server", own_prepare, NULL, own_fully},
+    {"netlink", netlink_prepare, NULL, netlink_fully})

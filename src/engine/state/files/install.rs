@@ -65,6 +65,9 @@ pub fn install(
             as_user(&mut calls.batch, image.uid, image.gid, |batch| {
                 batch.call(libc::SYS_listen, &[number.into(), image.backlog.into()]);
             });
+            if calls.batch.len() >= CALLS {
+                calls.flush()?;
+            }
         }
     }
     for (index, description) in built.files.descriptions.iter().enumerate() {
@@ -131,6 +134,7 @@ fn make_pairs(calls: &mut Calls<'_>, built: &mut Built) -> Result<(), RestoreFil
     }
     let pidfd =
         pidfd::PidFd::open(calls.process.pid().unsigned_abs()).map_err(calls.failed("opening a pidfd"))?;
+    let pid = calls.process.pid();
     let mut filled: Vec<[Option<OwnedFd>; 2]> = Vec::new();
     for chunk in built.files.pairs.chunks(CALLS / 8) {
         let mut batch = Batch::new();
@@ -148,7 +152,8 @@ fn make_pairs(calls: &mut Calls<'_>, built: &mut Built) -> Result<(), RestoreFil
             let made = [take(a)?, take(b)?];
             let index = filled.len();
             filled.push(
-                unix::fill(pair, made).map_err(|t| t.for_fd(built.number_of(first_end(built, index))))?,
+                unix::fill(pid, pair, made)
+                    .map_err(|t| t.for_fd(built.number_of(first_end(built, index))))?,
             );
             calls.add(libc::SYS_close, &[a.into()])?;
             calls.add(libc::SYS_close, &[b.into()])?;

@@ -24,11 +24,17 @@ use super::{RestoreFilesError, Stop, Trouble, filter};
 use crate::engine::remote::Tid;
 use crate::engine::sys::{datagram, socket};
 use crate::proto::files::description::Kind;
-use crate::proto::files::{Files, UnixDatagram, UnixName, UnixSingle};
+use crate::proto::files::{Files, UnixMessage, UnixName, UnixSingle};
 
 /// The name without the family before it.
 fn bare(raw: &[u8]) -> Vec<u8> {
     raw.get(2..).unwrap_or_default().to_vec()
+}
+
+/// The name of a unix socket, empty for none. (Of another kind of socket: nothing of use.)
+pub(super) fn own_name(open: &Open) -> Result<Vec<u8>, Stop> {
+    let raw = datagram::raw_name(open.fd()).map_err(Stop::failed("asking for a unix socket's name"))?;
+    Ok(bare(&raw))
 }
 
 /// The name of what a socket is connected to, empty if that has none.
@@ -64,7 +70,7 @@ pub(super) fn capture(
     options.extend(options::capture_buffers(fd)?);
     let mut image = UnixSingle {
         r#type: kind,
-        name: name(pid, fd, state)?,
+        name: name(pid, open, state)?,
         listening: state.listening,
         backlog: state.backlog,
         peer,
@@ -78,7 +84,7 @@ pub(super) fn capture(
         (image.uid, image.gid) = (creator.uid, creator.gid);
     }
     if contents && kind == libc::SOCK_DGRAM {
-        image.queue = unix::unread(fd, kind)?;
+        image.queue = unix::unread(pid, fd, kind)?;
         if !image.queue.is_empty() && image.name.is_none() {
             return Err(Stop::refuse("is a unix socket without a name that has unread datagrams"));
         }
@@ -86,9 +92,8 @@ pub(super) fn capture(
     Ok(image)
 }
 
-fn name(pid: Tid, fd: BorrowedFd<'_>, state: &UnixState) -> Result<Option<UnixName>, Stop> {
-    let raw = datagram::raw_name(fd).map_err(Stop::failed("asking for a unix socket's name"))?;
-    let mut name = UnixName { name: bare(&raw), ..UnixName::default() };
+fn name(pid: Tid, open: &Open, state: &UnixState) -> Result<Option<UnixName>, Stop> {
+    let mut name = UnixName { name: own_name(open)?, ..UnixName::default() };
     if name.name.is_empty() {
         return Ok(None);
     }
@@ -174,7 +179,7 @@ pub(super) fn complete(
 /// abstract one must send it itself.
 fn send(
     to: &UnixSingle,
-    message: &UnixDatagram,
+    message: &UnixMessage,
     sender: Option<BorrowedFd<'_>>,
     names: &UnixNames,
 ) -> Result<(), Trouble> {

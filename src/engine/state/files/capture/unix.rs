@@ -4,11 +4,11 @@ use std::ffi::OsString;
 
 use super::super::scan::Open;
 use super::super::unix_diag::UnixState;
+use super::super::unix_names::path_of;
 use super::super::{Stop, unix, unix_diag, unix_single};
 use super::{Collector, index, left_behind};
-use crate::engine::sys::socket;
 use crate::proto::files::description::Kind;
-use crate::proto::files::{UnixEnd, UnixSocket};
+use crate::proto::files::{UnixEnd, UnixPair, UnixSocket};
 
 impl Collector<'_> {
     pub(super) fn unix_end(&mut self, open: &Open, kind: i32) -> Result<Kind, Stop> {
@@ -18,25 +18,27 @@ impl Collector<'_> {
         }
         let ask = |i| unix_diag::ask(i).map_err(Stop::failed("asking the kernel about a unix socket"));
         let state = ask(inode)?;
+        let name = unix_single::own_name(open)?;
         let peer = unix_single::peer_name(open)?;
-        // A datagram socket counts as connected by whoever connected to it.
-        let is_single = match kind {
-            libc::SOCK_DGRAM => state.named || peer.as_ref().is_none_or(|name| !name.is_empty()),
-            _ => !state.connected,
-        };
-        if is_single {
-            return self.single(open, kind, &state, peer);
-        }
-        if state.named {
-            return Err(Stop::refuse("is a unix connection with a name, which cannot be carried yet"));
-        }
         let other = self
             .table
             .opens
             .iter()
             .find(|o| o.link_starts_with("socket:[") && unix::inode(o) == state.peer && state.peer != 0);
-        let named_peer = socket::peer_has_name(open.fd()).unwrap_or(true);
-        if other.is_none() && state.peer != 0 || named_peer {
+        let is_single = match (kind, &peer) {
+            (libc::SOCK_DGRAM, None) => true,
+            // A pair that was made at once has no files; and a connection to a name need not be mutual.
+            (libc::SOCK_DGRAM, Some(peer)) => {
+                let mutual = other.is_some() && ask(state.peer)?.peer == inode;
+                let without_files = path_of(&name).is_none() && path_of(peer).is_none();
+                !(mutual && without_files) && !(name.is_empty() && peer.is_empty())
+            }
+            _ => !state.connected,
+        };
+        if is_single {
+            return self.single(open, kind, &state, peer);
+        }
+        if other.is_none() && state.peer != 0 {
             let peer = OsString::from(format!("socket:[{}]", state.peer));
             return self.outside(open, &peer, "a unix socket");
         }
@@ -47,11 +49,22 @@ impl Collector<'_> {
         }
         let made = (|| {
             let mut pair = unix::capture_pair(self.table.pid, open)?;
-            pair.ends.push(unix::capture_end(open, state, kind, self.contents)?);
+            let pid = self.table.pid;
+            let end = unix::capture_end(pid, open, state, kind, self.contents)?;
+            pair.ends.push(UnixSocket { name: name.clone(), ..end });
+            let name = peer.clone().unwrap_or_default();
             pair.ends.push(match other {
-                Some(other) => unix::capture_end(other, ask(state.peer)?, kind, self.contents)?,
-                None => UnixSocket { gone: true, ..UnixSocket::default() },
+                Some(other) => {
+                    let end = unix::capture_end(pid, other, ask(state.peer)?, kind, self.contents)?;
+                    let creator = unix::capture_pair(pid, other)?;
+                    if (creator.uid, creator.gid) != (pair.uid, pair.gid) {
+                        return Err(Stop::refuse("is a unix connection whose ends were made by two users"));
+                    }
+                    UnixSocket { name, ..end }
+                }
+                None => UnixSocket { name, gone: true, ..UnixSocket::default() },
             });
+            self.refuse_shared_names(&pair)?;
             self.pairs.push(pair);
             Ok(index(self.pairs.len() - 1))
         })();
@@ -80,5 +93,24 @@ impl Collector<'_> {
             return self.held_too(open, &pids);
         }
         unix_single::capture(self.table.pid, open, kind, state, peer, self.contents).map(Kind::UnixSingle)
+    }
+
+    /// An abstract name is given to an end by binding it, and only one socket can be bound to it.
+    fn refuse_shared_names(&self, pair: &UnixPair) -> Result<(), Stop> {
+        let abstract_names =
+            pair.ends.iter().map(|end| &end.name).filter(|name| !name.is_empty() && path_of(name).is_none());
+        for name in abstract_names {
+            let has_it = |o: &&Open| {
+                o.link_starts_with("socket:[") && unix_single::own_name(o).is_ok_and(|own| own == *name)
+            };
+            let mut inodes: Vec<u64> = self.table.opens.iter().filter(has_it).map(unix::inode).collect();
+            inodes.dedup();
+            if inodes.len() > 1 {
+                let why =
+                    "is a unix connection to an abstract name that other sockets of the process have too";
+                return Err(Stop::refuse(why));
+            }
+        }
+        Ok(())
     }
 }

@@ -164,12 +164,99 @@ fn what_waits_at_a_name_is_refused() {
     assert!(refused.contains("1 connections not accepted"), "{refused}");
     s.call(libc::SYS_accept4, &[fd.into(), 0, 0, 0]);
     let refused = capture(s.pid(), &options()).unwrap_err().to_string();
-    assert!(refused.contains("unix connection with a name"), "{refused}");
+    assert!(refused.contains("leads out of the process"), "{refused}");
     drop(client);
     let mut s = Held::source();
     let (a, b) = s.socketpair(SOCK_STREAM);
     set(&mut s, b, SOL_SOCKET, 76, 1);
     s.write(a, b"who");
     let refused = capture(s.pid(), &options()).unwrap_err().to_string();
-    assert!(refused.contains("credentials"), "{refused}");
+    assert!(refused.contains("pidfd"), "{refused}");
+}
+
+#[test]
+fn connections_to_a_name_within_the_process() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("l");
+    for kind in [SOCK_STREAM, SOCK_SEQPACKET] {
+        let mut s = Held::source();
+        let listener = bound(&mut s, kind, bytes(&path));
+        s.call(libc::SYS_listen, &[listener.into(), 5]);
+        let [mut clients, mut served] = [[0; 3]; 2];
+        for i in 0..3 {
+            clients[i] = new(&mut s, kind);
+            name_call(&mut s, libc::SYS_connect, clients[i], bytes(&path));
+            served[i] = s.call(libc::SYS_accept4, &[listener.into(), 0, 0, 0]) as i32;
+            s.write(clients[i], b"question");
+            // Unread data in an end that is closed would turn the end into a reset.
+            if i != 1 {
+                s.write(served[i], b"answer");
+            }
+        }
+        s.call(libc::SYS_shutdown, &[clients[0].into(), libc::SHUT_WR.into()]);
+        s.call(libc::SYS_close, &[clients[1].into()]);
+        // The connection outlives its listener, and so does the name.
+        s.call(libc::SYS_close, &[listener.into()]);
+        std::fs::remove_file(&path).unwrap();
+        let d = moved(s, &options());
+        assert!(names_in(directory.path()).is_empty());
+        for i in 0..3 {
+            let mut at = UnixStream::from(d.take(served[i]));
+            assert_eq!(at.local_addr().unwrap().as_pathname(), Some(path.as_path()));
+            let mut buffer = [0; 64];
+            assert_eq!(at.read(&mut buffer).unwrap(), 8);
+            match i {
+                0 => assert_eq!(at.read(&mut buffer).unwrap(), 0),
+                1 => assert!(at.write(b"x").is_err()),
+                _ => at.write_all(b"more").unwrap(),
+            }
+            if i != 1 {
+                let mut client = UnixStream::from(d.take(clients[i]));
+                assert_eq!(client.peer_addr().unwrap().as_pathname(), Some(path.as_path()));
+                assert!(client.local_addr().unwrap().is_unnamed());
+                assert_eq!(client.read(&mut buffer[..6]).unwrap(), 6);
+                if i == 2 {
+                    assert_eq!(client.read(&mut buffer).unwrap(), 4);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn unread_data_keeps_the_credentials_of_the_process() {
+    let mut s = Held::source();
+    let mut fds = Vec::new();
+    for kind in [SOCK_STREAM, SOCK_DGRAM] {
+        let (a, b) = s.socketpair(kind);
+        set(&mut s, b, SOL_SOCKET, libc::SO_PASSCRED, 1);
+        s.write(a, b"root");
+        s.call(libc::SYS_setresuid, &[4321, -1, -1]);
+        s.write(a, b"user");
+        s.call(libc::SYS_setresuid, &[0, -1, -1]);
+        // Gives this end of datagrams a name of the kernel's choice.
+        s.write(b, b"back");
+        fds.push((a, b, datagram::raw_name(s.take(b).as_fd()).unwrap()));
+    }
+    let pid = s.pid();
+    let d = moved(s, &options());
+    assert_eq!(fds.iter().map(|(.., name)| name.len()).collect::<Vec<_>>(), [2, 8]);
+    for (a, b, name) in fds {
+        assert_eq!(datagram::raw_name(d.take(b).as_fd()).unwrap(), name);
+        let mut buffer = [0; 4];
+        let at_b = d.take(b);
+        for uid in [0, 4321] {
+            let seen = socket::peek(at_b.as_fd(), &mut buffer, 0, true).unwrap();
+            assert_eq!((seen.len, seen.credentials), (4, Some([d.pid() as u32, uid, 0])), "was {pid}");
+            nix::unistd::read(&at_b, &mut buffer).unwrap();
+        }
+        let back = socket::peek(d.take(a).as_fd(), &mut buffer, 0, false).unwrap();
+        assert_eq!(back.len, 4);
+    }
+    let mut s = Held::source();
+    let (a, b) = s.socketpair(SOCK_STREAM);
+    set(&mut s, b, SOL_SOCKET, libc::SO_PASSCRED, 1);
+    UnixStream::from(s.take(a)).write_all(b"ours").unwrap();
+    let refused = capture(s.pid(), &options()).unwrap_err().to_string();
+    assert!(refused.contains(&format!("credentials of pid {}", std::process::id())), "{refused}");
 }
