@@ -197,7 +197,7 @@ pub fn filter(fd: BorrowedFd<'_>) -> Result<Vec<u8>, Errno> {
 /// Attaches a classic packet filter.
 pub fn attach_filter(fd: BorrowedFd<'_>, filter: &[u8]) -> Result<(), Errno> {
     let count = filter.len() / INSTRUCTION_BYTES;
-    if count > FILTER_INSTRUCTIONS || filter.len() % INSTRUCTION_BYTES != 0 {
+    if count > FILTER_INSTRUCTIONS || !filter.len().is_multiple_of(INSTRUCTION_BYTES) {
         return Err(Errno::EINVAL);
     }
     let program = libc::sock_fprog { len: count as u16, filter: filter.as_ptr().cast_mut().cast() };

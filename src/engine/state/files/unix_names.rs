@@ -5,19 +5,22 @@
 //! of its own beside that place (with the directory as root, so that the name reads as it did), and its file
 //! is moved to its place when the process is about to run: [`UnixNames::publish`]. Until then, dropping the
 //! names leaves no trace. Abstract names are taken at once.
+//!
+//! That place may belong to a user: everything is done through a descriptor of its directory, and below a
+//! directory that is seen to be ours, so that nobody can put another one in between.
 
 use std::ffi::OsStr;
-use std::fs::{self, DirBuilder, File, Permissions};
+use std::fs::{self, DirBuilder, File, OpenOptions, Permissions};
 use std::io::ErrorKind;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{DirBuilderExt, FileTypeExt, PermissionsExt, lchown};
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt, lchown};
 use std::path::{Component, Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use nix::errno::Errno;
 use nix::sched::{CloneFlags, unshare};
-use nix::unistd::chroot;
+use nix::unistd::{chroot, fchdir, geteuid};
 
 use super::{Trouble, errno_of};
 use crate::engine::reason::Reason;
@@ -35,10 +38,15 @@ pub struct UnixNames {
     staged: Vec<Staged>,
 }
 
+/// Of the directories that stand for the root.
+const MODE: u32 = 0o700;
+
 #[derive(Debug)]
 struct Staged {
-    /// The name, and the directory beside the file's place that stands for the root.
     name: Vec<u8>,
+    /// The directory of the file's place; the paths below lead through this descriptor.
+    _beside: File,
+    /// The directory that stands for the root, and the file in it.
     root: PathBuf,
     file: PathBuf,
     /// Where the file belongs; `None` if it was removed at the source.
@@ -81,10 +89,13 @@ impl UnixNames {
             check_place(place).map_err(Trouble::File)?;
         }
         let beside = match &place {
-            Some(place) => place.parent().ok_or(Trouble::Invalid("the file of a unix socket"))?.to_owned(),
+            Some(place) if place.is_absolute() && place.file_name().is_some() => {
+                place.parent().unwrap_or(place).to_owned()
+            }
+            Some(_) => return Err(Trouble::Invalid("the file of a unix socket")),
             None => std::env::temp_dir(),
         };
-        let staged = stage(fd, image, path, &beside, place).map_err(|errno| match errno {
+        let staged = stage(fd, image, path, &beside, place.as_deref()).map_err(|errno| match errno {
             Errno::ENOENT => Trouble::File(Reason::new(
                 format!("directory {}", beside.display()),
                 "does not exist here, and a unix socket has its name in it",
@@ -162,7 +173,7 @@ fn new_directory(beside: &Path) -> std::io::Result<PathBuf> {
     loop {
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
         let root = beside.join(format!(".migrate-{}-{number}", std::process::id()));
-        match DirBuilder::new().mode(0o700).create(&root) {
+        match DirBuilder::new().mode(MODE).create(&root) {
             Err(error) if error.kind() == ErrorKind::AlreadyExists => {}
             made => return made.map(|()| root),
         }
@@ -175,35 +186,51 @@ fn stage(
     image: &UnixName,
     path: &Path,
     beside: &Path,
-    place: Option<PathBuf>,
+    place: Option<&Path>,
 ) -> Result<Staged, Errno> {
     let errno = |e: std::io::Error| errno_of(&e);
-    let root = new_directory(beside).map_err(errno)?;
-    let mut file = root.clone();
+    let flags = libc::O_PATH | libc::O_DIRECTORY;
+    let beside = OpenOptions::new().read(true).custom_flags(flags).open(beside).map_err(errno)?;
+    let here = PathBuf::from(format!("/proc/self/fd/{}", beside.as_raw_fd()));
+    let root = new_directory(&here).map_err(errno)?;
+    let mut inside = PathBuf::from("/");
     for part in path.components() {
         match part {
-            Component::Normal(name) => file.push(name),
-            Component::ParentDir if file != root => drop(file.pop()),
+            Component::Normal(name) => inside.push(name),
+            Component::ParentDir => drop(inside.pop()),
             _ => {}
         }
     }
-    let staged = Staged { name: image.name.clone(), root, file, place };
+    let file = root.join(inside.strip_prefix("/").unwrap_or(&inside));
+    let place = place.and_then(Path::file_name).map(|name| here.join(name));
+    let staged = Staged { name: image.name.clone(), _beside: beside, root, file, place };
     // From here on, a failure removes the directory again.
     let mut guard = UnixNames { staged: vec![staged] };
     let Some(staged) = guard.staged.first() else { return Err(Errno::EINVAL) };
-    fs::create_dir_all(staged.file.parent().unwrap_or(&staged.root)).map_err(errno)?;
-    let raw = raw_of(&image.name);
     let bound = std::thread::scope(|scope| {
-        let enter_and_bind = || {
+        let bind = || {
             unshare(CloneFlags::CLONE_FS)?;
-            chroot(&staged.root)?;
-            std::env::set_current_dir("/").map_err(errno)?;
-            datagram::bind_raw(fd, &raw)
+            enter(&staged.root)?;
+            std::fs::create_dir_all(inside.parent().unwrap_or(&inside)).map_err(errno)?;
+            datagram::bind_raw(fd, &raw_of(&image.name))?;
+            lchown(&inside, Some(image.uid), Some(image.gid)).map_err(errno)?;
+            fs::set_permissions(&inside, Permissions::from_mode(image.mode & 0o7777)).map_err(errno)
         };
-        scope.spawn(enter_and_bind).join().unwrap_or(Err(Errno::EFAULT))
+        scope.spawn(bind).join().unwrap_or(Err(Errno::EFAULT))
     });
     bound?;
-    lchown(&staged.file, Some(image.uid), Some(image.gid)).map_err(errno)?;
-    fs::set_permissions(&staged.file, Permissions::from_mode(image.mode & 0o7777)).map_err(errno)?;
     guard.staged.pop().ok_or(Errno::EINVAL)
+}
+
+/// Takes a directory for the root of this thread, if nobody else can write to it.
+fn enter(root: &Path) -> Result<(), Errno> {
+    let errno = |e: std::io::Error| errno_of(&e);
+    let flags = libc::O_DIRECTORY | libc::O_NOFOLLOW;
+    let root = OpenOptions::new().read(true).custom_flags(flags).open(root).map_err(errno)?;
+    let meta = root.metadata().map_err(errno)?;
+    if meta.uid() != geteuid().as_raw() || meta.mode() & 0o777 != MODE {
+        return Err(Errno::EPERM);
+    }
+    fchdir(&root)?;
+    chroot(".")
 }

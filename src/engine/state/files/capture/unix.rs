@@ -31,7 +31,7 @@ impl Collector<'_> {
             (libc::SOCK_DGRAM, Some(peer)) => {
                 let mutual = other.is_some() && ask(state.peer)?.peer == inode;
                 let without_files = path_of(&name).is_none() && path_of(peer).is_none();
-                !(mutual && without_files) && !(name.is_empty() && peer.is_empty())
+                !(mutual && without_files || name.is_empty() && peer.is_empty())
             }
             _ => !state.connected,
         };
