@@ -82,6 +82,7 @@ pub(super) struct Driver {
     pub addresses: Option<AddressSet>,
     /// Names of unix sockets that are not at their places yet.
     pub names: UnixNames,
+    pub lost_datagrams: u64,
     pub asks: HashMap<u64, LinkSender>,
     pub next_ask: u64,
     pub clock: PhaseClock,
@@ -270,6 +271,7 @@ impl Driver {
         let descriptors = process.files.clone().unwrap_or_default();
         let mut built = files::build(&descriptors, Some(&log), &self.shift, skeleton.objects())?;
         self.names = std::mem::take(&mut built.names);
+        self.lost_datagrams = built.lost_datagrams;
         if !missing.is_empty() {
             self.clock.begin("watch");
             self.drain.start(&mut skeleton, missing)?;
@@ -436,6 +438,7 @@ impl Driver {
         let mut extras = Extras::default();
         match tell {
             Tell::Prepared | Tell::Committed => {
+                extras.lost_datagrams = self.lost_datagrams;
                 extras.timings = Some(Timings { phase_us: self.clock.so_far().to_micros().collect() });
             }
             Tell::Ready => extras.urgent_port = self.drain.port(),

@@ -249,6 +249,7 @@ impl Service {
             late: Vec::new(),
             addresses: None,
             names: UnixNames::default(),
+            lost_datagrams: 0,
             asks: HashMap::new(),
             next_ask: 0,
             clock: PhaseClock::start(),

@@ -25,11 +25,16 @@ pub fn socket(family: c_int, kind: c_int, protocol: c_int) -> Result<OwnedFd, Er
     Ok(super::owned_fd(fd))
 }
 
-/// The value of a socket option, at most 256 bytes of it.
+/// The value of a socket option, at most 256 bytes of it. Packet filters are read by
+/// [`super::datagram::filter`]: their length is not in bytes.
 pub fn option(fd: BorrowedFd<'_>, level: c_int, name: c_int) -> Result<Vec<u8>, Errno> {
+    if (level, name) == (libc::SOL_SOCKET, libc::SO_GET_FILTER) {
+        return Err(Errno::EINVAL);
+    }
     let mut value = [0u8; 256];
     let mut len = value.len() as libc::socklen_t;
-    // SAFETY: `value` is writable for `len` bytes; the kernel writes no more and stores how many in `len`.
+    // SAFETY: `value` is writable for `len` bytes; the kernel writes no more and stores how many in `len`. The
+    // one option whose length counts something longer than bytes was turned away.
     let rc =
         unsafe { libc::getsockopt(fd.as_raw_fd(), level, name, value.as_mut_ptr().cast(), &raw mut len) };
     Errno::result(rc)?;

@@ -192,6 +192,8 @@ fn the_address_a_datagram_was_sent_to_is_kept_or_the_datagram_is_lost() {
     let kept = images(&capture(d.pid(), &options()).unwrap().image);
     assert_eq!((kept[0].queue[0].to.as_slice(), kept[0].queue[0].hops), (&[127, 0, 0, 5][..], 33));
     drop(d);
+    let is_here = |ip: &str| super::super::inet::is_here(ip.parse().unwrap());
+    assert_eq!(["127.0.0.5", "::1", "203.0.113.7"].map(is_here), [true, true, false]);
     if let Some(Kind::IpSocket(socket)) = &mut elsewhere.descriptions[0].kind {
         socket.queue[0].to = vec![203, 0, 113, 7];
     }
