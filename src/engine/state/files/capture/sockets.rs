@@ -39,9 +39,15 @@ impl Collector<'_> {
                 }
             }
             (libc::AF_INET | libc::AF_INET6, ..) if ip_socket::is_known(kind, protocol) => {
+                if let Some(pids) = self.holders.others(&open.link) {
+                    return self.held_too(open, ip_socket::words(kind, protocol), &pids);
+                }
                 ip_socket::capture(open, (domain, kind, protocol), self.contents).map(Kind::IpSocket)
             }
             (libc::AF_NETLINK, ..) => {
+                if let Some(pids) = self.holders.others(&open.link) {
+                    return self.held_too(open, "a netlink socket", &pids);
+                }
                 netlink::capture(open, kind, protocol, self.contents).map(Kind::Netlink)
             }
             _ => Err(Stop::refuse(format!(

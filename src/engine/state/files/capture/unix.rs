@@ -44,7 +44,7 @@ impl Collector<'_> {
         }
         for end in [Some(open), other].into_iter().flatten() {
             if let Some(pids) = self.holders.others(&end.link) {
-                return self.held_too(open, &pids);
+                return self.held_too(open, "a unix socket", &pids);
             }
         }
         let made = (|| {
@@ -75,11 +75,11 @@ impl Collector<'_> {
         made.map(|pair| Kind::UnixEnd(UnixEnd { pair, end: 0 }))
     }
 
-    fn held_too(&self, open: &Open, pids: &str) -> Result<Kind, Stop> {
+    pub(super) fn held_too(&self, open: &Open, what: &str, pids: &str) -> Result<Kind, Stop> {
         if self.is_left(open) {
             return Ok(left_behind());
         }
-        Err(Stop::refuse(format!("is a unix socket that another process holds too ({pids})")))
+        Err(Stop::refuse(format!("is {what} that another process holds too ({pids})")))
     }
 
     fn single(
@@ -90,7 +90,7 @@ impl Collector<'_> {
         peer: Option<Vec<u8>>,
     ) -> Result<Kind, Stop> {
         if let Some(pids) = self.holders.others(&open.link) {
-            return self.held_too(open, &pids);
+            return self.held_too(open, "a unix socket", &pids);
         }
         unix_single::capture(self.table.pid, open, kind, state, peer, self.contents).map(Kind::UnixSingle)
     }

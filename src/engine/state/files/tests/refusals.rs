@@ -147,6 +147,7 @@ fn files_are_compared_by_what_they_are() {
 fn a_process_started_since_preflight_is_looked_at() {
     let mut s = Held::source();
     s.pipe(0);
+    s.call(libc::SYS_socket, &[libc::AF_INET.into(), libc::SOCK_DGRAM.into(), 0]);
     let seen = check(s.pid(), &options()).unwrap();
     assert!(seen.reasons.is_empty());
     super::super::capture_after(s.pid(), &options(), &seen.scanned).unwrap();
@@ -155,6 +156,10 @@ fn a_process_started_since_preflight_is_looked_at() {
     let refused = super::super::capture_after(s.pid(), &options(), &seen.scanned);
     nix::sys::signal::kill(nix::unistd::Pid::from_raw(child as i32), nix::sys::signal::Signal::SIGKILL)
         .unwrap();
-    let refused = refused.unwrap_err().to_string();
-    assert!(refused.contains(&format!("(pid {child})")), "{refused}");
+    let Err(super::super::CaptureFilesError::Refused { reasons, .. }) = refused else {
+        panic!("{refused:?}")
+    };
+    assert_eq!(reasons.len(), 3, "{reasons:?}");
+    assert!(reasons.iter().all(|r| r.why.contains(&format!("(pid {child})"))), "{reasons:?}");
+    assert!(reasons.iter().any(|r| r.why.contains("a UDP socket")), "{reasons:?}");
 }
