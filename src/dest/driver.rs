@@ -24,7 +24,7 @@ use crate::engine::reason::{Reason, chain};
 use crate::engine::remote::Tid;
 use crate::engine::restore;
 use crate::engine::skeleton::{ReservedPid, Skeleton};
-use crate::engine::state::files;
+use crate::engine::state::files::{self, UnixNames};
 use crate::journal::{self, Incoming, IncomingState, Journal, JournalError};
 use crate::migration::{MigrationId, ProcessKey};
 use crate::operator::protocol::Phase;
@@ -80,6 +80,9 @@ pub(super) struct Driver {
     /// Signals that the source got after the capture: they come with the commit.
     pub late: Vec<LateSignal>,
     pub addresses: Option<AddressSet>,
+    /// Names of unix sockets that are not at their places yet.
+    pub names: UnixNames,
+    pub lost_datagrams: u64,
     pub asks: HashMap<u64, LinkSender>,
     pub next_ask: u64,
     pub clock: PhaseClock,
@@ -266,7 +269,9 @@ impl Driver {
         let (mut skeleton, missing) = self.assembly.take().ok_or(ActionError::Order)?.into_skeleton()?;
         let log = self.state_dir.join("logs").join(format!("{}-{}.log", process.pid, self.id));
         let descriptors = process.files.clone().unwrap_or_default();
-        let built = files::build(&descriptors, Some(&log), &self.shift, skeleton.objects())?;
+        let mut built = files::build(&descriptors, Some(&log), &self.shift, skeleton.objects())?;
+        self.names = std::mem::take(&mut built.names);
+        self.lost_datagrams = built.lost_datagrams;
         if !missing.is_empty() {
             self.clock.begin("watch");
             self.drain.start(&mut skeleton, missing)?;
@@ -320,6 +325,7 @@ impl Driver {
                 Ok(None)
             }
             Action::Resume(right) => {
+                self.names.publish();
                 match self.skeleton.take().map(|skeleton| skeleton.resume(self.stopped, &self.late)) {
                     Some(Ok(())) => reaper::adopt(right.process().pid),
                     Some(Err(error)) => {
@@ -432,6 +438,7 @@ impl Driver {
         let mut extras = Extras::default();
         match tell {
             Tell::Prepared | Tell::Committed => {
+                extras.lost_datagrams = self.lost_datagrams;
                 extras.timings = Some(Timings { phase_us: self.clock.so_far().to_micros().collect() });
             }
             Tell::Ready => extras.urgent_port = self.drain.port(),

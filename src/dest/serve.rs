@@ -20,6 +20,7 @@ use crate::engine::address::AddressSet;
 use crate::engine::clocks::{self, Shift};
 use crate::engine::kernel::Host;
 use crate::engine::remote::Tid;
+use crate::engine::state::files::UnixNames;
 use crate::engine::sys::heap;
 use crate::identity::{IdentityError, Node};
 use crate::journal::{self, JournalError};
@@ -247,6 +248,8 @@ impl Service {
             stopped: false,
             late: Vec::new(),
             addresses: None,
+            names: UnixNames::default(),
+            lost_datagrams: 0,
             asks: HashMap::new(),
             next_ask: 0,
             clock: PhaseClock::start(),

@@ -17,20 +17,21 @@ pub(super) struct Unexpected(String);
 #[derive(Debug, Default)]
 pub(super) struct Extras {
     pub timings: Option<Timings>,
+    pub lost_datagrams: u64,
     pub urgent_port: u16,
     pub missing: PageRuns,
     pub stats: DrainStats,
 }
 
 pub(super) fn to_control(tell: &Tell, id: MigrationId, extras: Extras) -> Control {
-    let Extras { timings, urgent_port, missing, stats } = extras;
+    let Extras { timings, lost_datagrams, urgent_port, missing, stats } = extras;
     let migration_id = id.to_string();
     let reasons = |list: &[crate::engine::reason::Reason]| list.iter().cloned().map(Into::into).collect();
     let body = match tell {
         Tell::Ready => Body::Ready(Ready { migration_id, urgent_port: u32::from(urgent_port) }),
         Tell::Refused(list) => Body::Refused(Refused { reasons: reasons(list) }),
         Tell::RoundPlaced(round) => Body::RoundPlaced(RoundPlaced { round: *round }),
-        Tell::Prepared => Body::Prepared(Prepared { migration_id, timings }),
+        Tell::Prepared => Body::Prepared(Prepared { migration_id, timings, lost_datagrams }),
         Tell::Committed => Body::Committed(Committed { migration_id, timings }),
         Tell::Answer(fate) => {
             let fate = match fate {

@@ -37,6 +37,7 @@ pub(super) fn to_control(tell: &Tell, id: MigrationId, begin: &Begin, late: &[La
 #[derive(Debug, Default)]
 pub(super) struct Extras {
     pub timings: Option<Timings>,
+    pub lost_datagrams: u64,
     pub urgent_port: u16,
     pub missing: Option<PageRuns>,
     pub stats: Option<DrainStats>,
@@ -53,6 +54,7 @@ pub(super) fn to_message(message: Control) -> Result<(Message, Extras), Unexpect
         Some(Body::RoundPlaced(m)) => Message::RoundPlaced(m.round),
         Some(Body::Prepared(m)) => {
             extras.timings = m.timings;
+            extras.lost_datagrams = m.lost_datagrams;
             Message::Prepared
         }
         Some(Body::Committed(m)) => {

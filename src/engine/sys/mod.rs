@@ -6,6 +6,7 @@
 pub mod attrs;
 pub mod blob;
 pub mod clone;
+pub mod datagram;
 pub mod fds;
 pub mod pagemap;
 pub mod pidfd;

@@ -15,6 +15,9 @@ use nix::errno::Errno;
 /// Most descriptors that one message carries (the kernel's `SCM_MAX_FD`).
 pub const MAX_FDS_PER_MESSAGE: usize = 253;
 
+/// A control message with `struct ucred`: 16 bytes of header, 12 of value, padding.
+const CREDENTIALS_BYTES: usize = 32;
+
 /// Makes a socket (close-on-exec).
 pub fn socket(family: c_int, kind: c_int, protocol: c_int) -> Result<OwnedFd, Errno> {
     // SAFETY: no pointers.
@@ -22,11 +25,16 @@ pub fn socket(family: c_int, kind: c_int, protocol: c_int) -> Result<OwnedFd, Er
     Ok(super::owned_fd(fd))
 }
 
-/// The value of a socket option, at most 256 bytes of it.
+/// The value of a socket option, at most 256 bytes of it. Packet filters are read by
+/// [`super::datagram::filter`]: their length is not in bytes.
 pub fn option(fd: BorrowedFd<'_>, level: c_int, name: c_int) -> Result<Vec<u8>, Errno> {
+    if (level, name) == (libc::SOL_SOCKET, libc::SO_GET_FILTER) {
+        return Err(Errno::EINVAL);
+    }
     let mut value = [0u8; 256];
     let mut len = value.len() as libc::socklen_t;
-    // SAFETY: `value` is writable for `len` bytes; the kernel writes no more and stores how many in `len`.
+    // SAFETY: `value` is writable for `len` bytes; the kernel writes no more and stores how many in `len`. The
+    // one option whose length counts something longer than bytes was turned away.
     let rc =
         unsafe { libc::getsockopt(fd.as_raw_fd(), level, name, value.as_mut_ptr().cast(), &raw mut len) };
     Errno::result(rc)?;
@@ -107,16 +115,6 @@ pub fn accept(fd: BorrowedFd<'_>) -> Result<OwnedFd, Errno> {
     Ok(super::owned_fd(Errno::result(rc)?))
 }
 
-/// Whether the other end of a unix socket has a name.
-pub fn peer_has_name(fd: BorrowedFd<'_>) -> Result<bool, Errno> {
-    let mut raw = [0u8; 128];
-    let mut len = raw.len() as libc::socklen_t;
-    // SAFETY: `raw` is writable for `len` bytes; the kernel writes no more than that.
-    Errno::result(unsafe { libc::getpeername(fd.as_raw_fd(), raw.as_mut_ptr().cast(), &raw mut len) })?;
-    // The family alone: two bytes.
-    Ok(len > 2)
-}
-
 /// What one look into a queue found.
 #[derive(Debug)]
 pub struct Peeked {
@@ -124,22 +122,60 @@ pub struct Peeked {
     pub len: usize,
     /// Whether descriptors (or other ancillary data) travel with it.
     pub ancillary: bool,
+    /// The sender's name in the kernel's form; empty for none.
+    pub from: Vec<u8>,
+    /// The sender's process, user and group, where they were asked for.
+    pub credentials: Option<[u32; 3]>,
 }
 
 /// Looks at the next data of a unix socket without consuming it. Never blocks. Descriptors that travel
-/// with it are not taken over: there is no room for them, and the kernel says so.
-pub fn peek(fd: BorrowedFd<'_>, buffer: &mut [u8], flags: c_int) -> Result<Peeked, Errno> {
+/// with it are not taken over: there is no room for them, and the kernel says so. `credentials` may be asked
+/// for only of a socket with `SO_PASSCRED`, where they come first: they fill the room.
+pub fn peek(fd: BorrowedFd<'_>, buffer: &mut [u8], flags: c_int, credentials: bool) -> Result<Peeked, Errno> {
+    let mut name = [0u8; size_of::<libc::sockaddr_storage>()];
     let mut iov = libc::iovec { iov_base: buffer.as_mut_ptr().cast(), iov_len: buffer.len() };
+    // SAFETY: all-zero is a valid msghdr.
+    let mut header: libc::msghdr = unsafe { std::mem::zeroed() };
+    header.msg_name = name.as_mut_ptr().cast();
+    header.msg_namelen = name.len() as libc::socklen_t;
+    header.msg_iov = &raw mut iov;
+    header.msg_iovlen = 1;
+    let mut control = [0u64; CREDENTIALS_BYTES / 8];
+    if credentials {
+        header.msg_control = control.as_mut_ptr().cast();
+        header.msg_controllen = CREDENTIALS_BYTES;
+    }
+    let flags = flags | libc::MSG_PEEK | libc::MSG_DONTWAIT;
+    // SAFETY: `header`, `name`, `control` and `iov` live for the whole call; `name`, `control` and `buffer`
+    // are writable for the lengths given.
+    let rc = unsafe { libc::recvmsg(fd.as_raw_fd(), &raw mut header, flags) };
+    let len = Errno::result(rc)? as usize;
+    let from = name.get(..header.msg_namelen as usize).unwrap_or_default().to_vec();
+    // A cmsghdr (length 8, level 4, type 4), then process, user, group.
+    let [_, what, process_user, group, ..] = control;
+    let is_credentials = what == libc::SOL_SOCKET as u64 | (libc::SCM_CREDENTIALS as u64) << 32;
+    let credentials =
+        is_credentials.then_some([process_user as u32, (process_user >> 32) as u32, group as u32]);
+    Ok(Peeked { len, ancillary: header.msg_flags & libc::MSG_CTRUNC != 0, from, credentials })
+}
+
+/// Sends a message to the other end, as this process, user and group. Never blocks.
+pub fn send_as(fd: BorrowedFd<'_>, data: &[u8], credentials: [u32; 3]) -> Result<usize, Errno> {
+    let [process, user, group] = credentials.map(u64::from);
+    let kind = libc::SOL_SOCKET as u64 | (libc::SCM_CREDENTIALS as u64) << 32;
+    let mut control = [28, kind, process | user << 32, group];
+    let mut iov = libc::iovec { iov_base: data.as_ptr().cast_mut().cast(), iov_len: data.len() };
     // SAFETY: all-zero is a valid msghdr.
     let mut header: libc::msghdr = unsafe { std::mem::zeroed() };
     header.msg_iov = &raw mut iov;
     header.msg_iovlen = 1;
-    let flags = flags | libc::MSG_PEEK | libc::MSG_DONTWAIT;
-    // SAFETY: `header` and `iov` live for the whole call, `buffer` is writable for its length, and there
-    // is neither a name nor a control buffer to write to.
-    let rc = unsafe { libc::recvmsg(fd.as_raw_fd(), &raw mut header, flags) };
-    let len = Errno::result(rc)? as usize;
-    Ok(Peeked { len, ancillary: header.msg_flags & libc::MSG_CTRUNC != 0 })
+    header.msg_control = control.as_mut_ptr().cast();
+    header.msg_controllen = CREDENTIALS_BYTES;
+    let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
+    // SAFETY: `header`, `iov`, `data` and `control` live for the whole call with the lengths given; the kernel
+    // only reads what they point to.
+    let rc = unsafe { libc::sendmsg(fd.as_raw_fd(), &raw const header, flags) };
+    Errno::result(rc).map(|sent| sent as usize)
 }
 
 /// Sends one byte with these descriptors. Never blocks.

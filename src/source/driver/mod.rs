@@ -259,6 +259,10 @@ impl Driver<'_> {
             Message::Drained => self.take_stats(extras.stats),
             _ => {}
         }
+        if extras.lost_datagrams > 0 {
+            let why = format!("{} that were not read yet were lost on the way", extras.lost_datagrams);
+            self.report.notes.push(Reason::new("datagrams", why, ""));
+        }
         if let Some(timings) = extras.timings {
             self.report.phases.add_remote("dest_", &timings.phase_us);
         }

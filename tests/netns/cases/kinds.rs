@@ -25,6 +25,7 @@ const ZOO: &[&str] = &[
     "zoo_memory",
     "zoo_threads",
     "zoo_shared",
+    "zoo_sockets",
     "zoo_huge",
 ];
 

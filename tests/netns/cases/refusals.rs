@@ -12,7 +12,7 @@ pub(crate) const REFUSAL: Duration = Duration::from_secs(30);
 /// States of the counting program, what they are refused by, and words that the reasons must have.
 pub(crate) const STATES: &[(&str, &[&str], &[&str])] = &[
     ("inotify", &["inotify"], &["inotify"]),
-    ("udp", &["udp"], &["udp"]),
+    ("half_udp", &["half_udp"], &["udp", "try again"]),
     ("child", &["child"], &["child"]),
     ("traced", &["traced"], &["traced"]),
     ("seccomp", &["seccomp"], &["seccomp"]),
@@ -26,7 +26,7 @@ pub(crate) const STATES: &[(&str, &[&str], &[&str])] = &[
     ("tcp_connection", &["connection"], &["tcp-close"]),
     (
         "all_at_once",
-        &["inotify", "udp", "child", "deleted", "private_file"],
+        &["inotify", "half_udp", "child", "deleted", "private_file"],
         &["inotify", "udp", "child", "deleted", "only-here"],
     ),
 ];

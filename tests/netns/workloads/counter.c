@@ -118,11 +118,12 @@ static void an_inotify(void)
     CHECK(fd >= 0 && inotify_add_watch(fd, "/tmp", IN_CREATE) >= 0, "inotify");
 }
 
-static void a_udp_socket(void)
+static void half_a_datagram(void)
 {
-    struct sockaddr_in any = {.sin_family = AF_INET};
+    struct sockaddr_in self = {.sin_family = AF_INET, .sin_port = htons(9), .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
     int fd = socket(AF_INET, SOCK_DGRAM, 0);
-    CHECK(fd >= 0 && bind(fd, (struct sockaddr *)&any, sizeof any) == 0, "udp");
+    CHECK(fd >= 0 && connect(fd, (struct sockaddr *)&self, sizeof self) == 0, "udp");
+    CHECK(send(fd, "half", 4, MSG_MORE) == 4, "udp");
 }
 
 static void a_child(void)
@@ -299,7 +300,7 @@ static void a_port(void)
 }
 
 static const struct { const char *name; void (*make)(void); } states[] = {
-    {"inotify", an_inotify}, {"udp", a_udp_socket}, {"child", a_child}, {"traced", a_tracer},
+    {"inotify", an_inotify}, {"half_udp", half_a_datagram}, {"child", a_child}, {"traced", a_tracer},
     {"seccomp", a_filter}, {"deleted", a_deleted_file}, {"lock", a_lock}, {"private_file", a_private_file},
     {"sysv", a_sysv_segment},
     {"memfd_held", a_memfd_held}, {"memfd_mapped", a_memfd_mapped}, {"mapped_memfd_held", a_mapped_memfd_held},

@@ -6,7 +6,11 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
 use super::capture::boot_id;
-use super::{RestoreFilesError, Trouble, errno_of, eventfd, memfd, path, pipe, signalfd, tcp, timerfd, unix};
+use super::unix_names::UnixNames;
+use super::{
+    RestoreFilesError, Trouble, errno_of, eventfd, ip_socket, memfd, netlink, path, pipe, signalfd, tcp,
+    timerfd, unix, unix_single,
+};
 use crate::engine::clocks::Shift;
 use crate::engine::state::objects::Objects;
 use crate::engine::sys::fds;
@@ -22,6 +26,17 @@ pub struct Built {
     pub(super) files: Files,
     /// One per description; those that only the process can make are still missing.
     pub(super) made: Vec<Option<OwnedFd>>,
+    /// Datagrams that were not read yet and are not in the new sockets, as if the network had lost them.
+    pub lost_datagrams: u64,
+    /// Names of unix sockets, to be published when the process is about to run.
+    pub names: UnixNames,
+}
+
+/// What the making of sockets leaves behind beside descriptors.
+#[derive(Default)]
+struct Extras {
+    lost_datagrams: u64,
+    names: UnixNames,
 }
 
 impl Built {
@@ -57,13 +72,19 @@ pub fn build(
         pipes.push([Some(read), Some(write)]);
     }
     let mut made = Vec::with_capacity(files.descriptions.len());
+    let mut extras = Extras::default();
     for (index, description) in files.descriptions.iter().enumerate() {
         let number = number_of(files, index);
-        let fd = make(description, same_kernel, shift, stdio_log, &mut pipes, objects)
+        let fd = make(description, same_kernel, shift, stdio_log, &mut pipes, objects, &mut extras)
             .map_err(|t| t.for_fd(number))?;
         made.push(fd);
     }
-    Ok(Built { files: files.clone(), made })
+    let Extras { lost_datagrams, names } = extras;
+    unix_single::complete(files, &made, &names)?;
+    if lost_datagrams > 0 {
+        tracing::warn!(lost_datagrams, "unread datagrams were lost on the way");
+    }
+    Ok(Built { files: files.clone(), made, lost_datagrams, names })
 }
 
 fn validate(files: &Files) -> Result<(), RestoreFilesError> {
@@ -105,6 +126,7 @@ fn make(
     stdio_log: Option<&Path>,
     pipes: &mut [[Option<OwnedFd>; 2]],
     objects: &Objects,
+    extras: &mut Extras,
 ) -> Result<Option<OwnedFd>, Trouble> {
     let flags = description.flags.cast_signed();
     let fd = match description.kind.as_ref().ok_or(Trouble::Invalid("a description of an unknown kind"))? {
@@ -121,6 +143,13 @@ fn make(
         Kind::Epoll(_) => fds::epoll().map_err(Trouble::step("making an epoll"))?,
         Kind::Tcp(image) => tcp::make(image)?,
         Kind::TcpClosed(image) => tcp::make_closed(image)?,
+        Kind::IpSocket(image) => {
+            let (fd, lost) = ip_socket::make(image)?;
+            extras.lost_datagrams += u64::from(lost);
+            fd
+        }
+        Kind::Netlink(image) => netlink::make(image)?,
+        Kind::UnixSingle(image) => unix_single::make(image, &mut extras.names)?,
         Kind::UnixEnd(_) => return Ok(None),
         Kind::LeftBehind(left) => return leave(left.input, stdio_log).map(Some),
     };

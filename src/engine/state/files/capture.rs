@@ -1,27 +1,28 @@
 //! The whole table at the source: every description to its kind, pipes and socket pairs put together
 //! from their ends, reasons collected.
 
+mod sockets;
+mod unix;
+
 use std::collections::HashMap;
 use std::ffi::OsString;
 use std::fs;
 use std::os::fd::OwnedFd;
 
-use libc::SOL_SOCKET;
 use nix::errno::Errno;
 
 use super::holders::{Holders, ScannedProcesses};
 use super::scan::{Open, Table};
-use super::tcp::{self, Tcp};
+use super::tcp;
 use super::{
     CaptureFilesError, FilesCheck, FilesOptions, Stop, epoll, eventfd, memfd, path, pipe, signalfd, timerfd,
-    unix, unix_diag,
 };
 use crate::engine::clocks::{self, Shift};
 use crate::engine::reason::Reason;
 use crate::engine::remote::Tid;
-use crate::engine::sys::{fds, socket};
+use crate::engine::sys::fds;
 use crate::proto::files::description::Kind;
-use crate::proto::files::{Description, Fd, Files, LeftBehind, Pipe, PipeEnd, UnixEnd, UnixPair, UnixSocket};
+use crate::proto::files::{Description, Fd, Files, LeftBehind, Pipe, PipeEnd, UnixPair};
 
 /// The descriptors of a stopped process.
 #[derive(Debug)]
@@ -279,91 +280,6 @@ impl<'a> Collector<'a> {
         let pipe = made.clone()?;
         Ok(Kind::PipeEnd(PipeEnd { pipe, write: open.access() == libc::O_WRONLY }))
     }
-
-    fn socket(&mut self, description: usize, open: &Open) -> Result<Kind, Stop> {
-        if self.other_network {
-            return Err(Stop::refuse("is a socket of another network namespace than ours"));
-        }
-        let option = |name| {
-            socket::int_option(open.fd(), SOL_SOCKET, name).map_err(Stop::failed("asking what a socket is"))
-        };
-        let (domain, kind) = (option(libc::SO_DOMAIN)?, option(libc::SO_TYPE)?);
-        let protocol = option(libc::SO_PROTOCOL)?;
-        match (domain, kind, protocol) {
-            (libc::AF_UNIX, ..) => self.unix_end(open, kind),
-            (libc::AF_INET | libc::AF_INET6, libc::SOCK_STREAM, libc::IPPROTO_TCP) => {
-                match tcp::capture(open, self.options.tcp_close)? {
-                    Tcp::Idle(image) => {
-                        // Held so that connections which arrive after the freeze are ended cleanly.
-                        if image.listening {
-                            self.closing.push(description);
-                        }
-                        Ok(Kind::Tcp(image))
-                    }
-                    Tcp::Dead { image, close_later } => {
-                        if close_later {
-                            self.closing.push(description);
-                        }
-                        Ok(Kind::TcpClosed(image))
-                    }
-                }
-            }
-            _ => Err(Stop::refuse(format!(
-                "is {}, which cannot be carried yet",
-                socket_words(domain, kind, protocol)
-            ))),
-        }
-    }
-
-    fn unix_end(&mut self, open: &Open, kind: i32) -> Result<Kind, Stop> {
-        let inode = unix::inode(open);
-        if let Some(known) = self.unix_index.get(&inode) {
-            return known.clone().map(|(pair, end)| Kind::UnixEnd(UnixEnd { pair, end }));
-        }
-        let ask = |i| unix_diag::ask(i).map_err(Stop::failed("asking the kernel about a unix socket"));
-        let state = ask(inode)?;
-        if state.named || open.link.is_empty() {
-            return Err(Stop::refuse("is a unix socket with a name, which cannot be carried yet"));
-        }
-        if !state.connected {
-            return Err(Stop::refuse("is a unix socket without a connection, which cannot be carried yet"));
-        }
-        let other = self
-            .table
-            .opens
-            .iter()
-            .find(|o| o.link_starts_with("socket:[") && unix::inode(o) == state.peer && state.peer != 0);
-        let named_peer = socket::peer_has_name(open.fd()).unwrap_or(true);
-        if other.is_none() && state.peer != 0 || named_peer {
-            let peer = OsString::from(format!("socket:[{}]", state.peer));
-            return self.outside(open, &peer, "a unix socket");
-        }
-        for end in [Some(open), other].into_iter().flatten() {
-            if let Some(pids) = self.holders.others(&end.link) {
-                if self.is_left(open) {
-                    return Ok(left_behind());
-                }
-                return Err(Stop::refuse(format!(
-                    "is a unix socket that another process holds too ({pids})"
-                )));
-            }
-        }
-        let made = (|| {
-            let mut pair = unix::capture_pair(self.table.pid, open)?;
-            pair.ends.push(unix::capture_end(open, state, kind, self.contents)?);
-            pair.ends.push(match other {
-                Some(other) => unix::capture_end(other, ask(state.peer)?, kind, self.contents)?,
-                None => UnixSocket { gone: true, ..UnixSocket::default() },
-            });
-            self.pairs.push(pair);
-            Ok(index(self.pairs.len() - 1))
-        })();
-        if let Some(other) = other {
-            self.unix_index.insert(unix::inode(other), made.clone().map(|pair| (pair, 1)));
-        }
-        self.unix_index.insert(inode, made.clone().map(|pair| (pair, 0)));
-        made.map(|pair| Kind::UnixEnd(UnixEnd { pair, end: 0 }))
-    }
 }
 
 impl Collected {
@@ -434,19 +350,5 @@ fn anonymous_words(name: &str) -> String {
         "perf_event" => "a performance counter".to_owned(),
         bpf if bpf.starts_with("bpf") => format!("a BPF object ({bpf})"),
         other => format!("an object of kind {other}"),
-    }
-}
-
-fn socket_words(domain: i32, kind: i32, protocol: i32) -> String {
-    match (domain, kind) {
-        (libc::AF_INET | libc::AF_INET6, libc::SOCK_DGRAM) => "a UDP socket".to_owned(),
-        (libc::AF_INET | libc::AF_INET6, libc::SOCK_RAW) => "a raw IP socket".to_owned(),
-        (libc::AF_INET | libc::AF_INET6, libc::SOCK_STREAM) => {
-            format!("a stream socket of IP protocol {protocol}")
-        }
-        (libc::AF_NETLINK, _) => "a netlink socket".to_owned(),
-        (libc::AF_PACKET, _) => "a packet socket".to_owned(),
-        (libc::AF_VSOCK, _) => "a vsock socket".to_owned(),
-        _ => format!("a socket of family {domain}"),
     }
 }

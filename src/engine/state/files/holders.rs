@@ -13,8 +13,8 @@ use crate::engine::state::objects::id_of_memfd;
 
 /// Processes whose descriptors preflight has looked at. A look at the stopped process need not read them
 /// again: what is held elsewhere was refused then, and only a process started since can have inherited
-/// something. (One that was there before could only be sent it, over a socket with a name or to another
-/// process, and a process with such a socket is not moved.)
+/// something. (One that was there before could only be sent it over a unix socket, in the moment between the
+/// two looks; that is not noticed.)
 #[derive(Debug, Clone, Default)]
 pub struct ScannedProcesses(HashSet<(Tid, u64)>);
 

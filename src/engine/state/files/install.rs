@@ -58,6 +58,19 @@ pub fn install(
     }
     place(&mut calls, parked, channel, &built)?;
     for (index, description) in built.files.descriptions.iter().enumerate() {
+        if let Some(Kind::UnixSingle(image)) = &description.kind
+            && image.listening
+        {
+            let number = built.number_of(index);
+            as_user(&mut calls.batch, image.uid, image.gid, |batch| {
+                batch.call(libc::SYS_listen, &[number.into(), image.backlog.into()]);
+            });
+            if calls.batch.len() >= CALLS {
+                calls.flush()?;
+            }
+        }
+    }
+    for (index, description) in built.files.descriptions.iter().enumerate() {
         let number = built.number_of(index);
         if let Some(Kind::Epoll(epoll)) = &description.kind {
             for watch in &epoll.watches {
@@ -121,6 +134,7 @@ fn make_pairs(calls: &mut Calls<'_>, built: &mut Built) -> Result<(), RestoreFil
     }
     let pidfd =
         pidfd::PidFd::open(calls.process.pid().unsigned_abs()).map_err(calls.failed("opening a pidfd"))?;
+    let pid = calls.process.pid();
     let mut filled: Vec<[Option<OwnedFd>; 2]> = Vec::new();
     for chunk in built.files.pairs.chunks(CALLS / 8) {
         let mut batch = Batch::new();
@@ -138,7 +152,8 @@ fn make_pairs(calls: &mut Calls<'_>, built: &mut Built) -> Result<(), RestoreFil
             let made = [take(a)?, take(b)?];
             let index = filled.len();
             filled.push(
-                unix::fill(pair, made).map_err(|t| t.for_fd(built.number_of(first_end(built, index))))?,
+                unix::fill(pid, pair, made)
+                    .map_err(|t| t.for_fd(built.number_of(first_end(built, index))))?,
             );
             calls.add(libc::SYS_close, &[a.into()])?;
             calls.add(libc::SYS_close, &[b.into()])?;
@@ -162,25 +177,32 @@ fn first_end(built: &Built, pair: usize) -> usize {
     built.files.descriptions.iter().position(|d| is_end(&d.kind)).unwrap_or(usize::MAX)
 }
 
-/// A socketpair by the user and group that made it: the kernel keeps the effective ones for SO_PEERCRED.
-/// The process comes as root and goes back to root.
+/// A socketpair by the user and group that made it.
 fn add_pair(batch: &mut Batch, pair: &UnixPair) -> Arg {
-    let keep = Arg::from(-1i64);
-    if pair.gid != 0 {
-        batch.call(libc::SYS_setresgid, &[keep, pair.gid.into(), keep]);
-    }
-    if pair.uid != 0 {
-        batch.call(libc::SYS_setresuid, &[keep, pair.uid.into(), keep]);
-    }
     let numbers = batch.output(8);
-    batch.call(libc::SYS_socketpair, &[libc::AF_UNIX.into(), pair.r#type.into(), 0u32.into(), numbers]);
-    if pair.uid != 0 {
+    as_user(batch, pair.uid, pair.gid, |batch| {
+        batch.call(libc::SYS_socketpair, &[libc::AF_UNIX.into(), pair.r#type.into(), 0u32.into(), numbers]);
+    });
+    numbers
+}
+
+/// Calls by a user and group: the kernel keeps the effective ones for SO_PEERCRED. The process comes as root
+/// and goes back to root.
+fn as_user(batch: &mut Batch, uid: u32, gid: u32, add: impl FnOnce(&mut Batch)) {
+    let keep = Arg::from(-1i64);
+    if gid != 0 {
+        batch.call(libc::SYS_setresgid, &[keep, gid.into(), keep]);
+    }
+    if uid != 0 {
+        batch.call(libc::SYS_setresuid, &[keep, uid.into(), keep]);
+    }
+    add(batch);
+    if uid != 0 {
         batch.call(libc::SYS_setresuid, &[keep, 0u32.into(), keep]);
     }
-    if pair.gid != 0 {
+    if gid != 0 {
         batch.call(libc::SYS_setresgid, &[keep, 0u32.into(), keep]);
     }
-    numbers
 }
 
 /// Sends everything, and moves and closes until each description is at its numbers.

@@ -13,9 +13,14 @@ mod build;
 mod capture;
 mod epoll;
 mod eventfd;
+mod filter;
 mod holders;
+mod inet;
 mod install;
+mod ip_socket;
 mod memfd;
+mod multicast;
+mod netlink;
 mod options;
 mod path;
 mod pipe;
@@ -27,6 +32,8 @@ mod tests;
 mod timerfd;
 mod unix;
 mod unix_diag;
+mod unix_names;
+mod unix_single;
 
 use nix::errno::Errno;
 
@@ -40,6 +47,7 @@ pub use holders::ScannedProcesses;
 pub use install::install;
 pub use path::{add_content, compare_here, describe};
 pub use tcp::{ListenPort, close_peers, port_free};
+pub use unix_names::UnixNames;
 
 /// What the operator allows.
 #[derive(Debug, Clone, Copy, Default)]

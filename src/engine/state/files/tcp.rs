@@ -148,7 +148,7 @@ fn idle(
     if !socket::option(fd, IPPROTO_TCP, libc::TCP_ULP).unwrap_or_default().is_empty() {
         return Err(Stop::refuse("is a TCP socket with an upper layer protocol (kernel TLS or the like)"));
     }
-    if !matches!(socket::option(fd, SOL_SOCKET, libc::SO_ATTACH_FILTER), Ok(filter) if filter.is_empty()) {
+    if !matches!(crate::engine::sys::datagram::filter(fd), Ok(filter) if filter.is_empty()) {
         return Err(Stop::refuse("is a TCP socket with a packet filter (BPF), which cannot be carried yet"));
     }
     if !socket::option(fd, IPPROTO_IP, libc::IP_OPTIONS).unwrap_or_default().is_empty() {

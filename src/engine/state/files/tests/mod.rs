@@ -8,9 +8,11 @@
     clippy::cast_sign_loss
 )]
 
+mod ip;
 mod objects;
 mod refusals;
 mod sockets;
+mod unix;
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::process::{Child, Command, Stdio};
@@ -205,7 +207,9 @@ pub(super) fn moved(source: Held, options: &FilesOptions) -> Held {
 pub(super) fn arrive(image: &crate::proto::files::Files, log: Option<&std::path::Path>) -> Held {
     let (ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
     let mut there = Held::start(Stdio::from(OwnedFd::from(theirs)));
-    let built = build(image, log, &Shift::default(), &Objects::default()).unwrap();
+    let mut built = build(image, log, &Shift::default(), &Objects::default()).unwrap();
+    let mut names = std::mem::take(&mut built.names);
     install(there.calls(), 0, ours.as_fd(), built).unwrap();
+    names.publish();
     there
 }

@@ -32,9 +32,11 @@ fn everything_unknown_is_refused_by_name_at_once() {
         b.call(libc::SYS_memfd_create, &[name, 0u32.into()])
     });
     s.call(libc::SYS_flock, &[memfd.unwrap(), libc::LOCK_EX.into()]);
-    s.call(libc::SYS_socket, &[libc::AF_INET.into(), libc::SOCK_DGRAM.into(), 0]);
-    s.call(libc::SYS_socket, &[libc::AF_NETLINK.into(), libc::SOCK_RAW.into(), 0]);
-    s.call(libc::SYS_socket, &[libc::AF_UNIX.into(), libc::SOCK_STREAM.into(), 0]);
+    s.call(libc::SYS_socket, &[libc::AF_VSOCK.into(), libc::SOCK_STREAM.into(), 0]);
+    s.call(
+        libc::SYS_socket,
+        &[libc::AF_NETLINK.into(), libc::SOCK_RAW.into(), libc::NETLINK_NETFILTER.into()],
+    );
     s.open("/proc/self/status".as_ref(), libc::O_RDONLY);
     let locked = s.open(&path, libc::O_RDWR | libc::O_CREAT);
     s.call(libc::SYS_flock, &[locked.into(), libc::LOCK_EX.into()]);
@@ -47,18 +49,8 @@ fn everything_unknown_is_refused_by_name_at_once() {
     s.epoll_add(epoll, fired, libc::EPOLLIN | libc::EPOLLONESHOT, 0);
     s.epoll_wait(epoll);
     let seen = reasons(&s, &options());
-    let expected = [
-        "inotify",
-        "locks",
-        "UDP",
-        "netlink",
-        "without a connection",
-        "/proc",
-        "locks",
-        "deleted",
-        "/dev/ptmx",
-        "one-shot",
-    ];
+    let expected =
+        ["inotify", "locks", "vsock", "netlink", "/proc", "locks", "deleted", "/dev/ptmx", "one-shot"];
     assert_eq!(seen.len(), expected.len(), "{seen:#?}");
     for (reason, word) in seen.iter().zip(expected) {
         assert!(reason.contains(word), "{reason} does not name {word}");
@@ -155,6 +147,7 @@ fn files_are_compared_by_what_they_are() {
 fn a_process_started_since_preflight_is_looked_at() {
     let mut s = Held::source();
     s.pipe(0);
+    s.call(libc::SYS_socket, &[libc::AF_INET.into(), libc::SOCK_DGRAM.into(), 0]);
     let seen = check(s.pid(), &options()).unwrap();
     assert!(seen.reasons.is_empty());
     super::super::capture_after(s.pid(), &options(), &seen.scanned).unwrap();
@@ -163,6 +156,10 @@ fn a_process_started_since_preflight_is_looked_at() {
     let refused = super::super::capture_after(s.pid(), &options(), &seen.scanned);
     nix::sys::signal::kill(nix::unistd::Pid::from_raw(child as i32), nix::sys::signal::Signal::SIGKILL)
         .unwrap();
-    let refused = refused.unwrap_err().to_string();
-    assert!(refused.contains(&format!("(pid {child})")), "{refused}");
+    let Err(super::super::CaptureFilesError::Refused { reasons, .. }) = refused else {
+        panic!("{refused:?}")
+    };
+    assert_eq!(reasons.len(), 3, "{reasons:?}");
+    assert!(reasons.iter().all(|r| r.why.contains(&format!("(pid {child})"))), "{reasons:?}");
+    assert!(reasons.iter().any(|r| r.why.contains("a UDP socket")), "{reasons:?}");
 }

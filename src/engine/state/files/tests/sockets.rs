@@ -11,7 +11,7 @@ use super::{Held, moved, options};
 use crate::engine::state::files::{FilesOptions, port_free};
 use crate::engine::sys::socket;
 
-fn set(s: &mut Held, fd: i32, level: i32, name: i32, value: i32) {
+pub(super) fn set(s: &mut Held, fd: i32, level: i32, name: i32, value: i32) {
     s.with(|b| {
         let data = b.input(&value.to_ne_bytes());
         b.call(libc::SYS_setsockopt, &[fd.into(), level.into(), name.into(), data, 4.into()])

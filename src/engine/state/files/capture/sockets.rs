@@ -1,0 +1,73 @@
+//! Sockets: each to its kind.
+
+use libc::SOL_SOCKET;
+
+use super::super::scan::Open;
+use super::super::tcp::{self, Tcp};
+use super::super::{Stop, ip_socket, netlink};
+use super::Collector;
+use crate::engine::sys::socket;
+use crate::proto::files::description::Kind;
+
+impl Collector<'_> {
+    pub(super) fn socket(&mut self, description: usize, open: &Open) -> Result<Kind, Stop> {
+        if self.other_network {
+            return Err(Stop::refuse("is a socket of another network namespace than ours"));
+        }
+        let option = |name| {
+            socket::int_option(open.fd(), SOL_SOCKET, name).map_err(Stop::failed("asking what a socket is"))
+        };
+        let (domain, kind) = (option(libc::SO_DOMAIN)?, option(libc::SO_TYPE)?);
+        let protocol = option(libc::SO_PROTOCOL)?;
+        match (domain, kind, protocol) {
+            (libc::AF_UNIX, ..) => self.unix_end(open, kind),
+            (libc::AF_INET | libc::AF_INET6, libc::SOCK_STREAM, libc::IPPROTO_TCP) => {
+                match tcp::capture(open, self.options.tcp_close)? {
+                    Tcp::Idle(image) => {
+                        // Held so that connections which arrive after the freeze are ended cleanly.
+                        if image.listening {
+                            self.closing.push(description);
+                        }
+                        Ok(Kind::Tcp(image))
+                    }
+                    Tcp::Dead { image, close_later } => {
+                        if close_later {
+                            self.closing.push(description);
+                        }
+                        Ok(Kind::TcpClosed(image))
+                    }
+                }
+            }
+            (libc::AF_INET | libc::AF_INET6, ..) if ip_socket::is_known(kind, protocol) => {
+                if let Some(pids) = self.holders.others(&open.link) {
+                    return self.held_too(open, ip_socket::words(kind, protocol), &pids);
+                }
+                ip_socket::capture(open, (domain, kind, protocol), self.contents).map(Kind::IpSocket)
+            }
+            (libc::AF_NETLINK, ..) => {
+                if let Some(pids) = self.holders.others(&open.link) {
+                    return self.held_too(open, "a netlink socket", &pids);
+                }
+                netlink::capture(open, kind, protocol, self.contents).map(Kind::Netlink)
+            }
+            _ => Err(Stop::refuse(format!(
+                "is {}, which cannot be carried yet",
+                socket_words(domain, kind, protocol)
+            ))),
+        }
+    }
+}
+
+fn socket_words(domain: i32, kind: i32, protocol: i32) -> String {
+    match (domain, kind) {
+        (libc::AF_INET | libc::AF_INET6, libc::SOCK_DGRAM) => {
+            format!("a datagram socket of IP protocol {protocol}")
+        }
+        (libc::AF_INET | libc::AF_INET6, libc::SOCK_STREAM) => {
+            format!("a stream socket of IP protocol {protocol}")
+        }
+        (libc::AF_PACKET, _) => "a packet socket".to_owned(),
+        (libc::AF_VSOCK, _) => "a vsock socket".to_owned(),
+        _ => format!("a socket of family {domain}"),
+    }
+}
