@@ -87,7 +87,12 @@ fn back_and_forth(
             count_is_exact(&outcome).map_err(|error| format!("move {round}: {error}"))?;
         }
         workload.check(there).map_err(|error| {
-            format!("after move {round}: {error}; it wrote: {}", there.stdout(&workload.job))
+            format!(
+                "after move {round}: {error}; it wrote: {}\nreport: {}\nthe service: {}",
+                there.stdout(&workload.job),
+                outcome.report,
+                there.stderr(&service.job)
+            )
         })?;
         after_each(round, &services)?;
         here = there;
