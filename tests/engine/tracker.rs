@@ -46,17 +46,19 @@ struct Target {
     child: Child,
     out: BufReader<std::process::ChildStdout>,
     at: u64,
+    pages: u64,
 }
 
 impl Target {
-    fn start() -> Self {
+    /// A program that says where so many pages are.
+    fn running(program: &str, pages: u64) -> Self {
         let mut command = Command::new("python3");
-        command.args(["-c", PROGRAM]).stdin(Stdio::piped()).stdout(Stdio::piped());
+        command.args(["-c", program]).stdin(Stdio::piped()).stdout(Stdio::piped());
         let mut child = command.spawn().unwrap();
         let mut out = BufReader::new(child.stdout.take().unwrap());
         let mut line = String::new();
         out.read_line(&mut line).unwrap();
-        Self { child, out, at: line.trim().parse().unwrap() }
+        Self { child, out, at: line.trim().parse().unwrap(), pages }
     }
 
     fn pid(&self) -> i32 {
@@ -76,7 +78,7 @@ impl Target {
 
     /// The pages of the area among addresses.
     fn pages(&self, ranges: impl Iterator<Item = (u64, u64)>) -> Vec<u64> {
-        let end = self.at + 64 * PAGE;
+        let end = self.at + self.pages * PAGE;
         ranges
             .map(|(from, to)| (from.max(self.at), to.min(end)))
             .flat_map(|(from, to)| (from..to).step_by(4096))
@@ -101,7 +103,7 @@ fn layout(pid: i32, before: &Layout) -> Layout {
 
 #[test]
 fn of_shared_memory_what_was_stored_or_given_up_is_reported_and_no_more() {
-    let mut target = Target::start();
+    let mut target = Target::running(PROGRAM, 64);
     let mut frozen = target.freeze();
     let mut tracker = UffdTracker::start(&mut frozen).unwrap();
     frozen.thaw().unwrap();
@@ -142,4 +144,57 @@ fn of_shared_memory_what_was_stored_or_given_up_is_reported_and_no_more() {
     frozen.thaw().unwrap();
     // The process has nothing of it left: this would wait for ever.
     target.tell("r 1 2");
+}
+
+/// A Python program that has 4 pages of private memory, and moves the upper two away (`a`) and back (`b`), or
+/// stores to one (`s PAGE`).
+const MOVER: &str = r#"
+import ctypes, sys
+libc = ctypes.CDLL(None, use_errno=True)
+libc.mmap.restype = libc.mremap.restype = ctypes.c_void_p
+libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+libc.mremap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p]
+libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+P = 4096
+hole = libc.mmap(None, 64 * P, 0, 0x22, -1, 0)
+at, away = hole + 8 * P, hole + 32 * P
+libc.mprotect(at, 4 * P, 3)
+for i in range(4): ctypes.c_char.from_address(at + i * P).value = b'x'
+print(at, flush=True)
+for line in sys.stdin:
+    word, *page = line.split()
+    if word == 's':
+        ctypes.c_char.from_address(at + int(page[0]) * P).value = b'y'
+    else:
+        frm, to = (at + 2 * P, away) if word == 'a' else (away, at + 2 * P)
+        assert libc.mremap(frm, 2 * P, 2 * P, 3, to) == to
+    print('done', flush=True)
+"#;
+
+/// The kernel joins a tracked mapping that comes back with its tracked neighbour, and tracks neither from then
+/// on, but leaves the marks of protection in the neighbour's page table. Stores meanwhile make its pages
+/// writable under these marks: they must not count as protected.
+#[test]
+fn of_a_mapping_whose_neighbour_came_back_stores_are_reported() {
+    let mut target = Target::running(MOVER, 4);
+    let mut frozen = target.freeze();
+    let mut tracker = UffdTracker::start(&mut frozen).unwrap();
+    frozen.thaw().unwrap();
+    let mut before = Layout::default();
+    let mut scan = |target: &Target| {
+        let mut layout = mm::capture(target.pid(), &FlagCache::default()).unwrap().layout;
+        layout.vmas.retain(|v| v.kind() == VmaKind::VmaAnonPrivate);
+        mm::mark_replaced(&mut layout, &before);
+        let runs = tracker.scan(&mut layout).unwrap();
+        before = layout;
+        target.pages(runs.iter().map(|r| (r.start, r.start + r.len as u64)))
+    };
+    assert_eq!(scan(&target), [0, 1, 2, 3]);
+    target.tell("a");
+    assert_eq!(scan(&target), NONE);
+    target.tell("b");
+    target.tell("s 0");
+    assert_eq!(scan(&target), [0, 1, 2, 3], "all of it starts over");
+    target.tell("s 0");
+    assert_eq!(scan(&target), [0]);
 }

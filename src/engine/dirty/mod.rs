@@ -11,6 +11,7 @@
 //! destination starts it over.
 
 mod last;
+mod register;
 mod removals;
 mod uffd;
 

@@ -2,36 +2,35 @@
 
 use std::collections::{HashMap, HashSet};
 use std::fs::File;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 
 use nix::errno::Errno;
 
 use super::last::Final;
 use super::removals::{Removals, is_shared};
-use super::{FinalScan, TrackError, Tracker};
+use super::{FinalScan, TrackError, Tracker, register};
 use crate::engine::extents::Extents;
 use crate::engine::freeze::Frozen;
 use crate::engine::memory::PAGE_BYTES;
-use crate::engine::procfs::parse_maps;
-use crate::engine::remote::{Batch, RemoteCalls, Tid};
+use crate::engine::remote::{RemoteCalls, Tid};
 use crate::engine::state::objects::by_window;
 use crate::engine::sys::pagemap::{self, PageRegion, Query};
+use crate::engine::sys::uffd;
 use crate::engine::sys::vm::RemoteRange;
-use crate::engine::sys::{pidfd, uffd};
 use crate::proto::image::{Layout, Range, Vma, VmaKind};
 
 /// userfaultfd write-protection, asynchronous.
 #[derive(Debug)]
 pub struct UffdTracker {
     pub(super) pid: Tid,
-    uffd: OwnedFd,
+    pub(super) uffd: OwnedFd,
     pub(super) pagemap: File,
-    maps: File,
+    pub(super) maps: File,
     found: Vec<PageRegion>,
     pub(super) swap: bool,
     /// Ranges whose contents no scan has reported yet, although they may be protected.
-    owed: Extents,
+    pub(super) owed: Extents,
     /// Shared mappings are registered here.
     pub(super) removals: Removals,
     /// What is to be sent again, by the last look at the removals.
@@ -66,7 +65,8 @@ impl UffdTracker {
         let pid = process.pid();
         let features =
             uffd::FEATURE_WP_ASYNC | uffd::FEATURE_WP_UNPOPULATED | uffd::FEATURE_WP_HUGETLBFS_SHMEM;
-        let mut made = make(process, &[features, features | uffd::FEATURE_EVENT_REMOVE])?.into_iter();
+        let mut made =
+            register::make(process, &[features, features | uffd::FEATURE_EVENT_REMOVE])?.into_iter();
         let (Some(ours), Some(of_shared)) = (made.next(), made.next()) else {
             return Err(TrackError::Unsupported { what: "userfaultfd(2)", errno: Errno::EMFILE });
         };
@@ -193,54 +193,6 @@ impl UffdTracker {
             runs.forget();
         }
         Ok(())
-    }
-
-    /// Registers what is mapped in the range of `vma`, whole mappings at a time. Registering a part of a
-    /// mapping would split it, and the process would see that: an mremap over both halves fails. So the
-    /// borders are looked up right before; and memory that has grown in that moment is registered as well,
-    /// upon which the kernel joins the two again.
-    fn register(&mut self, vma: &Vma) -> Result<(), Errno> {
-        const GROWTHS: usize = 4;
-        let mut pair = [self.uffd.as_fd(), self.removals.uffd()];
-        if is_shared(vma) {
-            pair.reverse();
-        }
-        let mut at = vma.start;
-        while at < vma.end {
-            let mapping = match pagemap::mapping_at(self.maps.as_fd(), at) {
-                Ok(Some(mapping)) if mapping.start < vma.end => mapping,
-                Ok(_) => return if at == vma.start { Err(Errno::ENOMEM) } else { Ok(()) },
-                // An older kernel: the borders of a moment ago.
-                Err(Errno::ENOTTY) => {
-                    return register_with(pair, vma.start, vma.end - vma.start);
-                }
-                Err(errno) => return Err(errno),
-            };
-            register_with(pair, mapping.start, mapping.end - mapping.start)?;
-            at = mapping.end;
-            for _ in 0..GROWTHS {
-                match pagemap::mapping_at(self.maps.as_fd(), at) {
-                    Ok(Some(rest)) if mapping.anonymous && rest.anonymous && rest.start == at => {
-                        let len = rest.end - rest.start;
-                        if register_with(pair, rest.start, len).is_err() {
-                            break;
-                        }
-                        at = rest.end;
-                    }
-                    _ => break,
-                }
-            }
-        }
-        // What this round does not know yet starts over in the next.
-        self.owed.insert(vma.end, at);
-        Ok(())
-    }
-
-    /// Whether the process still has a mapping with these borders.
-    fn still_maps(&self, vma: &Vma) -> bool {
-        let text = std::fs::read(format!("/proc/{}/maps", self.pid)).unwrap_or_default();
-        let maps = parse_maps(&text).unwrap_or_default();
-        maps.iter().any(|m| m.start == vma.start && m.end == vma.end)
     }
 
     /// Before a scan, so that what comes later is found by the next one: what was given up, and which objects
@@ -396,18 +348,6 @@ impl Tracker for UffdTracker {
     }
 }
 
-/// Registers with the first of two userfaultfds. When a shared mapping takes the place of a private one, or the
-/// other way round, at the moment that it is registered, it is so with the wrong one, until the next time.
-fn register_with([right, wrong]: [BorrowedFd<'_>; 2], start: u64, len: u64) -> Result<(), Errno> {
-    match uffd::register_wp(right, start, len) {
-        Err(Errno::EBUSY) => {
-            uffd::unregister(wrong, start, len).map_err(|_| Errno::EBUSY)?;
-            uffd::register_wp(right, start, len)
-        }
-        registered => registered,
-    }
-}
-
 /// Shared memory that travels by its addresses.
 fn is_plain_shared(vma: &Vma) -> bool {
     vma.kind() == VmaKind::VmaAnonShared && !by_window(vma)
@@ -417,41 +357,6 @@ pub(super) fn whole(vma: &Vma) -> Extents {
     let mut whole = Extents::new();
     whole.insert(vma.start, vma.end);
     whole
-}
-
-/// Makes userfaultfds in the stopped process, one for each set of features, and takes them over.
-fn make(process: &mut Frozen, features: &[u64]) -> Result<Vec<OwnedFd>, TrackError> {
-    let unsupported = |what| move |errno| TrackError::Unsupported { what, errno };
-    let flags = u64::from((libc::O_CLOEXEC | libc::O_NONBLOCK).unsigned_abs()) | uffd::USER_MODE_ONLY;
-    let mut batch = Batch::new();
-    for _ in features {
-        batch.call(libc::SYS_userfaultfd, &[flags.into()]);
-    }
-    let outcome = process.run(&batch)?;
-    let theirs: Vec<Result<u64, Errno>> = (0..features.len()).map(|i| outcome.ret(i)).collect();
-    let pidfd = pidfd::PidFd::open(process.pid().unsigned_abs());
-    let take = |number: u64| {
-        let pidfd = pidfd.as_ref().map_err(|errno| *errno)?;
-        pidfd::take_fd(pidfd.as_fd(), i32::try_from(number).unwrap_or(-1))
-    };
-    let ours: Vec<Result<OwnedFd, Errno>> = theirs.iter().flatten().map(|number| take(*number)).collect();
-    let mut close = Batch::new();
-    for number in theirs.iter().flatten() {
-        close.call(libc::SYS_close, &[(*number).into()]);
-    }
-    if !close.is_empty() {
-        process.run_all_ok("closing the userfaultfds", &close)?;
-    }
-    if let Some(Err(errno)) = theirs.iter().find(|r| r.is_err()) {
-        return Err(unsupported("userfaultfd(2)")(*errno));
-    }
-    let mut made = Vec::with_capacity(features.len());
-    for (fd, features) in ours.into_iter().zip(features) {
-        let fd = fd.map_err(unsupported("pidfd_getfd(2)"))?;
-        uffd::api(fd.as_fd(), *features).map_err(unsupported("asynchronous write-protection"))?;
-        made.push(fd);
-    }
-    Ok(made)
 }
 
 /// Pages of a private mapping of a file that are the process's own. Huge pages are never swapped: what looks

@@ -54,6 +54,12 @@ struct UffdioRegister {
 }
 
 #[repr(C)]
+struct UffdioWriteprotect {
+    range: UffdioRange,
+    mode: u64,
+}
+
+#[repr(C)]
 struct UffdioCopy {
     dst: u64,
     src: u64,
@@ -84,12 +90,14 @@ const UFFDIO_UNREGISTER: u64 = (2 << 30) | ((size_of::<UffdioRange>() as u64) <<
 const UFFDIO_WAKE: u64 = (2 << 30) | ((size_of::<UffdioRange>() as u64) << 16) | (0xaa << 8) | 2;
 const UFFDIO_COPY: u64 = iowr(0x03, size_of::<UffdioCopy>());
 const UFFDIO_ZEROPAGE: u64 = iowr(0x04, size_of::<UffdioZeropage>());
+const UFFDIO_WRITEPROTECT: u64 = iowr(0x06, size_of::<UffdioWriteprotect>());
 const UFFDIO_POISON: u64 = iowr(0x08, size_of::<UffdioZeropage>());
 const REGISTER_MODE_MISSING: u64 = 1;
 const REGISTER_MODE_WP: u64 = 2;
 
 const _: () = assert!(UFFDIO_API == 0xc018_aa3f && UFFDIO_REGISTER == 0xc020_aa00);
 const _: () = assert!(UFFDIO_UNREGISTER == 0x8010_aa01 && UFFDIO_WAKE == 0x8010_aa02);
+const _: () = assert!(UFFDIO_WRITEPROTECT == 0xc018_aa06);
 const _: () = assert!(UFFDIO_COPY == 0xc028_aa03 && UFFDIO_ZEROPAGE == 0xc020_aa04);
 
 /// The handshake: exactly these features, or EINVAL.
@@ -120,6 +128,17 @@ pub fn unregister(uffd: BorrowedFd<'_>, start: u64, len: u64) -> Result<(), Errn
     let mut arg = UffdioRange { start, len };
     // SAFETY: as in `api`; the range is another process's and only checked by the kernel.
     let rc = unsafe { libc::ioctl(uffd.as_raw_fd(), UFFDIO_UNREGISTER, &raw mut arg) };
+    Errno::result(rc).map(drop)
+}
+
+/// Takes the protection of all pages of `start..start+len` away, with the marks that tell of it.
+///
+/// ENOENT: something there is not registered with this userfaultfd for write-protection. EAGAIN: an event of
+/// this process is unread, or the thread that it is about has not gone on yet.
+pub fn unprotect(uffd: BorrowedFd<'_>, start: u64, len: u64) -> Result<(), Errno> {
+    let mut arg = UffdioWriteprotect { range: UffdioRange { start, len }, mode: 0 };
+    // SAFETY: as in `api`; the range is another process's and only checked by the kernel.
+    let rc = unsafe { libc::ioctl(uffd.as_raw_fd(), UFFDIO_WRITEPROTECT, &raw mut arg) };
     Errno::result(rc).map(drop)
 }
 
