@@ -9,6 +9,7 @@ use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::time::Duration;
 
 use super::freeze::thread_ids;
+use super::procfs;
 use super::remote::Tid;
 use super::sys::ptrace;
 
@@ -53,6 +54,6 @@ fn reap_threads(pid: Tid) {
 }
 
 fn is_zombie(pid: Tid, tid: Tid) -> bool {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/task/{tid}/stat")).unwrap_or_default();
-    stat.rsplit_once(") ").is_some_and(|(_, rest)| rest.starts_with('Z'))
+    let stat = std::fs::read(format!("/proc/{pid}/task/{tid}/stat")).unwrap_or_default();
+    procfs::parse_stat(&stat).is_ok_and(|stat| stat.state == b'Z')
 }

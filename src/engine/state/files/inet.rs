@@ -27,8 +27,7 @@ const SOL_RAW: c_int = 255;
 const ICMP_FILTER: c_int = 1;
 const IPV6_CHECKSUM: c_int = 7;
 
-/// What a socket of datagrams has beyond [`super::options::COMMON`], which must be applied after these:
-/// `IP_TOS` changes `SO_PRIORITY`. `SO_INCOMING_CPU` is not among them: here the kernel changes it itself.
+/// What a socket of datagrams has beyond [`super::options::COMMON`]. `SO_INCOMING_CPU` is not among them: here the kernel changes it itself.
 pub(super) const DATAGRAM: &[(c_int, c_int)] = &[
     (IPPROTO_IPV6, libc::IPV6_V6ONLY),
     (SOL_SOCKET, libc::SO_REUSEADDR),

@@ -23,7 +23,7 @@ const TCP_TX_DELAY: c_int = 37;
 
 type Name = (c_int, c_int);
 
-/// What any socket has. `IP_TOS` changes `SO_PRIORITY`, so that one comes later.
+/// What any socket has. To be applied after the tables of a family: `IP_TOS` changes `SO_PRIORITY`.
 pub(super) const COMMON: &[Name] = &[
     (SOL_SOCKET, libc::SO_RCVLOWAT),
     (SOL_SOCKET, libc::SO_RCVTIMEO),

@@ -8,13 +8,14 @@
 //! source, by [`close_peers`] after the commit.
 
 use std::ffi::c_int;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::IpAddr;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use libc::{AF_INET, AF_INET6, IPPROTO_IP, IPPROTO_IPV6, IPPROTO_TCP, SOL_SOCKET};
 use nix::errno::Errno;
 use nix::sys::socket::{MsgFlags, Shutdown, recv, shutdown};
 
+use super::inet::{ip_of, octets};
 use super::options::{self, COMMON, TCP, TCP_DEAD};
 use super::scan::Open;
 use super::{Stop, Trouble};
@@ -45,10 +46,7 @@ pub struct ListenPort {
 
 impl From<&ListenPort> for crate::proto::control::Port {
     fn from(port: &ListenPort) -> Self {
-        let address = match port.address {
-            IpAddr::V4(a) => a.octets().to_vec(),
-            IpAddr::V6(a) => a.octets().to_vec(),
-        };
+        let address = octets(port.address);
         Self { address, port: port.port.into(), reuseport: port.reuseport, v6only: port.v6only }
     }
 }
@@ -58,10 +56,8 @@ impl TryFrom<&crate::proto::control::Port> for ListenPort {
 
     fn try_from(port: &crate::proto::control::Port) -> Result<Self, Reason> {
         let bad = || Reason::new("plan", "names a listening port that makes no sense", "");
-        let v4 = <[u8; 4]>::try_from(port.address.as_slice()).map(IpAddr::from);
-        let address = v4.or_else(|_| <[u8; 16]>::try_from(port.address.as_slice()).map(IpAddr::from));
         Ok(Self {
-            address: address.map_err(|_| bad())?,
+            address: ip_of(&port.address).map_err(|_| bad())?,
             port: port.port.try_into().map_err(|_| bad())?,
             reuseport: port.reuseport,
             v6only: port.v6only,
@@ -78,13 +74,6 @@ pub(super) enum Tcp {
 
 fn int(open: &Open, level: c_int, name: c_int) -> Result<c_int, Stop> {
     socket::int_option(open.fd(), level, name).map_err(Stop::failed("reading a TCP socket's option"))
-}
-
-fn octets(address: IpAddr) -> Vec<u8> {
-    match address {
-        IpAddr::V4(a) => a.octets().to_vec(),
-        IpAddr::V6(a) => a.octets().to_vec(),
-    }
 }
 
 pub(super) fn capture(open: &Open, tcp_close: bool) -> Result<Tcp, Stop> {
@@ -181,11 +170,7 @@ const FREEBIND: [(c_int, c_int); 1] = [(IPPROTO_IP, libc::IP_FREEBIND)];
 
 fn address_of(bytes: &[u8], port: u32) -> Result<(IpAddr, u16), Trouble> {
     let port = u16::try_from(port).map_err(|_| Trouble::Invalid("a port"))?;
-    if let Ok(v4) = <[u8; 4]>::try_from(bytes) {
-        return Ok((Ipv4Addr::from(v4).into(), port));
-    }
-    let v6 = <[u8; 16]>::try_from(bytes).map_err(|_| Trouble::Invalid("an address"))?;
-    Ok((Ipv6Addr::from(v6).into(), port))
+    Ok((ip_of(bytes)?, port))
 }
 
 fn new_socket(family: c_int) -> Result<OwnedFd, Trouble> {
@@ -203,7 +188,7 @@ fn set_freebind(fd: BorrowedFd<'_>) -> Result<(), Errno> {
 /// Makes a socket and binds it. It does not listen yet: see [`start_listening`].
 pub(super) fn make(image: &TcpSocket) -> Result<OwnedFd, Trouble> {
     let fd = new_socket(image.family)?;
-    options::apply(fd.as_fd(), &image.options, &[COMMON, TCP])?;
+    options::apply(fd.as_fd(), &image.options, &[TCP, COMMON])?;
     options::apply_buffers(fd.as_fd(), &image.options)?;
     if !image.address.is_empty() {
         let (address, port) = address_of(&image.address, image.port)?;

@@ -5,9 +5,9 @@
 //! the offset in the object. So it does not matter how often and where it is mapped, or whether at all.
 //!
 //! - At the source, [`ObjectBook`] finds the objects and tells which pages may have changed: those that the
-//!   tracker saw written through any mapping; and, where the object's times say that it was changed by a
-//!   call (write(2), fallocate(2), MADV_REMOVE), all. [`Sums`] of what was sent keep what turns out to be
-//!   the same off the wire.
+//!   tracker saw written or given up through any mapping; and all, where the object's times say that it was
+//!   changed and that may have been by a call (write(2), fallocate(2)) or through a mapping that is gone.
+//!   [`Sums`] of what was sent keep what turns out to be the same off the wire.
 //! - At the destination, [`Objects`] makes them, writes their pages through descriptors of ours, and lends
 //!   those for mappings and descriptors of the process.
 

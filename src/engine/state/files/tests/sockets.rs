@@ -139,6 +139,8 @@ fn listening_socket_keeps_options_and_backlog() {
         set(s, fd, libc::IPPROTO_TCP, libc::TCP_DEFER_ACCEPT, 3);
         set(s, fd, libc::IPPROTO_TCP, libc::TCP_KEEPIDLE, 77);
         set(s, fd, libc::IPPROTO_IP, libc::IP_TOS, 16);
+        // Not what IP_TOS makes of it.
+        set(s, fd, SOL_SOCKET, libc::SO_PRIORITY, 2);
     });
     s.call(libc::SYS_listen, &[fd.into(), 37]);
     set(&mut s, fd, libc::IPPROTO_TCP, libc::TCP_FASTOPEN, 5);
