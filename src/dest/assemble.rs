@@ -181,6 +181,8 @@ impl Assembly {
                     self.drops.push((start, end));
                     self.missing.insert(start, end);
                 }
+                let skeleton = self.skeleton.as_mut().ok_or(AssembleError::NoLayout)?;
+                forbid_huge_pages(skeleton)?;
                 self.drop_pending()?;
                 Ok(Applied::Placed)
             }
@@ -220,6 +222,16 @@ fn forget_unmapped(missing: &mut Extents, layout: &Layout) {
         at = vma.end;
     }
     missing.remove(at, u64::MAX);
+}
+
+/// No page is filled with zeros because one beside it is placed, as happens with large folios, or because the
+/// kernel collects them to a huge one (khugepaged): what is missing must stay absent until a userfaultfd
+/// watches it, where neither is done any more. The restore sets what the process itself wants.
+fn forbid_huge_pages(skeleton: &mut Skeleton) -> Result<(), AssembleError> {
+    let mut batch = Batch::new();
+    batch.call(libc::SYS_prctl, &[libc::PR_SET_THP_DISABLE.into(), 1u64.into()]);
+    skeleton.run_all_ok("switching transparent huge pages off", &batch)?;
+    Ok(())
 }
 
 /// Makes ranges read as if they had never been written: zero, or the file again.
@@ -279,4 +291,68 @@ fn check(layout: &Layout) -> Result<(), AssembleError> {
         at = vma.end;
     }
     objects::check(layout).map_err(AssembleError::Layout)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::convert::Infallible;
+    use std::fs::File;
+    use std::os::fd::AsFd;
+
+    use bytes::Bytes;
+
+    use super::*;
+    use crate::engine::sys::pagemap;
+    use crate::pageserver::frame;
+    use crate::pageserver::pack::Compression;
+    use crate::pageserver::pack::Packer;
+    use crate::proto::image::Vma;
+
+    const HUGE: u64 = 2 << 20;
+    const START: u64 = 0x10_0000_0000;
+
+    /// Where the process has asked for huge pages, and where the kernel may give them to anybody.
+    #[test]
+    fn a_page_that_is_placed_brings_no_missing_one_with_it() {
+        let reserve = |pid: u32| Some((pid, ReservedPid::take(pid.try_into().ok()?).ok()?));
+        let (pid, reserved) = (20_000..30_000).find_map(reserve).unwrap();
+        let mut vma = Vma {
+            start: START,
+            end: START + HUGE,
+            prot: (libc::PROT_READ | libc::PROT_WRITE).unsigned_abs(),
+            advice: vec![libc::MADV_HUGEPAGE.unsigned_abs()],
+            ..Vma::default()
+        };
+        vma.set_kind(VmaKind::VmaAnonPrivate);
+        let layout = Layout { vmas: vec![vma], tids: vec![pid], ..Layout::default() };
+        let last = START + HUGE - PAGE_BYTES;
+        let mut missing = Extents::new();
+        missing.insert(START, last);
+        let mut frames = vec![
+            frame::layout(1, &layout.encode_to_vec()).unwrap(),
+            frame::missing(1, &runs::encode(&missing).encode_to_vec()).unwrap(),
+        ];
+        let mut sink = |bytes: Bytes| {
+            frames.push(bytes);
+            Ok::<_, Infallible>(())
+        };
+        let mut packer = Packer::new(Compression::Off, true);
+        packer.pack(1, &[last], &[7; PAGE_BYTES as usize], &mut sink).unwrap();
+        packer.flush(&mut sink).unwrap();
+
+        let mut assembly = Assembly::new(reserved);
+        for mut bytes in frames {
+            while !bytes.is_empty() {
+                assembly.apply(&Frame::decode(&mut bytes).unwrap()).unwrap();
+            }
+        }
+        let (skeleton, missing) = assembly.into_skeleton().unwrap();
+        assert_eq!(missing.total(), HUGE - PAGE_BYTES);
+        let file = File::open(format!("/proc/{}/pagemap", skeleton.pid())).unwrap();
+        let query = pagemap::Query { all: pagemap::PRESENT, report: pagemap::PRESENT, ..Default::default() };
+        let mut found = [pagemap::PageRegion::default(); 8];
+        let count = pagemap::scan(file.as_fd(), START, START + HUGE, query, &mut found).unwrap().0;
+        let present: Vec<_> = found[..count].iter().map(|r| (r.start, r.end)).collect();
+        assert_eq!(present, [(last, START + HUGE)]);
+    }
 }
