@@ -22,8 +22,8 @@ use crate::table::percentile;
 const PACE: Duration = Duration::from_micros(250);
 /// An answer that takes longer is a broken connection.
 const PATIENCE: Duration = Duration::from_secs(10);
-/// Requests in flight of the throughput client.
-const PIPELINE: usize = 16;
+/// Requests in a batch of the throughput client.
+const PIPELINE: usize = 64;
 /// How often the writer sends what is due.
 const TICK: Duration = Duration::from_millis(2);
 
@@ -188,10 +188,11 @@ fn watch(address: SocketAddrV4, seen: &Seen, mut ask_for: impl FnMut(usize, &mut
     Ok(())
 }
 
-/// Asks as fast as answers come, with [`PIPELINE`] requests in flight, half GET and half SET.
+/// Asks as fast as answers come, with [`PIPELINE`] requests in flight at least, half EXISTS and half SET: the
+/// next batch is under way while one is answered, so that the server need not wait for us.
 pub(crate) fn throughput(address: SocketAddrV4, data: &Data, seen: &Seen) -> io::Result<()> {
     let mut stream = reconnect(address)?;
-    let mut turn = 0;
+    let (mut turn, mut ahead) = (0, 0);
     let mut batch = Vec::new();
     while !seen.stop.load(Ordering::Relaxed) {
         batch.clear();
@@ -203,17 +204,18 @@ pub(crate) fn throughput(address: SocketAddrV4, data: &Data, seen: &Seen) -> io:
             }
             turn += 1;
         }
-        if ask(&mut stream, &batch, PIPELINE).is_err() {
-            stream = reconnect(address)?;
+        let answered = std::mem::replace(&mut ahead, PIPELINE);
+        if ask(&mut stream, &batch, answered).is_err() {
+            (stream, ahead) = (reconnect(address)?, 0);
             continue;
         }
         let mut answers = seen.answers.lock().unwrap_or_else(PoisonError::into_inner);
-        answers.push((Instant::now(), PIPELINE));
+        answers.push((Instant::now(), answered));
     }
     Ok(())
 }
 
-/// Sends and waits for `answers` lines; nothing that we ask is answered with more than one line.
+/// Sends, and waits for `answers` lines; nothing that we ask is answered with more than one line.
 fn ask(stream: &mut TcpStream, request: &[u8], answers: usize) -> io::Result<()> {
     stream.write_all(request)?;
     let mut buffer = [0; 4096];

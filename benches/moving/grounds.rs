@@ -5,8 +5,8 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, anyhow};
-use migrate::testbed::{Host, Job, Lan, Service, redis};
+use anyhow::{Context, Result, anyhow, ensure};
+use migrate::testbed::{Host, Job, Lan, Service, Spawn, redis};
 use serde_json::Value;
 
 use crate::client::Seen;
@@ -82,6 +82,14 @@ impl<'a> Grounds<'a> {
             eprintln!("{}\n{}", outcome.report, outcome.stderr);
         }
         Ok(Moved { report: outcome.report, started, peak_kib })
+    }
+
+    /// Binds the server to one processor.
+    pub(crate) fn pin(&self, cpu: usize) -> Result<()> {
+        let words = ["taskset", "-a", "-c", "-p", &cpu.to_string(), &self.server.pid.to_string()];
+        let (exit, _, errors) = hosts(self.lan)[self.at].run(&Spawn::new(words), Duration::from_secs(10))?;
+        ensure!(exit.code == Some(0), "taskset: {errors}");
+        Ok(())
     }
 
     /// A client that runs until its [`Seen`] says stop.

@@ -15,6 +15,12 @@ use crate::engine::remote::Tid;
 
 /// Time between two looks at the process.
 const WINDOW: Duration = Duration::from_millis(20);
+/// How long we keep still at first, to see how the process does without us; one that hardly runs in the
+/// first of them is not looked at for longer.
+const STILL: Duration = Duration::from_millis(10);
+const STILL_TIMES: u32 = 8;
+/// What one look counts against those before it: single ones vary by more than what they are to show.
+const WEIGHT: f64 = 0.25;
 /// So long is worked between two rests.
 const WORK: Duration = Duration::from_millis(1);
 /// What the process may lose.
@@ -40,32 +46,40 @@ struct Times {
 pub(super) struct Pacer {
     threads: Vec<File>,
     window: (Instant, Times),
-    /// The part of its ready time that the process waited before we began.
-    before: Option<f64>,
+    /// The part of its ready time that the process waits without us, and lately.
+    before: f64,
+    lately: f64,
     rest: f64,
     working_since: Instant,
     rested: Duration,
 }
 
 impl Pacer {
-    /// To be made some time before the copying begins: what happens until then is what it is compared with.
-    /// A kernel without these counters gives a pacer that never rests.
+    /// To be made just before the copying begins, when the other side has nothing to do either: looks for up
+    /// to 80 ms how a busy process does by itself, 10 ms for any other. A kernel without these counters gives a
+    /// pacer that never rests.
     pub(super) fn new(pid: Tid) -> Self {
         let open = |tid| File::open(format!("/proc/{pid}/task/{tid}/schedstat")).ok();
         let threads: Vec<File> =
             thread_ids(pid).unwrap_or_default().into_iter().take(MOST_THREADS).filter_map(open).collect();
-        let now = Instant::now();
-        let window = (now, times(&threads));
-        Self { threads, window, before: None, rest: 0.0, working_since: now, rested: Duration::ZERO }
-    }
-
-    /// The copying begins now.
-    pub(super) fn begin(&mut self) {
-        let (now, times) = (Instant::now(), times(&self.threads));
-        let (began, first) = self.window;
-        self.before = Some(waiting(first, times, now - began).unwrap_or(0.0));
-        self.window = (now, times);
-        self.working_since = now;
+        let (began, first) = (Instant::now(), times(&threads));
+        let mut window = (began, first);
+        let mut before = 0.0;
+        for _ in 0..STILL_TIMES {
+            std::thread::sleep(STILL);
+            window = (Instant::now(), times(&threads));
+            let Some(waits) = waiting(first, window.1, window.0 - began) else { break };
+            before = waits;
+        }
+        Self {
+            threads,
+            window,
+            before,
+            lately: before,
+            rest: 0.0,
+            working_since: window.0,
+            rested: Duration::ZERO,
+        }
     }
 
     /// To be called between two reads: rests if the process needs it.
@@ -74,8 +88,9 @@ impl Pacer {
         let since = now - self.window.0;
         if since >= WINDOW {
             let times = times(&self.threads);
-            if let (Some(before), Some(waits)) = (self.before, waiting(self.window.1, times, since)) {
-                (self.rest, self.before) = adjusted(self.rest, before, waits);
+            if let Some(waits) = waiting(self.window.1, times, since) {
+                self.lately += WEIGHT * (waits - self.lately);
+                (self.rest, self.before) = adjusted(self.rest, self.before, self.lately);
             } else {
                 self.rest = eased(self.rest);
             }
@@ -108,16 +123,16 @@ fn waiting(from: Times, to: Times, over: Duration) -> Option<f64> {
 }
 
 /// The rest from here on, and what to compare with. `waits` and `before` are parts of the ready time.
-fn adjusted(rest: f64, before: f64, waits: f64) -> (f64, Option<f64>) {
+fn adjusted(rest: f64, before: f64, waits: f64) -> (f64, f64) {
     let lost = 1.0 - (1.0 - waits) / (1.0 - before).max(0.01);
     if lost <= LOSS {
-        return (eased(rest), Some(before));
+        return (eased(rest), before);
     }
     if rest >= MOST_REST {
-        // If resting does not help it is not us, or not us alone, for whom the process waits.
-        return (rest, Some(before + (waits - before) / 10.0));
+        // If resting does not help for long it is not us, or not us alone, for whom the process waits.
+        return (rest, before + (waits - before) / 50.0);
     }
-    ((rest * 1.5 + 0.25).min(MOST_REST), Some(before))
+    ((rest * 1.5 + 0.25).min(MOST_REST), before)
 }
 
 fn eased(rest: f64) -> f64 {
@@ -167,7 +182,7 @@ mod tests {
         // On a host that was busy before, the process waits without us as well.
         for before in [0.0, 0.5, 0.9] {
             let (rest, base) = adjusted(0.0, before, before);
-            assert_eq!((rest, base), (0.0, Some(before)));
+            assert_eq!((rest, base), (0.0, before));
             let worse = before + (1.0 - before) * 0.2;
             let (rest, _) = adjusted(0.0, before, worse);
             assert!(rest > 0.0);
@@ -185,10 +200,10 @@ mod tests {
     #[test]
     fn resting_that_does_not_help_ends() {
         let (mut rest, mut before) = (0.0, 0.0);
-        for _ in 0..200 {
+        for _ in 0..1000 {
             let (next, base) = adjusted(rest, before, 0.6);
             assert!(next <= MOST_REST);
-            (rest, before) = (next, base.unwrap());
+            (rest, before) = (next, base);
         }
         assert!(rest < MOST_REST, "{rest} {before}");
     }
@@ -198,15 +213,22 @@ mod tests {
         let mut child = std::process::Command::new("sh").args(["-c", "while :; do :; done"]).spawn().unwrap();
         let pid = Tid::try_from(child.id()).unwrap();
         let mut pacer = Pacer::new(pid);
-        while times(&pacer.threads).ran < 50_000_000 {
-            std::thread::yield_now();
-        }
-        pacer.begin();
+        // It was looked at for the whole time, since it never sleeps.
+        let looked = pacer.window.1;
+        assert!(looked.ran + looked.waited > 40_000_000, "{looked:?}");
         child.kill().unwrap();
         child.wait().unwrap();
-        assert!(pacer.before.is_some());
         // It has ended: nobody to rest for.
         pacer.breathe();
         assert_eq!(pacer.take_rested(), Duration::ZERO);
+    }
+
+    #[test]
+    fn of_a_process_that_sleeps() {
+        let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
+        let pacer = Pacer::new(Tid::try_from(child.id()).unwrap());
+        assert!(pacer.before.abs() < f64::EPSILON);
+        child.kill().unwrap();
+        child.wait().unwrap();
     }
 }

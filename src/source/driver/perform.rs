@@ -48,7 +48,6 @@ impl Driver<'_> {
                 if tell == Tell::Begin {
                     // Not before now: on another machine the clocks go on from here.
                     self.begin.clocks = Some(clocks::look(self.pid())?.now);
-                    self.state.pacer = Some(Pacer::new(self.pid()));
                 }
                 if tell == Tell::Commit {
                     self.posting.phase(Phase::Committing);
@@ -192,9 +191,7 @@ impl Driver<'_> {
         if self.state.precopy.is_none() {
             self.start_tracking(clock)?;
             priority::background();
-            if let Some(pacer) = self.state.pacer.as_mut() {
-                pacer.begin();
-            }
+            self.state.pacer = Some(Pacer::new(self.pid()));
         }
         clock.begin("precopy");
         let start = Instant::now();
