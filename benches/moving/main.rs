@@ -211,9 +211,10 @@ fn throughput(lan: &Lan, services: &[Service; 2]) -> Result<()> {
 /// Where the kernel groups by session (`sched_autogroup`).
 fn nice_of_session(process: &Path, nice: i32) -> Result<()> {
     let file = process.join("autogroup");
-    Ok(if file.exists() {
-        std::fs::write(file, nice.to_string())?
-    })
+    if file.exists() {
+        std::fs::write(file, nice.to_string())?;
+    }
+    Ok(())
 }
 
 fn total(lan: &Lan, services: &[Service; 2], limit: Option<u32>) -> Result<()> {

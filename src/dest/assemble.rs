@@ -337,7 +337,7 @@ mod tests {
             Ok::<_, Infallible>(())
         };
         let mut packer = Packer::new(Compression::Off, true);
-        packer.pack(1, &[last], &[7; PAGE_BYTES as usize], &mut sink).unwrap();
+        packer.pack(1, &[last], &[7; 4096], &mut sink).unwrap();
         packer.flush(&mut sink).unwrap();
 
         let mut assembly = Assembly::new(reserved);
