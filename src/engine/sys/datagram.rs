@@ -174,6 +174,21 @@ pub fn holds_half_a_datagram(fd: BorrowedFd<'_>) -> bool {
     unsafe { libc::sendmsg(fd.as_raw_fd(), &raw const header, flags) == 0 }
 }
 
+/// Whether a socket has a packet filter, of whatever kind.
+pub fn has_filter(fd: BorrowedFd<'_>) -> Result<bool, Errno> {
+    let mut len: libc::socklen_t = 0;
+    let none = std::ptr::null_mut();
+    // SAFETY: with a length of zero the kernel writes nothing but the length, which lives for the whole call.
+    let rc = unsafe {
+        libc::getsockopt(fd.as_raw_fd(), libc::SOL_SOCKET, libc::SO_GET_FILTER, none, &raw mut len)
+    };
+    match Errno::result(rc) {
+        Ok(_) => Ok(len > 0),
+        Err(Errno::EACCES) => Ok(true),
+        Err(errno) => Err(errno),
+    }
+}
+
 /// The classic packet filter of a socket, empty without one. `EACCES` if it has one of another kind.
 pub fn filter(fd: BorrowedFd<'_>) -> Result<Vec<u8>, Errno> {
     // The length is in instructions, not in bytes.
