@@ -76,8 +76,11 @@ struct MoveArgs {
     /// Compress memory: auto (default, where it pays), none, or lz4
     #[arg(long, value_enum, value_name = "HOW")]
     compress: Option<CompressArg>,
-    /// Close established TCP connections; their peers see a clean end
+    /// Move live TCP connections along: their peers notice nothing
     #[arg(long)]
+    tcp_established: bool,
+    /// Close established TCP connections; their peers see a clean end
+    #[arg(long, conflicts_with = "tcp_established")]
     tcp_close: bool,
     /// Leave standard streams behind that lead to a terminal, or to a pipe of somebody who stays
     #[arg(long)]
@@ -99,6 +102,7 @@ impl MoveArgs {
             (self.timeout.is_some(), "--timeout"),
             (self.bandwidth.is_some(), "--bandwidth"),
             (self.compress.is_some(), "--compress"),
+            (self.tcp_established, "--tcp-established"),
             (self.tcp_close, "--tcp-close"),
             (self.shell_job, "--shell-job"),
             (!self.move_ip.is_empty(), "--move-ip"),
@@ -133,6 +137,9 @@ enum SubCommand {
         to: Option<Destination>,
         /// As for the move
         #[arg(long, requires = "pid")]
+        tcp_established: bool,
+        /// As for the move
+        #[arg(long, requires = "pid", conflicts_with = "tcp_established")]
         tcp_close: bool,
         /// As for the move
         #[arg(long, requires = "pid")]
@@ -260,8 +267,9 @@ where
     let request = match command {
         None => Request::Move(source_config(moving, state_dir)?),
         Some(SubCommand::Serve { listen }) => Request::Serve(ServeConfig { state_dir, listen }),
-        Some(SubCommand::Check { pid, to, tcp_close, shell_job, move_ip: move_ips }) => {
-            Request::Check(CheckConfig { state_dir, pid, to, tcp_close, shell_job, move_ips })
+        Some(SubCommand::Check { pid, to, tcp_established, tcp_close, shell_job, move_ip: move_ips }) => {
+            let config = CheckConfig { state_dir, pid, to, tcp_established, tcp_close, shell_job, move_ips };
+            Request::Check(config)
         }
         Some(SubCommand::Resume { id }) => Request::Resume(id),
         Some(SubCommand::Status { id }) => Request::Status(id),
@@ -304,6 +312,7 @@ fn source_config(args: MoveArgs, state_dir: PathBuf) -> Result<SourceConfig, cla
             Some(CompressArg::None) => Compression::Off,
             Some(CompressArg::Lz4) => Compression::Lz4,
         },
+        tcp_established: args.tcp_established,
         tcp_close: args.tcp_close,
         shell_job: args.shell_job,
         move_ips: args.move_ip,
@@ -343,7 +352,7 @@ mod tests {
         let after = Duration::from_secs(90);
         assert_eq!(config.timeout, Some(Timeout { after, then: OnTimeout::Postcopy }));
         assert_eq!(config.mode, Mode::Precopy);
-        assert!(config.tcp_close && config.shell_job);
+        assert!(config.tcp_close && config.shell_job && !config.tcp_established);
         assert_eq!(config.state_dir, PathBuf::from("/x"));
     }
 

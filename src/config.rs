@@ -40,6 +40,8 @@ pub struct SourceConfig {
     pub bandwidth: Option<Bandwidth>,
     /// Whether pages are compressed.
     pub compression: Compression,
+    /// Carry live TCP connections instead of refusing the move.
+    pub tcp_established: bool,
     /// Close established TCP connections instead of refusing the move.
     pub tcp_close: bool,
     /// Leave standard streams behind that lead to a terminal or to a pipe of somebody who stays.
@@ -68,6 +70,8 @@ pub struct CheckConfig {
     pub pid: Option<i32>,
     /// The destination to ask, too.
     pub to: Option<Destination>,
+    /// As for the move.
+    pub tcp_established: bool,
     /// As for the move.
     pub tcp_close: bool,
     /// As for the move.

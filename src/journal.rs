@@ -58,6 +58,9 @@ pub struct Outgoing {
     pub was_stopped: bool,
     /// Addresses taken from this host.
     pub addresses: Vec<Address>,
+    /// Live TCP connections move along.
+    #[serde(default)]
+    pub connections: bool,
 }
 
 /// How far the destination had come.
@@ -309,6 +312,7 @@ mod tests {
             owes: false,
             was_stopped: false,
             addresses: vec![],
+            connections: false,
         }
     }
 

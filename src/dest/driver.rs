@@ -24,7 +24,7 @@ use crate::engine::reason::{Reason, chain};
 use crate::engine::remote::Tid;
 use crate::engine::restore;
 use crate::engine::skeleton::{ReservedPid, Skeleton};
-use crate::engine::state::files::{self, UnixNames};
+use crate::engine::state::files::{self, SilentConnections, UnixNames};
 use crate::journal::{self, Incoming, IncomingState, Journal, JournalError};
 use crate::migration::{MigrationId, ProcessKey};
 use crate::operator::protocol::Phase;
@@ -80,6 +80,8 @@ pub(super) struct Driver {
     /// Signals that the source got after the capture: they come with the commit.
     pub late: Vec<LateSignal>,
     pub addresses: Option<AddressSet>,
+    /// Restored connections that are silent yet.
+    pub connections: SilentConnections,
     /// Names of unix sockets that are not at their places yet.
     pub names: UnixNames,
     pub lost_datagrams: u64,
@@ -268,8 +270,10 @@ impl Driver {
         self.posting.phase(Phase::Frozen);
         let (mut skeleton, missing) = self.assembly.take().ok_or(ActionError::Order)?.into_skeleton()?;
         let log = self.state_dir.join("logs").join(format!("{}-{}.log", process.pid, self.id));
-        let descriptors = process.files.clone().unwrap_or_default();
-        let mut built = files::build(&descriptors, Some(&log), &self.shift, skeleton.objects())?;
+        let none = crate::proto::files::Files::default();
+        let descriptors = process.files.as_ref().unwrap_or(&none);
+        let mut built = files::build(descriptors, Some(&log), &self.shift, skeleton.objects())?;
+        self.connections = built.take_connections();
         self.names = std::mem::take(&mut built.names);
         self.lost_datagrams = built.lost_datagrams;
         if !missing.is_empty() {
@@ -322,6 +326,10 @@ impl Driver {
                 {
                     tracing::error!(error = &error as &dyn std::error::Error, "adding addresses");
                 }
+                // The process finds them live; before the addresses were here they would have been in vain.
+                for reason in std::mem::take(&mut self.connections).go_live() {
+                    tracing::error!(%reason, "a connection is lost");
+                }
                 Ok(None)
             }
             Action::Resume(right) => {
@@ -352,6 +360,7 @@ impl Driver {
             Action::Kill => {
                 self.assembly = None;
                 self.skeleton = None;
+                self.connections = SilentConnections::default();
                 self.drain.finish();
                 Ok(None)
             }

@@ -19,6 +19,7 @@ use crate::engine::alive;
 use crate::engine::fence;
 use crate::engine::procfs;
 use crate::engine::reason::Reason;
+use crate::engine::state::files;
 use crate::engine::sys::pidfd::PidFd;
 use crate::journal::{self, Incoming, IncomingState, Journal, JournalError};
 use crate::migration::ProcessKey;
@@ -164,6 +165,7 @@ impl Recovered {
                     if let Err(error) = added {
                         tracing::error!(error = &error as &dyn std::error::Error, "adding addresses");
                     }
+                    wake_connections(self.record.process);
                 }
                 Action::Resume(_) if self.record.misses => self.kill(),
                 Action::Resume(right) => lower_fence(right.process(), self.record.was_stopped),
@@ -237,6 +239,19 @@ fn parents() -> Vec<(u32, u32)> {
             Some((pid, u32::try_from(stat.ppid).ok()?))
         })
         .collect()
+}
+
+/// The old service died before the connections were live.
+fn wake_connections(process: ProcessKey) {
+    let Ok(pid) = i32::try_from(process.pid) else { return };
+    if !matches!(alive::open(process.pid, process.start_ticks), Ok(Some(_))) {
+        return;
+    }
+    match files::wake_connections(pid) {
+        Ok(0) => {}
+        Ok(resets) => tracing::error!(pid, resets, "connections would have missed bytes: they were reset"),
+        Err(error) => tracing::error!(pid, error = &error as &dyn std::error::Error, "waking connections"),
+    }
 }
 
 /// The old service died between acceptance and resume: the fence still holds the process.

@@ -20,7 +20,7 @@ use crate::engine::address::AddressSet;
 use crate::engine::clocks::{self, Shift};
 use crate::engine::kernel::Host;
 use crate::engine::remote::Tid;
-use crate::engine::state::files::UnixNames;
+use crate::engine::state::files::{SilentConnections, UnixNames};
 use crate::engine::sys::heap;
 use crate::identity::{IdentityError, Node};
 use crate::journal::{self, JournalError};
@@ -248,6 +248,7 @@ impl Service {
             stopped: false,
             late: Vec::new(),
             addresses: None,
+            connections: SilentConnections::default(),
             names: UnixNames::default(),
             lost_datagrams: 0,
             asks: HashMap::new(),

@@ -74,6 +74,8 @@ pub struct Captured {
     pub process: Process,
     /// Established connections, to be closed for their peers after the commit.
     pub closing: Vec<OwnedFd>,
+    /// Connections that are carried, to be dropped silently after the commit.
+    pub carried: Vec<OwnedFd>,
     /// The pending signals that are in it, for [`Frozen::late_signals`].
     pub seen: Seen,
 }
@@ -135,7 +137,7 @@ pub fn capture(
     timers::account_for_fired(&before, &mut process);
     let seen = Seen::of(&process);
     process.stopped = signals::take_stop(&mut process, frozen.is_to_stop());
-    Ok(Captured { process, closing: captured.closing, seen })
+    Ok(Captured { process, closing: captured.closing, carried: captured.carried, seen })
 }
 
 /// Pending signals of the process and of each thread; the status of each thread, on the way.

@@ -126,6 +126,8 @@ impl World {
         };
         self.note(|| format!("resolver {which} does {step:?}"));
         match step {
+            // The simulation has no connections.
+            Step::LeaveRepair | Step::DropConnections => {}
             Step::ReturnAddresses => self.address_here = true,
             Step::LowerFence if self.here == Here::Stopped => self.here = Here::Running,
             Step::LowerFence => {}

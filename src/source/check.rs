@@ -29,6 +29,7 @@ pub fn check(config: &CheckConfig, pid: Tid) -> Result<Verdict, SourceError> {
     let host = Host::probe()?;
     let subject = plan::Subject {
         pid,
+        tcp_established: config.tcp_established,
         tcp_close: config.tcp_close,
         shell_job: config.shell_job,
         move_ips: &config.move_ips,

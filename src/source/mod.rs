@@ -99,6 +99,7 @@ pub fn run(config: &SourceConfig) -> Result<Report, SourceError> {
     let leftovers = leftovers::clear(&config.state_dir, process).map_err(SourceError::Journal)?;
     let subject = plan::Subject {
         pid: config.pid,
+        tcp_established: config.tcp_established,
         tcp_close: config.tcp_close,
         shell_job: config.shell_job,
         move_ips: &config.move_ips,

@@ -37,6 +37,8 @@ pub struct Plan {
 pub struct Subject<'a> {
     /// The process.
     pub pid: Tid,
+    /// Live TCP connections are carried.
+    pub tcp_established: bool,
     /// Established TCP connections may be closed.
     pub tcp_close: bool,
     /// Standard streams may be left behind.
@@ -63,7 +65,11 @@ pub fn survey(id: MigrationId, subject: &Subject<'_>, host: &Host) -> Plan {
         // Gone, a zombie, or nothing that has memory: there is nothing more to be found out.
         return plan;
     }
-    let options = FilesOptions { tcp_close: subject.tcp_close, shell_job: subject.shell_job };
+    let options = FilesOptions {
+        tcp_established: subject.tcp_established,
+        tcp_close: subject.tcp_close,
+        shell_job: subject.shell_job,
+    };
     match files::check(pid, &options) {
         Ok(check) => {
             plan.reasons.extend(check.reasons);

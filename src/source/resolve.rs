@@ -6,11 +6,11 @@
 //! | record | the process | what is done |
 //! | --- | --- | --- |
 //! | none | runs, or was killed by the source itself | nothing |
-//! | taking | runs: its tracer is dead and no fence was up | addresses back |
+//! | taking | runs: its tracer is dead and no fence was up | connections out of repair, addresses back |
 //! | limbo, not accepted | stopped by the fence | addresses back, then the fence down |
 //! | limbo, accepted | stopped by the fence | recorded as moved (as serving, if it owes pages), then as below |
 //! | serving | stopped by the fence | its pages are served until none is missing, then recorded as moved |
-//! | moved | stopped or dead | killed; then Confirm, so that the destination may forget |
+//! | moved | stopped or dead | connections dropped silently, killed; then Confirm, so that the destination may forget |
 
 use std::time::Duration;
 
@@ -21,6 +21,7 @@ use nix::sys::signal::Signal;
 use crate::engine::address::{AddressError, AddressSet};
 use crate::engine::alive::{self, AliveError};
 use crate::engine::fence;
+use crate::engine::state::files;
 use crate::journal::{Journal, JournalError, Outgoing, OutgoingState, boot_id};
 use crate::migration::{Fate, MigrationId, ProcessKey};
 
@@ -40,6 +41,10 @@ pub enum Step {
     RecordServing,
     /// Write [`OutgoingState::Moved`].
     RecordMoved,
+    /// Connections that were being read are as before.
+    LeaveRepair,
+    /// Connections that have moved are gone from here, and nobody is told.
+    DropConnections,
     /// SIGKILL.
     Kill,
     /// Tell the destination that it may forget the migration, best effort.
@@ -51,26 +56,27 @@ pub enum Step {
 /// What a record demands without its source; `None` if the destination must be asked or served first.
 pub fn steps_for(state: OutgoingState) -> Option<&'static [Step]> {
     match state {
-        OutgoingState::Taking => Some(&[Step::ReturnAddresses, Step::Forget]),
+        OutgoingState::Taking => Some(&[Step::LeaveRepair, Step::ReturnAddresses, Step::Forget]),
         OutgoingState::Limbo | OutgoingState::Serving => None,
-        OutgoingState::Moved => Some(&[Step::Kill, Step::Confirm, Step::Forget]),
+        OutgoingState::Moved => Some(&[Step::DropConnections, Step::Kill, Step::Confirm, Step::Forget]),
     }
 }
 
 /// What limbo demands after the destination's answer; `owes`: pages are owed to it then.
 pub fn steps_after(fate: Fate, owes: bool) -> &'static [Step] {
     match fate {
-        Fate::Accepted if owes => &[Step::RecordServing],
+        Fate::Accepted if owes => &[Step::DropConnections, Step::RecordServing],
         // The process is to find its addresses when it runs.
         Fate::NotAccepted => &[Step::ReturnAddresses, Step::LowerFence, Step::Forget],
         // Recorded before Confirm: a destination that has forgotten would answer "not accepted", and the
         // next resolver would give the addresses back.
-        Fate::Accepted => &[Step::RecordMoved, Step::Kill, Step::Confirm, Step::Forget],
+        Fate::Accepted => WHEN_SERVED,
     }
 }
 
 /// What is done once the destination misses no page any more.
-pub const WHEN_SERVED: &[Step] = &[Step::RecordMoved, Step::Kill, Step::Confirm, Step::Forget];
+pub const WHEN_SERVED: &[Step] =
+    &[Step::RecordMoved, Step::DropConnections, Step::Kill, Step::Confirm, Step::Forget];
 
 /// The way to the destination of a record.
 pub trait Destination {
@@ -238,6 +244,7 @@ fn perform(
             Step::RecordMoved => {
                 journal.write(&Outgoing { state: OutgoingState::Moved, ..record.clone() })?;
             }
+            Step::LeaveRepair | Step::DropConnections => connections(record, *step, process.is_some()),
             Step::Kill => signal(Signal::SIGKILL)?,
             Step::Confirm => destination.confirm(record),
             Step::Forget if addresses.is_ok() => journal.remove(record.id)?,
@@ -249,6 +256,21 @@ fn perform(
         }
     }
     addresses
+}
+
+/// A failure is no reason to leave the rest undone: at worst a peer hears of an end.
+fn connections(record: &Outgoing, step: Step, alive: bool) {
+    let Ok(pid) = i32::try_from(record.process.pid) else { return };
+    if !record.connections || !alive {
+        return;
+    }
+    let done = match step {
+        Step::LeaveRepair => files::leave_repair(pid),
+        _ => files::drop_connections(pid),
+    };
+    if let Err(error) = done {
+        tracing::error!(pid, error = &error as &dyn std::error::Error, "connections");
+    }
 }
 
 fn return_addresses(record: &Outgoing) -> Result<(), ResolveError> {
@@ -350,6 +372,7 @@ mod tests {
             owes: false,
             was_stopped: false,
             addresses: vec![],
+            connections: false,
         };
         owner.wait().unwrap();
         journal.write(&record).unwrap();

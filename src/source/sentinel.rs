@@ -275,6 +275,7 @@ mod tests {
             owes: false,
             was_stopped: false,
             addresses: vec![],
+            connections: false,
         };
         Journal::open(dir.path()).unwrap().write(&record).unwrap();
 

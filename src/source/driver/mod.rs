@@ -3,6 +3,7 @@
 //! Runs on one thread, which is the tracer of the process. The network has a thread of its own (see
 //! `transport`), so frames leave while the next ones are read.
 
+mod backlog;
 mod late;
 mod perform;
 
@@ -114,7 +115,9 @@ pub(super) struct Held {
     undertaker: Option<Undertaker>,
     frozen: Option<Frozen>,
     sleeps: SleepBook,
+    /// Connections that are given up, and those that are carried.
     closing: Vec<OwnedFd>,
+    carried: Vec<OwnedFd>,
     addresses: Option<AddressSet>,
     taken: bool,
     journal: Option<Journal<Outgoing>>,

@@ -110,7 +110,7 @@ impl Driver<'_> {
                 let recorded = self.record(OutgoingState::Moved).is_ok();
                 // Before the kill, which takes the memory apart, and the longer the more there is of it: the
                 // clients wait for the end of their connections.
-                files::close_peers(std::mem::take(&mut self.state.closing));
+                self.let_connections_go();
                 if let Some(frozen) = self.state.frozen.take() {
                     frozen.kill();
                 }
@@ -247,16 +247,17 @@ impl Driver<'_> {
     }
 
     fn take_addresses(&mut self, clock: &mut PhaseClock) -> Result<(), ActionError> {
-        if self.state.addresses.is_none() {
+        if self.state.addresses.is_none() && !self.config.tcp_established {
             return Ok(());
         }
         clock.begin("addresses");
+        // Before the connections are read, too: whoever finds the record takes them out of TCP_REPAIR.
         self.record(OutgoingState::Taking)?;
         if let Some(addresses) = self.state.addresses.as_mut() {
             addresses.remove()?;
             self.state.taken = true;
         }
-        Ok(())
+        self.settle_connections()
     }
 
     fn send_final(&mut self, clock: &mut PhaseClock) -> Result<(), ActionError> {
@@ -293,15 +294,25 @@ impl Driver<'_> {
         self.state.owes = precopy.send_rest(round, rest, follow, &mut sink, &go)?;
         posting.remaining(0);
         clock.begin("capture");
-        let options = FilesOptions { tcp_close: self.config.tcp_close, shell_job: self.config.shell_job };
+        let options = FilesOptions {
+            tcp_established: self.config.tcp_established,
+            tcp_close: self.config.tcp_close,
+            shell_job: self.config.shell_job,
+        };
         let captured = capture::capture(frozen, &options, &self.state.sleeps, guards, &self.scanned)?;
-        self.state.closing = captured.closing;
+        (self.state.closing, self.state.carried) = (captured.closing, captured.carried);
         self.state.seen = captured.seen;
         precopy.send_state(round, &captured.process, &mut sink)?;
         // While the destination is at work.
         frozen.close_injection()?;
         clock.begin("apply");
         Ok(())
+    }
+
+    /// The destination has the process: its connections end here, for their peers or without a word.
+    pub(super) fn let_connections_go(&mut self) {
+        files::drop_silently(std::mem::take(&mut self.state.carried));
+        files::close_peers(std::mem::take(&mut self.state.closing));
     }
 
     fn enter_limbo(&mut self) -> Result<Option<Event>, ActionError> {
@@ -331,6 +342,7 @@ impl Driver<'_> {
             owes: self.state.owes,
             was_stopped: self.state.was_stopped,
             addresses: self.state.addresses.as_ref().map(AddressSet::records).unwrap_or_default(),
+            connections: self.config.tcp_established,
         })
     }
 

@@ -14,6 +14,7 @@ mod refusals;
 mod segments;
 mod servers;
 mod storm;
+mod tcp;
 
 use crate::case::Case;
 
@@ -27,6 +28,7 @@ pub(crate) fn all() -> Vec<Case> {
         kinds::moved(),
         segments::cases(),
         servers::cases(),
+        tcp::cases(),
         network::cases(),
         operator::cases(),
         clocks::cases(),

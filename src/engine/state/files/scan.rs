@@ -6,7 +6,7 @@ use std::ffi::{OsStr, OsString};
 use std::fs::{self, File, Metadata};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 
 use nix::errno::Errno;
 
@@ -127,10 +127,14 @@ fn read_one(pid: Tid, pidfd: &pidfd::PidFd, number: i32) -> Result<Open, (&'stat
     let bytes = fs::read(format!("/proc/{pid}/fdinfo/{number}")).map_err(failed("reading fdinfo"))?;
     let info = String::from_utf8_lossy(&bytes).into_owned();
     let ours = File::from(ours);
-    let link = fs::read_link(format!("/proc/self/fd/{}", ours.as_raw_fd()))
-        .map_err(failed("reading the link"))?
-        .into_os_string();
     let stat = ours.metadata().map_err(failed("reading attributes"))?;
+    // A socket's link says nothing more, and a server has them by the thousand.
+    let link = match stat.file_type().is_socket() {
+        true => OsString::from(format!("socket:[{}]", stat.ino())),
+        false => fs::read_link(format!("/proc/self/fd/{}", ours.as_raw_fd()))
+            .map_err(failed("reading the link"))?
+            .into_os_string(),
+    };
     let flags = fds::status_flags(ours.as_fd()).map_err(|e| ("reading flags", e))?;
     let field = |name| info.lines().find_map(|l| field_of(l, name));
     let all_flags = field("flags").and_then(|s| i32::from_str_radix(s, 8).ok());

@@ -22,7 +22,8 @@ impl Collector<'_> {
         match (domain, kind, protocol) {
             (libc::AF_UNIX, ..) => self.unix_end(open, kind),
             (libc::AF_INET | libc::AF_INET6, libc::SOCK_STREAM, libc::IPPROTO_TCP) => {
-                match tcp::capture(open, self.options.tcp_close)? {
+                let room = self.contents.then_some(&mut self.room);
+                match tcp::capture(open, self.options, room)? {
                     Tcp::Idle(image) => {
                         // Held so that connections which arrive after the freeze are ended cleanly.
                         if image.listening {
@@ -30,6 +31,10 @@ impl Collector<'_> {
                         }
                         Ok(Kind::Tcp(image))
                     }
+                    Tcp::Live(image) => match self.holders.others(&open.link) {
+                        Some(pids) => self.held_too(open, "a TCP connection", &pids),
+                        None => Ok(Kind::TcpConnection(image)),
+                    },
                     Tcp::Dead { image, close_later } => {
                         if close_later {
                             self.closing.push(description);

@@ -107,7 +107,7 @@ fn pipes_that_lead_out_are_refused_or_left_behind() {
         seen.iter().all(|r| r.contains("--shell-job") && r.contains("leads out") && r.contains(&us)),
         "{seen:?}"
     );
-    let job = FilesOptions { shell_job: true, tcp_close: false };
+    let job = FilesOptions { shell_job: true, ..options() };
     assert!(reasons(&s, &job).is_empty());
     let image = capture(s.pid(), &job).unwrap().image;
     drop((w, ours));
