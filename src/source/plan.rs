@@ -1,6 +1,8 @@
 //! What is found out before the process is touched: every reason against the move, and the plan that the
 //! destination checks against its own host.
 
+use std::net::IpAddr;
+
 use crate::config::MoveIp;
 use crate::engine::address;
 use crate::engine::clocks;
@@ -11,7 +13,7 @@ use crate::engine::procfs::parse_status;
 use crate::engine::reason::{Reason, chain};
 use crate::engine::remote::Tid;
 use crate::engine::state::calls::{AttrError, read_as};
-use crate::engine::state::files::{self, FilesOptions, ScannedProcesses};
+use crate::engine::state::files::{self, Connection, FilesOptions, ScannedProcesses};
 use crate::engine::state::mm::{self, FlagCache};
 use crate::engine::state::objects::{self, ObjectBook};
 use crate::engine::state::{creds, limits, sched, timers};
@@ -79,6 +81,12 @@ pub fn survey(id: MigrationId, subject: &Subject<'_>, host: &Host) -> Plan {
         }
         Err(error) => plan.reasons.push(unreadable(format!("descriptors of pid {pid}"), &error)),
     }
+    if subject.tcp_established {
+        match files::connections(pid) {
+            Ok(list) => plan.reasons.extend(left_behind(&list, subject.move_ips)),
+            Err(error) => plan.reasons.push(unreadable(format!("connections of pid {pid}"), &error)),
+        }
+    }
     match FlagCache::look(pid).and_then(|flags| mm::capture(pid, &flags)) {
         Ok(mut map) => {
             plan.reasons.extend(map.reasons);
@@ -121,6 +129,21 @@ pub fn survey(id: MigrationId, subject: &Subject<'_>, host: &Host) -> Plan {
     plan.begin.comm = std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default().trim().into();
     plan.begin.memory_bytes = resident_bytes(pid);
     plan
+}
+
+/// Connections are reached by their address: where it stays, they would find nobody.
+fn left_behind(connections: &[Connection], move_ips: &[MoveIp]) -> Vec<Reason> {
+    let mut here: Vec<IpAddr> =
+        connections.iter().filter(|c| c.remote.is_some()).map(|c| c.local.ip()).collect();
+    here.sort_unstable();
+    here.dedup();
+    here.retain(|ip| !ip.is_loopback() && !move_ips.iter().any(|moving| moving.address == *ip));
+    let reason = |ip: IpAddr| {
+        let why = "does not move, and so its TCP connections cannot";
+        let remedy = "give --move-ip ADDR/PREFIX@DEV, or --tcp-close to give the connections up";
+        Reason::new(format!("address {ip}"), why, remedy)
+    };
+    here.into_iter().map(reason).collect()
 }
 
 /// Credentials, limits, timers and scheduling: what the destination must be able to give.
