@@ -17,6 +17,7 @@ pub mod freeze;
 pub mod inject;
 pub mod kernel;
 pub mod late;
+pub mod lock;
 pub mod memory;
 pub mod pids;
 pub mod preflight;
