@@ -14,9 +14,10 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::engine::address::Address;
+use crate::engine::hook::Hook;
 use crate::migration::{MigrationId, ProcessKey};
 
-/// Largest record that is read back: a few dozen addresses need less.
+/// Largest record that is read back: a few dozen addresses and all hooks that there may be need less.
 const MAX_RECORD_BYTES: u64 = 64 * 1024;
 const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 
@@ -58,6 +59,9 @@ pub struct Outgoing {
     pub was_stopped: bool,
     /// Addresses taken from this host.
     pub addresses: Vec<Address>,
+    /// What to run where the migration is put right.
+    #[serde(default)]
+    pub hooks: Vec<Hook>,
 }
 
 /// How far the destination had come.
@@ -309,6 +313,7 @@ mod tests {
             owes: false,
             was_stopped: false,
             addresses: vec![],
+            hooks: vec![],
         }
     }
 

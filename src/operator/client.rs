@@ -363,6 +363,7 @@ mod tests {
             owes: false,
             was_stopped: false,
             addresses: vec![],
+            hooks: vec![],
         };
         journal.write(&record).unwrap();
         let known = status(dir.path(), None).unwrap();

@@ -106,6 +106,7 @@ mod tests {
             owes: false,
             was_stopped: false,
             addresses: vec![],
+            hooks: vec![],
         }
     }
 

@@ -62,10 +62,7 @@ pub(super) fn listeners(inodes: &HashSet<u64>) -> Result<Vec<Connection>, Errno>
 }
 
 /// The connections of these sockets, and those that nobody has accepted at the places of `listeners`.
-pub(super) fn connections(
-    inodes: &HashSet<u64>,
-    listeners: &[Connection],
-) -> Result<Vec<Connection>, Errno> {
+pub(super) fn connections(inodes: &HashSet<u64>, listeners: &[Connection]) -> Result<Vec<Connection>, Errno> {
     let places: HashSet<SocketAddr> = listeners.iter().map(|l| l.local).collect();
     let mut found = Vec::new();
     list(&CONNECTED, &mut |socket| {

@@ -9,6 +9,7 @@
 //! addresses of a port has the requests to that port dropped, whosesoever the address is.
 
 mod diag;
+mod image;
 mod nft;
 #[cfg(test)]
 #[allow(clippy::unwrap_used, clippy::expect_used)]
@@ -21,9 +22,12 @@ use std::os::fd::{AsFd, BorrowedFd};
 use nix::errno::Errno;
 use nix::sys::socket::SockProtocol;
 
+pub use image::of_image;
+
 use crate::engine::reason::Reason;
 use crate::engine::remote::Tid;
 use crate::engine::sys::netlink::Netlink;
+use crate::engine::sys::socket;
 
 /// Room for the elements of some 80,000 connections in one batch.
 const BATCH_BYTES: usize = 4 << 20;
@@ -148,6 +152,24 @@ impl Lock {
     }
 }
 
+/// Lets go of a lock that this process holds for another one by its standard output, as a sentinel does. Where
+/// standard output is anything else it stays as it is.
+///
+/// # Errors
+/// If it cannot be closed.
+pub fn let_go() -> Result<(), LockError> {
+    let failed = |errno| LockError::Table { step: "letting go of", errno };
+    let out = std::io::stdout();
+    let protocol = socket::int_option(out.as_fd(), libc::SOL_SOCKET, libc::SO_PROTOCOL);
+    let family = socket::int_option(out.as_fd(), libc::SOL_SOCKET, libc::SO_DOMAIN);
+    if (family, protocol) != (Ok(libc::AF_NETLINK), Ok(libc::NETLINK_NETFILTER)) {
+        return Ok(());
+    }
+    let null = std::fs::File::options().write(true).open("/dev/null");
+    let null = null.map_err(|e| failed(Errno::from_raw(e.raw_os_error().unwrap_or(libc::EIO))))?;
+    nix::unistd::dup2_stdout(null).map_err(failed)
+}
+
 /// Why connections could not be locked here; `None` if they can.
 pub fn missing_here() -> Option<Reason> {
     let name = format!("migrate-probe-{}", nix::unistd::gettid());
@@ -160,7 +182,9 @@ pub fn missing_here() -> Option<Reason> {
         Errno::EPROTONOSUPPORT | Errno::EOPNOTSUPP | Errno::ENOENT | Errno::EINVAL => {
             ("need nf_tables (family inet) while they move, which this kernel does not have".to_owned(), "")
         }
-        Errno::EPERM => ("need CAP_NET_ADMIN while they move, which we do not have".to_owned(), "run it as root"),
+        Errno::EPERM => {
+            ("need CAP_NET_ADMIN while they move, which we do not have".to_owned(), "run it as root")
+        }
         errno => (format!("cannot be locked while they move: {errno}"), ""),
     };
     Some(Reason::new("TCP connections", why, remedy))

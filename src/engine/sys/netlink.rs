@@ -178,13 +178,7 @@ impl AsFd for Netlink {
     }
 }
 
-fn push_message(
-    out: &mut Vec<u8>,
-    kind: u16,
-    flags: u16,
-    sequence: u32,
-    body: &[u8],
-) -> Result<(), Errno> {
+fn push_message(out: &mut Vec<u8>, kind: u16, flags: u16, sequence: u32, body: &[u8]) -> Result<(), Errno> {
     let length = u32::try_from(HEADER_BYTES + body.len()).map_err(|_| Errno::EMSGSIZE)?;
     out.extend(length.to_ne_bytes());
     out.extend(kind.to_ne_bytes());
