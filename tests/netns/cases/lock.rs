@@ -135,17 +135,17 @@ fn not_answered(lan: &Lan) -> Result {
 }
 
 fn after_a_move(lan: &Lan) -> Result {
-    let mut workload = Workload::start(&lan.a, "counter", &["port"])?;
+    let pid = greeter(&lan.a, Lan::SERVICE)?;
     lan.share_identity()?;
-    let to = SocketAddr::new(Lan::SERVICE.parse()?, PORT);
-    // At the destination the lock is there until the process runs.
-    let seen = format!(
-        "[ $MIGRATE_STAGE != network-unlock ] || touch {SHARED}/held; \
-        [ $MIGRATE_STAGE != network-unlock ] || while [ ! -e {SHARED}/go ]; do sleep 0.01; done"
+    let to = SocketAddr::new(Lan::SERVICE.parse()?, GREETER_PORT);
+    // At the destination the lock is there until the process runs, and longer than the address is not.
+    let hook = format!(
+        "[ $MIGRATE_STAGE != network-unlock ] || {{ touch {SHARED}/held; \
+         while [ ! -e {SHARED}/go ]; do sleep 0.01; done; }}"
     );
-    let service = lan.serve_with(&lan.b, &["--hook", &seen])?;
+    let service = lan.serve_with(&lan.b, &["--hook", &hook])?;
     let options = ["--tcp-established", "--move-ip", Lan::MOVE_IP];
-    let job = lan.start_move(&lan.a, &service.address, workload.pid(), &options)?;
+    let job = lan.start_move(&lan.a, &service.address, pid, &options)?;
     wait_for("the hook", MOVE, || Ok(lan.b.outside(format!("{SHARED}/held")).exists().then_some(())))?;
     ensure(lan.has_service(&lan.b)?, || "the address is not there yet".to_owned())?;
     let both = (tables(&lan.a)?.len(), tables(&lan.b)?.len());
@@ -155,7 +155,7 @@ fn after_a_move(lan: &Lan) -> Result {
     std::fs::write(lan.b.outside(format!("{SHARED}/go")), "")?;
     lan.finish_move(&lan.a, &job, MOVE)?.expect_moved()?;
     request.await_connection()?;
-    workload.check_going_on(&lan.b)?;
+    greeted(lan, Lan::SERVICE)?;
     for host in [&lan.a, &lan.b] {
         wait_for("the end of the lock", SETTLE, || {
             Ok(tables(host).is_ok_and(|t| t.is_empty()).then_some(()))
@@ -191,9 +191,10 @@ fn last_holder(lan: &Lan) -> Result {
     workload.check_going_on(&lan.a)
 }
 
+const GREETER_PORT: u16 = 4300;
 /// A program that listens at one address and greets whoever comes.
 const GREETER: &str = "import socket, sys
-s = socket.create_server((sys.argv[1], 4300))
+s = socket.create_server((sys.argv[1], int(sys.argv[2])))
 kept = []
 print('ready', flush=True)
 while True:
@@ -202,13 +203,14 @@ while True:
     kept.append(c)";
 
 fn greeter(host: &Host, address: &str) -> Result<i32> {
-    let job = host.spawn(&Spawn::new(["/usr/bin/python3", "-c", GREETER, address]))?;
+    let port = GREETER_PORT.to_string();
+    let job = host.spawn(&Spawn::new(["/usr/bin/python3", "-c", GREETER, address, &port]))?;
     host.wait_line(&job, "ready", 0, MOVE)?;
     Ok(job.pid)
 }
 
 fn greeted(lan: &Lan, address: &str) -> Result<TcpStream> {
-    let to = SocketAddr::new(address.parse()?, 4300);
+    let to = SocketAddr::new(address.parse()?, GREETER_PORT);
     let greeting = lan.client("greeted", move || -> std::io::Result<TcpStream> {
         let mut stream = TcpStream::connect_timeout(&to, MOVE)?;
         stream.set_read_timeout(Some(MOVE))?;

@@ -1,5 +1,7 @@
 //! On real connections, in a network namespace that each test makes for its own thread.
 
+mod beyond;
+
 use std::io::{ErrorKind, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, TcpListener, TcpStream};
 use std::os::fd::AsRawFd;
@@ -23,13 +25,17 @@ const PATIENCE: Duration = Duration::from_secs(20);
 fn in_a_namespace(test: impl FnOnce() + Send + 'static) {
     let thread = std::thread::spawn(|| {
         unshare(CloneFlags::CLONE_NEWNET).unwrap();
-        let up = Command::new("ip").args(["link", "set", "dev", "lo", "up"]).status().unwrap();
-        assert!(up.success());
+        ip("link set dev lo up");
         test();
     });
     if let Err(panic) = thread.join() {
         std::panic::resume_unwind(panic);
     }
+}
+
+fn ip(arguments: &str) {
+    let status = Command::new("ip").args(arguments.split(' ')).status().unwrap();
+    assert!(status.success(), "ip {arguments}");
 }
 
 /// A connection, both ends here.
