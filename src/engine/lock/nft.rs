@@ -188,7 +188,7 @@ fn connections(version: &Version, incoming: bool) -> Rule {
         .load(TRANSPORT_HEADER, local.1, PORT_BYTES, REGISTER + words)
         .load(NETWORK_HEADER, remote.0, version.address_bytes, REGISTER + words + 1)
         .load(TRANSPORT_HEADER, remote.1, PORT_BYTES, REGISTER + 2 * words + 1)
-        .is_in(version.connections)
+        .found_in(version.connections)
         .drop()
 }
 
@@ -201,12 +201,12 @@ fn listening(version: &Version, at_address: bool) -> Rule {
     if !at_address {
         return rule
             .load(TRANSPORT_HEADER, DESTINATION_PORT, PORT_BYTES, REGISTER)
-            .is_in(version.ports)
+            .found_in(version.ports)
             .drop();
     }
     rule.load(NETWORK_HEADER, version.destination, version.address_bytes, REGISTER)
         .load(TRANSPORT_HEADER, DESTINATION_PORT, PORT_BYTES, REGISTER + version.address_bytes / 4)
-        .is_in(version.places)
+        .found_in(version.places)
         .drop()
 }
 
@@ -278,7 +278,7 @@ impl Rule {
         })
     }
 
-    fn is_in(self, set: &str) -> Self {
+    fn found_in(self, set: &str) -> Self {
         self.step("lookup", |out| {
             push_name(out, 1, set);
             push_number(out, 2, REGISTER);
