@@ -1,7 +1,6 @@
 //! `--tcp-remap OLD=NEW`: sockets that had the address OLD at the source have NEW at the destination.
 //!
-//! Every local end changes. The remote end of a connection changes where the other end is in the same process
-//! and so moves as well; anybody else has to be told by the operator.
+//! Local ends change; whoever is at the other one has to be told by the operator.
 
 use std::collections::HashSet;
 use std::fmt;

@@ -113,14 +113,35 @@ impl Lock {
     /// # Errors
     /// If the sockets cannot be listed, or not locked.
     pub fn close_on_process(&mut self, inodes: &HashSet<u64>) -> Result<Vec<Connection>, LockError> {
-        // In this order no new connection can begin after the list of connections was made. (A request that
-        // has passed the rules a moment ago is in the list microseconds later, and the list takes longer.)
-        let mut all = diag::listeners(inodes).map_err(LockError::List)?;
-        self.close_on(&all)?;
-        let connections = diag::connections(inodes, &all).map_err(LockError::List)?;
-        self.close_on(&connections)?;
-        all.extend(connections);
+        // In this order no new connection can begin after the list of connections was made.
+        let mut all = self.close_on_listeners(inodes)?;
+        all.extend(self.close_on_connections(inodes, &all)?);
         Ok(all)
+    }
+
+    /// The first half of [`Lock::close_on_process`]: nobody can begin a connection any more. Returns where these
+    /// sockets listen. (A request that has passed the rules a moment ago is a connection microseconds later.)
+    ///
+    /// # Errors
+    /// If the sockets cannot be listed, or not locked.
+    pub fn close_on_listeners(&mut self, inodes: &HashSet<u64>) -> Result<Vec<Connection>, LockError> {
+        let listeners = diag::listeners(inodes).map_err(LockError::List)?;
+        self.close_on(&listeners)?;
+        Ok(listeners)
+    }
+
+    /// The second half: the connections of these sockets, and those that wait at `listeners`.
+    ///
+    /// # Errors
+    /// If the sockets cannot be listed, or not locked.
+    pub fn close_on_connections(
+        &mut self,
+        inodes: &HashSet<u64>,
+        listeners: &[Connection],
+    ) -> Result<Vec<Connection>, LockError> {
+        let connections = diag::connections(inodes, listeners).map_err(LockError::List)?;
+        self.close_on(&connections)?;
+        Ok(connections)
     }
 
     /// Lets everything pass again, at once. The table is left to go with the socket, because removing chains
