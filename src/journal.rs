@@ -14,9 +14,10 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::engine::address::Address;
+use crate::engine::hook::Hook;
 use crate::migration::{MigrationId, ProcessKey};
 
-/// Largest record that is read back: a few dozen addresses need less.
+/// Largest record that is read back: a few dozen addresses and all hooks that there may be need less.
 const MAX_RECORD_BYTES: u64 = 64 * 1024;
 const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 
@@ -61,6 +62,9 @@ pub struct Outgoing {
     /// Live TCP connections move along.
     #[serde(default)]
     pub connections: bool,
+    /// What to run where the migration is put right.
+    #[serde(default)]
+    pub hooks: Vec<Hook>,
 }
 
 /// How far the destination had come.
@@ -313,6 +317,7 @@ mod tests {
             was_stopped: false,
             addresses: vec![],
             connections: false,
+            hooks: vec![],
         }
     }
 

@@ -1,5 +1,6 @@
 //! What a restarted service finds in its journal: processes that are its own, and what was left to do.
 
+use std::net::SocketAddr;
 use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
@@ -17,6 +18,7 @@ use super::wire::{Extras, to_control};
 use crate::engine::address::AddressSet;
 use crate::engine::alive;
 use crate::engine::fence;
+use crate::engine::hook::{self, Hooks, Stage};
 use crate::engine::procfs;
 use crate::engine::reason::Reason;
 use crate::engine::state::files;
@@ -91,6 +93,8 @@ pub(super) fn recover(service: &Arc<Service>) -> Result<(), JournalError> {
             machine,
             journal: Journal::open(state_dir)?,
             asker: None,
+            hooks: service.hooks.clone(),
+            listen: service.config.listen,
             link: None,
         };
         if recovered.perform(actions) {
@@ -121,6 +125,9 @@ struct Recovered {
     machine: DestMachine,
     journal: Journal<Incoming>,
     asker: Option<LinkSender>,
+    /// The operator's, and what they are told of this service.
+    hooks: Hooks,
+    listen: SocketAddr,
     /// A connection that was handed over to us is ours to keep.
     link: Option<Link>,
 }
@@ -165,10 +172,14 @@ impl Recovered {
                     if let Err(error) = added {
                         tracing::error!(error = &error as &dyn std::error::Error, "adding addresses");
                     }
+                    self.hooks.tell(Stage::NetworkUnlock, &self.about());
                     wake_connections(self.record.process);
                 }
                 Action::Resume(_) if self.record.misses => self.kill(),
-                Action::Resume(right) => lower_fence(right.process(), self.record.was_stopped),
+                Action::Resume(right) => {
+                    lower_fence(right.process(), self.record.was_stopped);
+                    drop(self.hooks.begin(Stage::PostResume, &self.about()));
+                }
                 Action::Forget => {
                     if let Err(error) = self.journal.remove(self.record.id) {
                         tracing::error!(error = &error as &dyn std::error::Error, "forgetting");
@@ -194,6 +205,15 @@ impl Recovered {
             }
         }
         false
+    }
+
+    fn about(&self) -> hook::About {
+        hook::About {
+            id: self.record.id.to_string(),
+            pid: self.record.process.pid,
+            side: "destination",
+            destination: self.listen.to_string(),
+        }
     }
 
     fn kill(&self) {

@@ -364,6 +364,7 @@ mod tests {
             was_stopped: false,
             addresses: vec![],
             connections: false,
+            hooks: vec![],
         };
         journal.write(&record).unwrap();
         let known = status(dir.path(), None).unwrap();

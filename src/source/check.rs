@@ -33,6 +33,8 @@ pub fn check(config: &CheckConfig, pid: Tid) -> Result<Verdict, SourceError> {
         tcp_close: config.tcp_close,
         shell_job: config.shell_job,
         move_ips: &config.move_ips,
+        tcp_remaps: &config.tcp_remaps,
+        has_hooks: !config.hooks.is_empty(),
     };
     let mut plan = plan::survey(new_id()?, &subject, &host);
     if let Some(to) = &config.to {

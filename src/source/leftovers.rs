@@ -107,6 +107,7 @@ mod tests {
             was_stopped: false,
             addresses: vec![],
             connections: false,
+            hooks: vec![],
         }
     }
 

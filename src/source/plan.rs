@@ -1,19 +1,22 @@
 //! What is found out before the process is touched: every reason against the move, and the plan that the
 //! destination checks against its own host.
 
+use std::collections::BTreeSet;
 use std::net::IpAddr;
 
-use crate::config::MoveIp;
+use crate::config::{MoveIp, Remap};
 use crate::engine::address;
 use crate::engine::clocks;
 use crate::engine::kernel::Host;
+use crate::engine::lock::{self, LockError};
 use crate::engine::memory::Memory;
 use crate::engine::preflight;
 use crate::engine::procfs::parse_status;
 use crate::engine::reason::{Reason, chain};
+use crate::engine::remap;
 use crate::engine::remote::Tid;
 use crate::engine::state::calls::{AttrError, read_as};
-use crate::engine::state::files::{self, Connection, FilesOptions, ScannedProcesses};
+use crate::engine::state::files::{self, FilesOptions, ScannedProcesses};
 use crate::engine::state::mm::{self, FlagCache};
 use crate::engine::state::objects::{self, ObjectBook};
 use crate::engine::state::{creds, limits, sched, timers};
@@ -47,6 +50,10 @@ pub struct Subject<'a> {
     pub shell_job: bool,
     /// Addresses that move along.
     pub move_ips: &'a [MoveIp],
+    /// Addresses that sockets change.
+    pub tcp_remaps: &'a [Remap],
+    /// Hooks may bring addresses to the destination that we know nothing of.
+    pub has_hooks: bool,
 }
 
 /// Examines the process; nothing of it is touched. What cannot even be examined is a reason too.
@@ -63,6 +70,8 @@ pub fn survey(id: MigrationId, subject: &Subject<'_>, host: &Host) -> Plan {
         Ok(reasons) => plan.reasons.extend(reasons),
         Err(error) => plan.reasons.push(unreadable("the addresses that move", &error)),
     }
+    plan.begin.tcp_remaps = subject.tcp_remaps.iter().map(ToString::to_string).collect();
+    plan.reasons.extend(remap::check(subject.tcp_remaps));
     if Memory::open(pid).is_err() {
         // Gone, a zombie, or nothing that has memory: there is nothing more to be found out.
         return plan;
@@ -82,10 +91,12 @@ pub fn survey(id: MigrationId, subject: &Subject<'_>, host: &Host) -> Plan {
         Err(error) => plan.reasons.push(unreadable(format!("descriptors of pid {pid}"), &error)),
     }
     if subject.tcp_established {
-        match files::connections(pid) {
-            Ok(list) => plan.reasons.extend(left_behind(&list, subject.move_ips)),
+        plan.begin.tcp_established = true;
+        match needed_addresses(subject) {
+            Ok(addresses) => plan.begin.needed_ips = addresses,
             Err(error) => plan.reasons.push(unreadable(format!("connections of pid {pid}"), &error)),
         }
+        plan.reasons.extend(lock::missing_here());
     }
     match FlagCache::look(pid).and_then(|flags| mm::capture(pid, &flags)) {
         Ok(mut map) => {
@@ -131,19 +142,25 @@ pub fn survey(id: MigrationId, subject: &Subject<'_>, host: &Host) -> Plan {
     plan
 }
 
-/// Connections are reached by their address: where it stays, they would find nobody.
-fn left_behind(connections: &[Connection], move_ips: &[MoveIp]) -> Vec<Reason> {
-    let mut here: Vec<IpAddr> =
-        connections.iter().filter(|c| c.remote.is_some()).map(|c| c.local.ip()).collect();
-    here.sort_unstable();
-    here.dedup();
-    here.retain(|ip| !ip.is_loopback() && !move_ips.iter().any(|moving| moving.address == *ip));
-    let reason = |ip: IpAddr| {
-        let why = "does not move, and so its TCP connections cannot";
-        let remedy = "give --move-ip ADDR/PREFIX@DEV, or --tcp-close to give the connections up";
-        Reason::new(format!("address {ip}"), why, remedy)
-    };
-    here.into_iter().map(reason).collect()
+/// Addresses of connections that have to be at the destination when the process runs there, and do not come with
+/// it.
+fn needed_addresses(subject: &Subject<'_>) -> Result<Vec<Vec<u8>>, LockError> {
+    if subject.has_hooks {
+        return Ok(Vec::new());
+    }
+    let all = lock::connections(&lock::socket_inodes(subject.pid)?)?;
+    let connected = all.into_iter().filter(|connection| connection.remote.is_some());
+    let ips: BTreeSet<IpAddr> =
+        connected.map(|connection| remap::of(connection.local.ip(), subject.tcp_remaps)).collect();
+    let comes = |ip: &IpAddr| ip.is_loopback() || subject.move_ips.iter().any(|spec| spec.address == *ip);
+    Ok(ips
+        .into_iter()
+        .filter(|ip| !comes(ip))
+        .map(|ip| match ip {
+            IpAddr::V4(ip) => ip.octets().to_vec(),
+            IpAddr::V6(ip) => ip.octets().to_vec(),
+        })
+        .collect())
 }
 
 /// Credentials, limits, timers and scheduling: what the destination must be able to give.

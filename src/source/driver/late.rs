@@ -108,7 +108,7 @@ impl Driver<'_> {
         if self.state.committed_at.is_none() {
             self.state.committed_at = Some(now);
             // Not at the end: the clients wait for the end of their connections.
-            self.let_connections_go();
+            self.leave_network();
             if !self.state.owes {
                 return Ok(Some(Event::NothingOwed));
             }

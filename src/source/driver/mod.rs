@@ -5,6 +5,7 @@
 
 mod backlog;
 mod late;
+mod network;
 mod perform;
 
 use std::collections::VecDeque;
@@ -26,7 +27,9 @@ use crate::engine::capture::CaptureError;
 use crate::engine::clocks::ClockError;
 use crate::engine::dirty::TrackError;
 use crate::engine::freeze::{FreezeError, Frozen};
+use crate::engine::hook::{self, HookError, Hooks};
 use crate::engine::late::Seen;
+use crate::engine::lock::{Lock, LockError};
 use crate::engine::memory::MemoryError;
 use crate::engine::reason::{Reason, chain};
 use crate::engine::remote::{InjectError, Tid};
@@ -74,11 +77,17 @@ enum ActionError {
     #[error(transparent)]
     Address(#[from] crate::engine::address::AddressError),
     #[error(transparent)]
+    Hook(#[from] HookError),
+    #[error(transparent)]
+    Lock(#[from] LockError),
+    #[error(transparent)]
     Urgent(#[from] TransportError),
     #[error("starting to push owed pages")]
     Push(#[source] std::io::Error),
     #[error("the destination's list of missing pages")]
     Missing(#[source] FrameError),
+    #[error("sharing the lock with the sentinel")]
+    Share(#[source] std::io::Error),
     #[error("starting a thread")]
     Thread(#[source] std::io::Error),
     #[error("the sentinel has ended")]
@@ -104,6 +113,8 @@ pub(super) struct Driver<'a> {
     pub report: Report,
     /// Processes that preflight has looked at for shared descriptors.
     pub scanned: ScannedProcesses,
+    /// The operator's.
+    pub hooks: Hooks,
     pub state: Held,
 }
 
@@ -120,6 +131,12 @@ pub(super) struct Held {
     carried: Vec<OwnedFd>,
     addresses: Option<AddressSet>,
     taken: bool,
+    /// Keeps connections that are carried quiet, from the freeze on.
+    lock: Option<Lock>,
+    /// The hooks for taking the network away were run, or some of them: they are to be told when it is back.
+    unlock_due: bool,
+    /// The hooks that are told of the resume.
+    resumed: Option<hook::Running>,
     journal: Option<Journal<Outgoing>>,
     sentinel: Option<Sentinel>,
     was_stopped: bool,
@@ -309,6 +326,7 @@ impl Driver<'_> {
         }
         self.count_served();
         self.state.serving = None;
+        self.tell_the_end(&outcome);
         if let Some(link) = self.link.take() {
             let _ = link.finish(FINISH_PATIENCE);
         }
@@ -341,7 +359,7 @@ fn step_name(action: &Action) -> &'static str {
         Action::Announce(_) => "announcing what is to follow",
         Action::Freeze { .. } => "freezing the process",
         Action::Serve => "serving owed pages",
-        Action::TakeAddresses => "taking the addresses",
+        Action::TakeAddresses => "taking the network",
         Action::SendFinal => "sending the final state",
         Action::EnterLimbo => "preparing the commit",
         _ => "switching over",

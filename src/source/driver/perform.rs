@@ -12,9 +12,9 @@ use crate::engine::clocks::{self};
 use crate::engine::dirty::UffdTracker;
 use crate::engine::extents::Extents;
 use crate::engine::freeze::Frozen;
+use crate::engine::lock::Lock;
 use crate::engine::priority;
-use crate::engine::reason::{Reason, chain};
-use crate::engine::state::files::{self, FilesOptions};
+use crate::engine::state::files::FilesOptions;
 use crate::engine::state::mm::{self, FlagCache};
 use crate::engine::state::objects::{self, ObjectBook};
 use crate::engine::undertaker::Undertaker;
@@ -62,6 +62,7 @@ impl Driver<'_> {
             Action::Freeze { reason, eager_pages } => {
                 tracing::info!(?reason, "freezing");
                 self.ensure_attached()?;
+                self.before_the_freeze(clock)?;
                 self.state.eager_pages = eager_pages;
                 priority::urgent();
                 clock.begin("freeze");
@@ -73,7 +74,7 @@ impl Driver<'_> {
                 self.state.frozen = Some(frozen);
                 Ok(Some(Event::Frozen))
             }
-            Action::TakeAddresses => self.take_addresses(clock).map(|()| None),
+            Action::TakeAddresses => self.take_network(clock).map(|()| None),
             Action::SendFinal => self.send_final(clock).map(|()| None),
             Action::EnterLimbo => self.enter_limbo(),
             Action::Connect => Ok(Some(self.reconnect())),
@@ -86,14 +87,7 @@ impl Driver<'_> {
                 Ok(None)
             }
             Action::ReturnAddresses => {
-                if self.state.taken
-                    && let Some(addresses) = self.state.addresses.as_mut()
-                    && let Err(error) = addresses.add()
-                {
-                    tracing::error!(error = &error as &dyn std::error::Error, "giving addresses back");
-                    self.state.reasons.push(Reason::new("addresses", chain(&error), "add them by hand"));
-                }
-                self.state.taken = false;
+                self.return_network();
                 Ok(None)
             }
             Action::Thaw(_right) => {
@@ -104,13 +98,14 @@ impl Driver<'_> {
                 {
                     tracing::error!(%error, "letting the process go");
                 }
+                self.forget_lock();
                 Ok(None)
             }
             Action::Conclude(_right) => {
                 let recorded = self.record(OutgoingState::Moved).is_ok();
                 // Before the kill, which takes the memory apart, and the longer the more there is of it: the
                 // clients wait for the end of their connections.
-                self.let_connections_go();
+                self.leave_network();
                 if let Some(frozen) = self.state.frozen.take() {
                     frozen.kill();
                 }
@@ -153,7 +148,13 @@ impl Driver<'_> {
         self.state.journal = Some(Journal::open(&state_dir)?);
         let mut command = std::process::Command::new("/proc/self/exe");
         command.arg("--state-dir").arg(&state_dir).arg("__sentinel").arg(self.id.to_string());
-        self.state.sentinel = Some(Sentinel::spawn(command)?);
+        if self.config.tcp_established {
+            self.state.lock = Some(Lock::open(&format!("migrate-{}", self.id))?);
+        }
+        // It holds the lock as well: until it has done its work no connection may be reset.
+        let held = self.state.lock.as_ref().map(|lock| lock.socket().try_clone_to_owned());
+        let held = held.transpose().map_err(ActionError::Share)?;
+        self.state.sentinel = Some(Sentinel::spawn(command, held)?);
         if !self.config.move_ips.is_empty() {
             self.state.addresses = Some(AddressSet::at_source(&self.config.move_ips)?);
         }
@@ -246,20 +247,6 @@ impl Driver<'_> {
         Ok(Event::RoundSent(round))
     }
 
-    fn take_addresses(&mut self, clock: &mut PhaseClock) -> Result<(), ActionError> {
-        if self.state.addresses.is_none() && !self.config.tcp_established {
-            return Ok(());
-        }
-        clock.begin("addresses");
-        // Before the connections are read, too: whoever finds the record takes them out of TCP_REPAIR.
-        self.record(OutgoingState::Taking)?;
-        if let Some(addresses) = self.state.addresses.as_mut() {
-            addresses.remove()?;
-            self.state.taken = true;
-        }
-        self.settle_connections()
-    }
-
     fn send_final(&mut self, clock: &mut PhaseClock) -> Result<(), ActionError> {
         let round = u32::try_from(self.report.rounds.len() + 1).unwrap_or(u32::MAX);
         let sender = self.link.as_ref().ok_or(ActionError::Order)?.sender();
@@ -309,12 +296,6 @@ impl Driver<'_> {
         Ok(())
     }
 
-    /// The destination has the process: its connections end here, for their peers or without a word.
-    pub(super) fn let_connections_go(&mut self) {
-        files::drop_silently(std::mem::take(&mut self.state.carried));
-        files::close_peers(std::mem::take(&mut self.state.closing));
-    }
-
     fn enter_limbo(&mut self) -> Result<Option<Event>, ActionError> {
         if !self.state.sentinel.as_mut().is_some_and(Sentinel::is_alive) {
             return Err(ActionError::NoSentinel);
@@ -343,6 +324,7 @@ impl Driver<'_> {
             was_stopped: self.state.was_stopped,
             addresses: self.state.addresses.as_ref().map(AddressSet::records).unwrap_or_default(),
             connections: self.config.tcp_established,
+            hooks: self.config.hooks.clone(),
         })
     }
 

@@ -4,9 +4,11 @@ mod clocks;
 mod crash;
 mod drain;
 mod grounds;
+mod hooks;
 mod hosts;
 mod kinds;
 mod limbo;
+mod lock;
 mod moves;
 mod network;
 mod operator;
@@ -31,6 +33,8 @@ pub(crate) fn all() -> Vec<Case> {
         tcp::cases(),
         network::cases(),
         operator::cases(),
+        hooks::cases(),
+        lock::cases(),
         clocks::cases(),
         moves::cases(),
         drain::cases(),

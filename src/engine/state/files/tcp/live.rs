@@ -96,29 +96,51 @@ impl SilentConnections {
         self.0.is_empty()
     }
 
-    /// All of them come to life. One that cannot is reset, and named: its stream would not be what it was.
-    pub fn go_live(self) -> Vec<Reason> {
-        let (mut reasons, mut new) = (Vec::new(), NewSockets::default());
-        for silent in &self.0 {
-            if let Err(trouble) = silent.go_live(&mut new) {
-                reasons.push(silent.reset(&trouble));
+    /// Makes those whole that could not be before their addresses were here; no packet may come meanwhile. One
+    /// that cannot be is reset, and named: its stream would not be what it was.
+    pub fn complete(&mut self) -> Vec<Reason> {
+        let mut new = NewSockets::default();
+        self.keep(|silent| silent.complete(&mut new))
+    }
+
+    /// All of them come to life. One that cannot is reset, and named, likewise.
+    pub fn go_live(mut self) -> Vec<Reason> {
+        let mut lost = self.complete();
+        lost.extend(self.keep(|silent| silent.go_live()));
+        lost
+    }
+
+    fn keep(&mut self, mut act: impl FnMut(&mut Silent) -> Result<(), Trouble>) -> Vec<Reason> {
+        let mut lost = Vec::new();
+        self.0.retain_mut(|silent| match act(silent) {
+            Ok(()) => true,
+            Err(trouble) => {
+                lost.push(silent.reset(&trouble));
+                false
             }
-        }
-        reasons
+        });
+        lost
     }
 }
 
 impl Silent {
-    fn go_live(&self, new: &mut NewSockets) -> Result<(), Trouble> {
-        let (fd, image, step) = (self.fd.as_fd(), &self.image, Trouble::step);
-        if !self.complete {
-            if !complete(fd, image)? {
-                return Err(Trouble::Step("finding a route to the peer", Errno::ENETUNREACH));
-            }
-            set_send_buffer(fd, image, Room::AsBefore)?;
-            set_receive_buffer(fd, image, Room::AsBefore, new.of(image.family)?)?;
-            lock_buffers(fd, image)?;
+    fn complete(&mut self, new: &mut NewSockets) -> Result<(), Trouble> {
+        let (fd, image) = (self.fd.as_fd(), &self.image);
+        if self.complete {
+            return Ok(());
         }
+        if !complete(fd, image)? {
+            return Err(Trouble::Step("finding a route to the peer", Errno::ENETUNREACH));
+        }
+        set_send_buffer(fd, image, Room::AsBefore)?;
+        set_receive_buffer(fd, image, Room::AsBefore, new.of(image.family)?)?;
+        lock_buffers(fd, image)?;
+        self.complete = true;
+        Ok(())
+    }
+
+    fn go_live(&mut self) -> Result<(), Trouble> {
+        let (fd, image, step) = (self.fd.as_fd(), &self.image, Trouble::step);
         tcp::choose_queue(fd, Queue::None).map_err(step("leaving a queue"))?;
         // The answer to the probe tells what the peer has got meanwhile.
         let off = if image.connecting { REPAIR_OFF_SILENTLY } else { REPAIR_OFF };
