@@ -79,6 +79,11 @@ pub fn apply(files: &mut Files, remaps: &[Remap]) {
             }
             Some(Kind::Tcp(socket)) => apply_to(&mut socket.address, remaps),
             Some(Kind::TcpClosed(socket)) => apply_to(&mut socket.address, remaps),
+            Some(Kind::IpSocket(socket)) => {
+                if let Some(local) = &mut socket.local {
+                    apply_to(&mut local.address, remaps);
+                }
+            }
             _ => {}
         }
     }
@@ -119,7 +124,7 @@ pub fn apply_to(address: &mut Vec<u8>, remaps: &[Remap]) {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-    use crate::proto::files::{TcpClosed, TcpSocket};
+    use crate::proto::files::{Endpoint, IpSocket, TcpClosed, TcpSocket};
 
     #[test]
     fn texts() {
@@ -161,13 +166,13 @@ mod tests {
             ..Description::default()
         };
         let (old, new, other) = ([10, 0, 0, 5], [10, 0, 1, 5], [10, 0, 0, 6]);
-        let mut files = Files::default();
-        files.descriptions = vec![
+        let descriptions = vec![
             connection(old, 80, old, 1000),
             connection(old, 1000, old, 80),
             connection(old, 80, old, 2000),
             connection(other, 80, old, 1000),
         ];
+        let mut files = Files { descriptions, ..Files::default() };
         apply(&mut files, &remaps);
         let expected = [
             connection(new, 80, new, 1000),
@@ -197,6 +202,11 @@ mod tests {
                 [
                     Kind::Tcp(TcpSocket { address: address.clone(), port: 80, ..TcpSocket::default() }),
                     Kind::TcpClosed(TcpClosed { address: address.clone(), ..TcpClosed::default() }),
+                    Kind::IpSocket(IpSocket {
+                        local: Some(Endpoint { address: address.clone(), ..Endpoint::default() }),
+                        peer: Some(Endpoint { address: vec![10, 0, 0, 5], ..Endpoint::default() }),
+                        ..IpSocket::default()
+                    }),
                 ]
                 .map(|kind| Description { kind: Some(kind), ..Description::default() })
                 .to_vec()
