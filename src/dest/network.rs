@@ -4,6 +4,7 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use super::driver::Driver;
+use super::recover;
 use super::steps::ActionError;
 use crate::engine::address::{self, Address};
 use crate::engine::hook::{self, Stage};
@@ -86,6 +87,10 @@ impl Driver {
             tracing::error!(error = &error as &dyn std::error::Error, "adding addresses");
         }
         self.hooks.tell(Stage::NetworkUnlock, &self.about());
+        // A service that died before us has made them, but may not have come so far.
+        if let Some(process) = self.process.filter(|_| self.skeleton.is_none()) {
+            recover::wake_connections(process);
+        }
         // What makes a connection whole must be done before a packet can come, what it sends must get out.
         let mut connections = std::mem::take(&mut self.connections);
         let mut lost = connections.complete();
@@ -104,8 +109,10 @@ impl Driver {
 
     /// The process runs.
     pub(super) fn network_is_open(&mut self) {
-        // Its table goes with it, which takes longer than anybody should have waited.
-        self.lock = None;
+        if let Some(lock) = self.lock.take() {
+            // Its table goes with it, which takes longer than the source should wait for our word.
+            let _ = std::thread::Builder::new().name("unlock".into()).spawn(move || drop(lock));
+        }
         drop(self.hooks.begin(Stage::PostResume, &self.about()));
     }
 

@@ -262,7 +262,7 @@ fn parents() -> Vec<(u32, u32)> {
 }
 
 /// The old service died before the connections were live.
-fn wake_connections(process: ProcessKey) {
+pub(super) fn wake_connections(process: ProcessKey) {
     let Ok(pid) = i32::try_from(process.pid) else { return };
     if !matches!(alive::open(process.pid, process.start_ticks), Ok(Some(_))) {
         return;
