@@ -44,6 +44,39 @@ pub fn is_in_repair(fd: BorrowedFd<'_>) -> Result<bool, Errno> {
     Ok(socket::int_option(fd, IPPROTO_TCP, libc::TCP_REPAIR)? == 1)
 }
 
+/// Whether the request by which the peer began the connection is kept (`TCP_SAVE_SYN`) and was not asked for
+/// yet. Does not take it.
+pub fn has_saved_syn(fd: BorrowedFd<'_>) -> Result<bool, Errno> {
+    let mut len: libc::socklen_t = 0;
+    let none = std::ptr::null_mut();
+    // SAFETY: for a length of zero the kernel writes nothing but the length, which lives for the whole call.
+    let rc =
+        unsafe { libc::getsockopt(fd.as_raw_fd(), IPPROTO_TCP, libc::TCP_SAVED_SYN, none, &raw mut len) };
+    match Errno::result(rc) {
+        Ok(_) => Ok(false),
+        // There is not enough room for it.
+        Err(Errno::EINVAL) => Ok(true),
+        Err(errno) => Err(errno),
+    }
+}
+
+/// Whether its segments are signed with TCP-AO.
+pub fn has_authentication(fd: BorrowedFd<'_>) -> Result<bool, Errno> {
+    const TCP_AO_INFO: c_int = 40;
+    let mut info = [0u8; 48];
+    let mut len = 48;
+    // SAFETY: `info` is readable and writable for `len` bytes; the kernel writes no more.
+    let rc = unsafe {
+        libc::getsockopt(fd.as_raw_fd(), IPPROTO_TCP, TCP_AO_INFO, info.as_mut_ptr().cast(), &raw mut len)
+    };
+    match Errno::result(rc) {
+        Ok(_) => Ok(true),
+        // There is none, or the kernel does not know it.
+        Err(Errno::ENOENT | Errno::ENOPROTOOPT | Errno::EOPNOTSUPP) => Ok(false),
+        Err(errno) => Err(errno),
+    }
+}
+
 /// Chooses a queue. In `TCP_REPAIR` only.
 pub fn choose_queue(fd: BorrowedFd<'_>, queue: Queue) -> Result<(), Errno> {
     socket::set_int_option(fd, IPPROTO_TCP, libc::TCP_REPAIR_QUEUE, queue as c_int)

@@ -63,15 +63,21 @@ impl Collector<'_> {
     }
 }
 
+const AF_SMC: i32 = 43;
+
 fn socket_words(domain: i32, kind: i32, protocol: i32) -> String {
     match (domain, kind) {
         (libc::AF_INET | libc::AF_INET6, libc::SOCK_DGRAM) => {
             format!("a datagram socket of IP protocol {protocol}")
         }
+        (libc::AF_INET | libc::AF_INET6, libc::SOCK_STREAM) if protocol == libc::IPPROTO_MPTCP => {
+            "an MPTCP socket".to_owned()
+        }
         (libc::AF_INET | libc::AF_INET6, libc::SOCK_STREAM) => {
             format!("a stream socket of IP protocol {protocol}")
         }
         (libc::AF_PACKET, _) => "a packet socket".to_owned(),
+        (AF_SMC, _) => "an SMC socket".to_owned(),
         (libc::AF_VSOCK, _) => "a vsock socket".to_owned(),
         _ => format!("a socket of family {domain}"),
     }

@@ -124,6 +124,7 @@ pub(super) fn capture(
     if seen & libc::POLLPRI != 0 {
         return Err(Stop::refuse("is a TCP connection with urgent data not yet read"));
     }
+    refuse_rare(fd)?;
     let read = |name| socket::int_option(fd, IPPROTO_TCP, name).map_err(read_step);
     if connecting && read(libc::TCP_FASTOPEN_CONNECT)? != 0 {
         return Err(Stop::refuse("is a TCP connection being made with TCP Fast Open"));
@@ -155,6 +156,27 @@ pub(super) fn capture(
         }
     }
     Err(Stop::refuse("is a TCP connection that changes while its process stands still"))
+}
+
+/// What is seen by the socket itself, and cannot be given to a new one.
+fn refuse_rare(fd: BorrowedFd<'_>) -> Result<(), Stop> {
+    let value = |name| socket::int_option(fd, SOL_SOCKET, name).map_err(read_step);
+    let refuse =
+        |with: &str| Err(Stop::refuse(format!("is a TCP connection {with}, which cannot be carried")));
+    if tcp::is_in_repair(fd).map_err(read_step)? {
+        return refuse("in TCP_REPAIR");
+    }
+    // The kernel numbers what it reports as sent, from the beginning of the connection.
+    if value(libc::SO_ZEROCOPY)? != 0 {
+        return refuse("with SO_ZEROCOPY");
+    }
+    if socket::int_option(fd, SOL_SOCKET, fds::SO_PEEK_OFF).is_ok_and(|offset| offset >= 0) {
+        return refuse("with SO_PEEK_OFF");
+    }
+    if tcp::has_saved_syn(fd).map_err(read_step)? {
+        return refuse("with its first segment not yet read (TCP_SAVED_SYN)");
+    }
+    Ok(())
 }
 
 /// One look at sequence numbers and queues; false if they have changed under it.

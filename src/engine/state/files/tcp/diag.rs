@@ -1,22 +1,21 @@
-//! What the kernel says about connections from outside (`sock_diag`), where the sockets themselves do not:
-//! keys of signatures, and unread input beyond an urgent byte.
+//! What the kernel says about TCP sockets from outside (`sock_diag`), where the sockets themselves do not: keys
+//! of signatures, and unread input beyond an urgent byte.
 
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsRawFd, OwnedFd};
 
 use nix::errno::Errno;
-use nix::sys::socket::{MsgFlags, recv, send};
+use nix::sys::socket::{MsgFlags, SockProtocol, recv, send, setsockopt, sockopt};
+use nix::sys::time::TimeVal;
 
 use super::connection::SYN_SENT;
-use crate::engine::sys::netlink::{attributes, u16_at, u32_at};
+use crate::engine::sys::netlink::{Netlink, attributes, u16_at, u32_at};
 use crate::engine::sys::socket;
 
 const NETLINK_SOCK_DIAG: i32 = 4;
 const SOCK_DIAG_BY_FAMILY: u16 = 20;
 const NLM_F_REQUEST: u16 = 1;
-const NLM_F_DUMP: u16 = 0x300;
 const NLMSG_ERROR: u16 = 2;
-const NLMSG_DONE: u16 = 3;
 const HEADER: usize = 16;
 /// `struct inet_diag_req_v2`
 const REQUEST: usize = 56;
@@ -30,8 +29,8 @@ const INODE: usize = 68;
 /// `INET_DIAG_INFO` as a bit.
 const INFO: u8 = 2;
 const ATTR_SIGNATURES: u16 = 18;
-/// One datagram of a dump never exceeds this.
-const DUMP: usize = 64 << 10;
+/// The kernel answers at once, or never.
+const PATIENCE: TimeVal = TimeVal::new(5, 0);
 /// Questions asked at once: their answers fit into the buffer of the socket.
 const AT_ONCE: usize = 32;
 
@@ -47,6 +46,7 @@ pub(super) struct Seen {
 /// Asks about connections by their two ends; `None` for one that is not there any more.
 pub(super) fn ask(ends: &[(SocketAddr, SocketAddr)]) -> Result<Vec<Option<Seen>>, Errno> {
     let fd = socket::socket(libc::AF_NETLINK, libc::SOCK_RAW, NETLINK_SOCK_DIAG)?;
+    setsockopt(&fd, sockopt::ReceiveTimeout, &PATIENCE)?;
     let mut seen = vec![None; ends.len()];
     for (first, some) in ends.chunks(AT_ONCE).enumerate() {
         let mut message = Vec::with_capacity(some.len() * (HEADER + REQUEST));
@@ -60,46 +60,32 @@ pub(super) fn ask(ends: &[(SocketAddr, SocketAddr)]) -> Result<Vec<Option<Seen>>
     Ok(seen)
 }
 
+/// Whether segments for a place where somebody listens are signed (TCP_MD5SIG).
+pub(super) fn has_keys(listening: SocketAddr) -> Result<bool, Errno> {
+    let nobody: IpAddr = match listening {
+        SocketAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
+        SocketAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
+    };
+    let seen = ask(&[(listening, SocketAddr::new(nobody, 0))])?;
+    Ok(seen.first().copied().flatten().is_some_and(|seen| seen.signed))
+}
+
 /// Whom a socket is connecting to, by its inode: until there is an answer the socket itself does not say.
 pub(super) fn connecting_to(inode: u64) -> Result<Option<SocketAddr>, Errno> {
-    for family in [libc::AF_INET, libc::AF_INET6] {
-        let fd = socket::socket(libc::AF_NETLINK, libc::SOCK_RAW, NETLINK_SOCK_DIAG)?;
-        let any = SocketAddr::new(IpAddr::V4(Ipv4Addr::UNSPECIFIED), 0);
-        let mut message = Vec::new();
-        request(&mut message, 0, any, any);
-        // The same question about all sockets of the family in that state.
-        let family = u8::try_from(family).unwrap_or(0);
-        for (at, bytes) in [
-            (6, &(NLM_F_REQUEST | NLM_F_DUMP).to_ne_bytes()[..]),
-            (HEADER, &[family, 6, 0, 0]),
-            (HEADER + 4, &(1u32 << SYN_SENT).to_ne_bytes()),
-        ] {
-            message.get_mut(at..at + bytes.len()).ok_or(Errno::EINVAL)?.copy_from_slice(bytes);
-        }
-        send(fd.as_raw_fd(), &message, MsgFlags::empty())?;
-        let mut buffer = vec![0u8; DUMP];
-        let mut found = None;
-        'dump: loop {
-            let len = recv(fd.as_raw_fd(), &mut buffer, MsgFlags::empty())?;
-            let mut rest = buffer.get(..len).unwrap_or_default();
-            while let (Some(len), Some(kind)) = (u32_at(rest, 0), u16_at(rest, 4)) {
-                let body = rest.get(HEADER..len as usize).ok_or(Errno::EPROTO)?;
-                match kind {
-                    NLMSG_DONE => break 'dump,
-                    SOCK_DIAG_BY_FAMILY if u32_at(body, INODE).map(u64::from) == Some(inode) => {
-                        found = remote_of(body, family);
-                    }
-                    SOCK_DIAG_BY_FAMILY => {}
-                    _ => return Err(Errno::EPROTO),
-                }
-                rest = rest.get((len as usize).next_multiple_of(4)..).unwrap_or_default();
+    let mut netlink = Netlink::open_for(SockProtocol::NetlinkSockDiag)?;
+    let mut found = None;
+    for family in [2u8, 10] {
+        // All sockets of the family in that state.
+        let mut request = vec![family, 6, 0, 0];
+        request.extend((1u32 << SYN_SENT).to_ne_bytes());
+        request.resize(REQUEST, 0);
+        netlink.for_each(SOCK_DIAG_BY_FAMILY, &request, &mut |body| {
+            if u32_at(body, INODE).map(u64::from) == Some(inode) {
+                found = remote_of(body, family);
             }
-        }
-        if found.is_some() {
-            return Ok(found);
-        }
+        })?;
     }
-    Ok(None)
+    Ok(found)
 }
 
 fn remote_of(body: &[u8], family: u8) -> Option<SocketAddr> {

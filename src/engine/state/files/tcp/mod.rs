@@ -16,7 +16,7 @@ mod live;
 mod table;
 
 use std::ffi::c_int;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use libc::{AF_INET, AF_INET6, IPPROTO_IP, IPPROTO_IPV6, IPPROTO_TCP, SOL_SOCKET};
@@ -29,15 +29,18 @@ use super::scan::Open;
 use super::{FilesOptions, Stop, Trouble};
 use crate::engine::reason::Reason;
 use crate::engine::sys::tcp::REPAIR_OFF_SILENTLY;
-use crate::engine::sys::{datagram, fds, socket};
+use crate::engine::sys::{datagram, fds, socket, tcp};
 use crate::proto::files::{TcpClosed, TcpConnection, TcpSocket};
 
 pub(super) use connection::MAX_QUEUED_BYTES;
 pub(super) use list::examine;
-pub use list::{Connection, connections, is_unsettled, unsettled};
+pub use list::{is_unsettled, unsettled};
 pub use live::{SilentConnections, drop_connections, drop_silently, leave_repair, wake_connections};
 pub(super) use table::NewSockets;
 
+/// Headers of IPv6 that are sent with each segment.
+const EXTENSIONS: [c_int; 4] =
+    [libc::IPV6_HOPOPTS, libc::IPV6_RTHDRDSTOPTS, libc::IPV6_RTHDR, libc::IPV6_DSTOPTS];
 const STATE_SYN_SENT: u8 = connection::SYN_SENT;
 const STATE_CLOSE: u8 = 7;
 const STATE_LISTEN: u8 = 10;
@@ -115,7 +118,7 @@ pub(super) fn capture(open: &Open, allowed: &FilesOptions, room: Option<&mut usi
         return idle(open, family, listening, (address, port), (queued, backlog), gives_way).map(Tcp::Idle);
     }
     if state != STATE_CLOSE && allowed.tcp_established {
-        check_attachments(fd)?;
+        check_attachments(fd, family == AF_INET6)?;
         return connection::capture(open, state, &info, room).map(Tcp::Live);
     }
     let remedy = "use --tcp-close to give connections up";
@@ -150,15 +153,23 @@ pub(super) fn capture(open: &Open, allowed: &FilesOptions, room: Option<&mut usi
 }
 
 /// What may hang on any TCP socket, and is not carried.
-fn check_attachments(fd: BorrowedFd<'_>) -> Result<(), Stop> {
+fn check_attachments(fd: BorrowedFd<'_>, v6: bool) -> Result<(), Stop> {
     if !socket::option(fd, IPPROTO_TCP, libc::TCP_ULP).unwrap_or_default().is_empty() {
         return Err(Stop::refuse("is a TCP socket with an upper layer protocol (kernel TLS or the like)"));
     }
     if !matches!(datagram::filter(fd), Ok(filter) if filter.is_empty()) {
         return Err(Stop::refuse("is a TCP socket with a packet filter (BPF), which cannot be carried yet"));
     }
-    if !socket::option(fd, IPPROTO_IP, libc::IP_OPTIONS).unwrap_or_default().is_empty() {
-        return Err(Stop::refuse("is a TCP socket with IP options, which cannot be carried yet"));
+    let extends = |name| socket::option(fd, IPPROTO_IPV6, name).is_ok_and(|value| !value.is_empty());
+    if !socket::option(fd, IPPROTO_IP, libc::IP_OPTIONS).unwrap_or_default().is_empty()
+        || v6 && EXTENSIONS.iter().any(|name| extends(*name))
+    {
+        return Err(Stop::refuse(
+            "is a TCP socket with IP options or extension headers, which cannot be carried yet",
+        ));
+    }
+    if tcp::has_authentication(fd).map_err(Stop::failed("asking for keys of TCP-AO"))? {
+        return Err(Stop::refuse("is a TCP socket with signed segments (TCP-AO)"));
     }
     Ok(())
 }
@@ -186,7 +197,10 @@ fn idle(
         let why = format!("is a listening socket with {queued} connections not accepted yet");
         return Err(Stop::advise(why, "use --tcp-close to give connections up, or try again"));
     }
-    check_attachments(fd)?;
+    check_attachments(fd, family == AF_INET6)?;
+    if listening && diag::has_keys(SocketAddr::new(address, port)).map_err(Stop::failed("asking for keys"))? {
+        return Err(Stop::refuse("is a listening socket with signed segments (TCP_MD5SIG)"));
+    }
     let mut options = options::capture(fd, &[COMMON, TCP, &FREEBIND])?;
     options.extend(options::capture_buffers(fd)?);
     let bound = port != 0;
@@ -297,7 +311,7 @@ fn shut(fd: BorrowedFd<'_>, how: Shutdown) -> Result<(), Trouble> {
 
 /// Why a port is not free here; `None` if it is.
 pub fn port_free(port: &ListenPort) -> Option<Reason> {
-    let object = format!("port {}", std::net::SocketAddr::new(port.address, port.port));
+    let object = format!("port {}", SocketAddr::new(port.address, port.port));
     let family = if port.address.is_ipv4() { AF_INET } else { AF_INET6 };
     let probe = || -> Result<(), Errno> {
         let fd = socket::socket(family, libc::SOCK_STREAM, IPPROTO_TCP)?;
