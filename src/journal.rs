@@ -25,7 +25,8 @@ const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum OutgoingState {
-    /// The addresses may be gone. The process is not fenced: it runs if the source dies.
+    /// The addresses may be gone. The process is not fenced: it runs if the source dies, unless that is in the
+    /// middle of reading its connections.
     Taking,
     /// The commit may be under way: only the destination knows who runs the process.
     Limbo,

@@ -13,7 +13,7 @@ use super::remote::{Batch, InjectError, RemoteCalls, Tid};
 use super::sleep::SleepBook;
 use super::state::calls::{AttrError, read_as};
 use super::state::creds::{self, CredsProbe};
-use super::state::files::{self, CaptureFilesError, FilesOptions, ScannedProcesses};
+use super::state::files::{self, CaptureFilesError, Descriptors, FilesOptions, ScannedProcesses};
 use super::state::limits::LimitsProbe;
 use super::state::mm::{self, MapError};
 use super::state::sched;
@@ -81,7 +81,7 @@ pub struct Captured {
 }
 
 /// Captures the state of a frozen process. Nothing of it is consumed or changed. `scanned` are processes
-/// that preflight has looked at already.
+/// that preflight has looked at already, `descriptors` its own, if they were taken already.
 ///
 /// # Errors
 /// See [`CaptureError`].
@@ -91,6 +91,7 @@ pub fn capture(
     sleeps: &SleepBook,
     guards: Vec<Range>,
     scanned: &ScannedProcesses,
+    descriptors: Option<Descriptors>,
 ) -> Result<Captured, CaptureError> {
     let pid = frozen.pid();
     // Before any injection: registers as the freeze found them.
@@ -129,7 +130,14 @@ pub fn capture(
     process.attrs = Some(bounds.read(leader, &stat, &outcome)?);
     thread_attributes(frozen, &mut process)?;
 
-    let captured = files::capture_after(pid, options, scanned)?;
+    let descriptors = descriptors.map_or_else(|| Descriptors::take(pid), Ok)?;
+    // Who reads from a connection in TCP_REPAIR is refused: not even our death may let the process run meanwhile.
+    if options.tcp_established {
+        frozen.fence()?;
+    }
+    let captured = files::capture_after(descriptors, options, scanned);
+    frozen.lift_fence()?;
+    let captured = captured?;
     process.files = Some(captured.image);
     // Once more, last: what a timer has sent since the first look would be lost.
     let before = signals::all_pending(&process);

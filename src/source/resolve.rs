@@ -6,7 +6,7 @@
 //! | record | the process | what is done |
 //! | --- | --- | --- |
 //! | none | runs, or was killed by the source itself | nothing |
-//! | taking | runs: its tracer is dead and no fence was up | connections out of repair, addresses back, the lock lifted |
+//! | taking | runs: its tracer is dead and no fence was up, but for while its connections were read | connections out of repair, addresses back, the lock lifted, then the fence down |
 //! | limbo, not accepted | stopped by the fence | addresses back, the lock lifted, then the fence down |
 //! | limbo, accepted | stopped by the fence | recorded as moved (as serving, if it owes pages), then as below |
 //! | serving | stopped by the fence | its pages are served until none is missing, then recorded as moved |
@@ -70,11 +70,14 @@ pub fn steps_for(state: OutgoingState) -> Option<&'static [Step]> {
             Step::ReturnAddresses,
             Step::Hook(Stage::NetworkUnlock),
             Step::Unlock,
+            Step::LowerFence,
             Step::Hook(Stage::Failed),
             Step::Forget,
         ]),
         OutgoingState::Limbo | OutgoingState::Serving => None,
-        OutgoingState::Moved => Some(&[Step::DropConnections, Step::Kill, Step::Confirm, Step::Forget]),
+        OutgoingState::Moved => {
+            Some(&[Step::DropConnections, Step::Unlock, Step::Kill, Step::Confirm, Step::Forget])
+        }
     }
 }
 
@@ -276,6 +279,10 @@ fn perform(
                 }
             }
             Step::ReturnAddresses => addresses = return_addresses(record),
+            // There was one only while connections were read.
+            Step::LowerFence
+                if record.state == OutgoingState::Taking
+                    && !(record.connections && fence::is_up(record.process.pid)) => {}
             Step::LowerFence if record.was_stopped || fence::another_stop_waits(record.process.pid) => {}
             Step::LowerFence => signal(Signal::SIGCONT)?,
             Step::RecordServing => {
@@ -292,8 +299,8 @@ fn perform(
             // A missing address must not keep the process stopped, but is worth another try: of the
             // addresses only, not of the signal and of the hooks.
             Step::Forget => {
-                let (state, hooks) = (OutgoingState::Taking, Vec::new());
-                journal.write(&Outgoing { state, hooks, ..record.clone() })?;
+                let (state, connections, hooks) = (OutgoingState::Taking, false, Vec::new());
+                journal.write(&Outgoing { state, connections, hooks, ..record.clone() })?;
             }
         }
     }

@@ -34,7 +34,7 @@ use crate::engine::memory::MemoryError;
 use crate::engine::reason::{Reason, chain};
 use crate::engine::remote::{InjectError, Tid};
 use crate::engine::sleep::SleepBook;
-use crate::engine::state::files::ScannedProcesses;
+use crate::engine::state::files::{Descriptors, ScannedProcesses};
 use crate::engine::undertaker::Undertaker;
 use crate::identity::Node;
 use crate::journal::{Journal, JournalError, Outgoing};
@@ -131,6 +131,8 @@ pub(super) struct Held {
     carried: Vec<OwnedFd>,
     addresses: Option<AddressSet>,
     taken: bool,
+    /// The descriptors of the frozen process, where they were looked at before the capture.
+    descriptors: Option<Descriptors>,
     /// Keeps connections that are carried quiet, from the freeze on.
     lock: Option<Lock>,
     /// The hooks for taking the network away were run, or some of them: they are to be told when it is back.

@@ -4,7 +4,6 @@ use std::time::Instant;
 
 use super::{ActionError, Driver};
 use crate::engine::hook::{self, Stage};
-use crate::engine::lock;
 use crate::engine::reason::{Reason, chain};
 use crate::engine::state::files;
 use crate::journal::OutgoingState;
@@ -28,22 +27,18 @@ impl Driver<'_> {
             return Ok(());
         }
         clock.begin("addresses");
+        if self.state.lock.is_some() {
+            // For whoever finds a fence around it: see `engine::capture`.
+            self.state.was_stopped = self.state.frozen.as_ref().ok_or(ActionError::Order)?.stop_is_due()?;
+        }
         self.record(OutgoingState::Taking)?;
         if let Some(addresses) = self.state.addresses.as_mut() {
             addresses.remove()?;
             self.state.taken = true;
         }
-        let mut listeners = Vec::new();
-        if let Some(lock) = self.state.lock.as_mut() {
+        if self.state.lock.is_some() {
             clock.begin("lock");
-            listeners = lock.close_on_listeners(&lock::socket_inodes(self.config.pid)?)?;
-        }
-        // No more of them come from here on.
-        self.settle_connections()?;
-        if let Some(lock) = self.state.lock.as_mut() {
-            let inodes = lock::socket_inodes(self.config.pid)?;
-            let locked = lock.close_on_connections(&inodes, &listeners)?;
-            tracing::debug!(count = locked.len(), "connections are locked");
+            self.lock_connections()?;
         }
         if !self.hooks.is_empty() {
             clock.begin("hooks");

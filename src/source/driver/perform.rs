@@ -286,7 +286,9 @@ impl Driver<'_> {
             tcp_close: self.config.tcp_close,
             shell_job: self.config.shell_job,
         };
-        let captured = capture::capture(frozen, &options, &self.state.sleeps, guards, &self.scanned)?;
+        let descriptors = self.state.descriptors.take();
+        let sleeps = &self.state.sleeps;
+        let captured = capture::capture(frozen, &options, sleeps, guards, &self.scanned, descriptors)?;
         (self.state.closing, self.state.carried) = (captured.closing, captured.carried);
         self.state.seen = captured.seen;
         precopy.send_state(round, &captured.process, &mut sink)?;

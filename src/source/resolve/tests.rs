@@ -118,6 +118,22 @@ fn accepted_kills_and_confirms() {
     assert_eq!(s.journal.read(s.record.id).unwrap(), None);
 }
 
+/// The source was killed while it read connections.
+#[test]
+fn a_process_goes_on_when_its_connections_are_out_of_repair() {
+    let s = scene(OutgoingState::Taking);
+    s.journal.write(&Outgoing { connections: true, ..s.record.clone() }).unwrap();
+    let mut peer = peer(|| panic!("asked"));
+    let result = resolve(&s.journal, s.record.id, &mut peer, Patience::Once).unwrap();
+    assert_eq!(result, Some(Resolution::NotMoved));
+    s.process.wait_for("S");
+    // One that was stopped before stays so.
+    let s = scene(OutgoingState::Taking);
+    s.journal.write(&Outgoing { connections: true, was_stopped: true, ..s.record.clone() }).unwrap();
+    resolve(&s.journal, s.record.id, &mut peer, Patience::Once).unwrap();
+    assert_eq!(s.process.state(), "T");
+}
+
 #[test]
 fn nobody_is_asked_where_the_record_says_it() {
     for (state, end, resolution) in

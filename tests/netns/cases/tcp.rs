@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use migrate::testbed::{Host, Lan, Outcome, Service, Spawn, redis, wait_for};
 
 use super::crash::{SETTLE, settled};
+use super::limbo::at_state;
 use crate::case::{Case, Choices, Need, Result, ensure};
 use crate::workload::Workload;
 
@@ -25,6 +26,8 @@ const IDLE: usize = 100;
 const UNDER_WAY: u64 = 4 << 20;
 /// Blows of the kill case.
 const INSTANTS: usize = 12;
+/// How long the connections take to be read, from the record on.
+const READING_US: u64 = 20_000;
 const OPTIONS: [&str; 3] = ["--tcp-established", "--move-ip", Lan::MOVE_IP];
 
 pub(crate) fn cases() -> Vec<Case> {
@@ -32,7 +35,8 @@ pub(crate) fn cases() -> Vec<Case> {
         .map(|mode| Case::new(format!("tcp/echo_{mode}"), move |lan| echo(lan, 1, mode)));
     let mut cases: Vec<Case> = modes.into();
     cases.push(Case::new("tcp/echo_10_times", |lan| echo(lan, 10, "auto")));
-    cases.push(Case::new("tcp/source_killed", source_killed));
+    cases.push(Case::new("tcp/source_killed", |lan| source_killed(lan, Blow::Anywhere)));
+    cases.push(Case::new("tcp/source_killed_reading", |lan| source_killed(lan, Blow::Reading)));
     cases.push(
         Case::new("tcp/redis_benchmark", redis_benchmark)
             .needs(Need::Program("redis-server"))
@@ -65,8 +69,16 @@ fn echo(lan: &Lan, moves: usize, mode: &str) -> Result {
     no_resets_since(lan, [0; 4])
 }
 
+/// When the source command is killed.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Blow {
+    Anywhere,
+    /// While it reads the connections: in TCP_REPAIR nobody else may.
+    Reading,
+}
+
 /// kill -9 of the source command at random instants: wherever the process is then, its connections are.
-fn source_killed(lan: &Lan) -> Result {
+fn source_killed(lan: &Lan, blow: Blow) -> Result {
     let mut choices = Choices::new("tcp source");
     let mut workload = Workload::start(&lan.a, "tcp_echo", &[&PORT.to_string()])?;
     lan.share_identity()?;
@@ -82,9 +94,14 @@ fn source_killed(lan: &Lan) -> Result {
     for round in 1..=INSTANTS {
         // Not in the first half: nothing happens to connections there.
         let micros = u64::try_from(whole.as_micros())?;
-        let micros = micros / 2 + choices.below(micros);
+        let mut micros = micros / 2 + choices.below(micros);
         let job =
             lan.start_move(here, &service_of_other(lan, here, &services).address, workload.pid(), &OPTIONS)?;
+        if blow == Blow::Reading {
+            // One that is over already does not help, and does no harm.
+            let _ = at_state(here, &job, "taking");
+            micros = choices.below(READING_US);
+        }
         // The instant is the point here: there is no condition to wait for.
         std::thread::sleep(Duration::from_micros(micros));
         let _ = here.signal(job.pid, libc::SIGKILL);

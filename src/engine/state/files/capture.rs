@@ -12,7 +12,7 @@ use std::os::fd::OwnedFd;
 use nix::errno::Errno;
 
 use super::holders::{Holders, ScannedProcesses};
-use super::scan::{Open, Table};
+use super::scan::{Descriptors, Open, Table};
 use super::tcp;
 use super::{
     CaptureFilesError, FilesCheck, FilesOptions, Stop, epoll, eventfd, memfd, path, pipe, signalfd, timerfd,
@@ -66,7 +66,7 @@ pub fn check(pid: Tid, options: &FilesOptions) -> Result<FilesCheck, CaptureFile
 /// # Errors
 /// [`CaptureFilesError::Refused`] if something cannot be carried, with every such thing.
 pub fn capture(pid: Tid, options: &FilesOptions) -> Result<CapturedFiles, CaptureFilesError> {
-    capture_after(pid, options, &ScannedProcesses::default())
+    capture_after(Descriptors::take(pid)?, options, &ScannedProcesses::default())
 }
 
 /// Like [`capture`], after [`check`]: passes over the other processes that it has looked at
@@ -75,11 +75,12 @@ pub fn capture(pid: Tid, options: &FilesOptions) -> Result<CapturedFiles, Captur
 /// # Errors
 /// As [`capture`].
 pub fn capture_after(
-    pid: Tid,
+    descriptors: Descriptors,
     options: &FilesOptions,
     scanned: &ScannedProcesses,
 ) -> Result<CapturedFiles, CaptureFilesError> {
-    let table = Table::read(pid, false)?;
+    let table = Table::of(descriptors)?;
+    let pid = table.pid;
     let collected = Collector::new(&table, options, true, scanned).collect();
     let reasons = collected.reasons(&table, false)?;
     if !reasons.is_empty() {

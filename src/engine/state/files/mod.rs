@@ -48,9 +48,10 @@ pub use capture::{CapturedFiles, capture, capture_after, check};
 pub use holders::ScannedProcesses;
 pub use install::install;
 pub use path::{add_content, compare_here, describe};
+pub use scan::Descriptors;
 pub use tcp::{
-    Connection, ListenPort, SilentConnections, close_peers, connections, drop_connections, drop_silently,
-    is_unsettled, leave_repair, port_free, unsettled, wake_connections,
+    ListenPort, SilentConnections, close_peers, drop_connections, drop_silently, is_unsettled, leave_repair,
+    port_free, unsettled, wake_connections,
 };
 pub use unix_names::UnixNames;
 

@@ -1,71 +1,26 @@
-//! The TCP sockets of a process, by their addresses, without touching them.
+//! The TCP sockets of a process taken together, without touching them.
 
 use std::collections::HashMap;
 use std::ffi::c_int;
-use std::fs;
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use libc::{AF_INET, AF_INET6, IPPROTO_IPV6, IPPROTO_TCP, SOL_SOCKET};
+use libc::{AF_INET, AF_INET6, IPPROTO_TCP, SOL_SOCKET};
 use nix::errno::Errno;
 
-use super::super::{CaptureFilesError, errno_of};
+use super::super::CaptureFilesError;
+use super::super::scan::{Descriptors, numbers_of};
 use super::connection::SYN_SENT;
 use super::{QUEUED, STATE_CLOSE, STATE_LISTEN, address_of, diag};
 use crate::engine::remote::Tid;
 use crate::engine::sys::{fds, pidfd, socket, tcp};
 use crate::proto::files::TcpConnection;
 
-/// A connection or a listening socket. IPv4 in the form of IPv6 is shown as IPv4, as its packets are.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct Connection {
-    /// This end.
-    pub local: SocketAddr,
-    /// The other end; none if it listens.
-    pub remote: Option<SocketAddr>,
-}
-
-/// The connections and the listening sockets of a process, which may run or be stopped; each once. One that
-/// listens on all addresses of both families is there for each family.
-///
-/// # Errors
-/// If the process cannot be looked at.
-pub fn connections(pid: Tid) -> Result<Vec<Connection>, CaptureFilesError> {
-    let mut found = Vec::new();
-    each_tcp(pid, |fd| {
-        let Ok((local, port, _)) = socket::local_address(fd) else { return };
-        let local = SocketAddr::new(local.to_canonical(), port);
-        if socket::int_option(fd, SOL_SOCKET, libc::SO_ACCEPTCONN) == Ok(1) {
-            found.push(Connection { local, remote: None });
-            let both = local.is_ipv6()
-                && local.ip().is_unspecified()
-                && socket::int_option(fd, IPPROTO_IPV6, libc::IPV6_V6ONLY) == Ok(0);
-            if both {
-                let local = SocketAddr::new(IpAddr::V4(Ipv4Addr::UNSPECIFIED), port);
-                found.push(Connection { local, remote: None });
-            }
-        } else if let Ok(remote) = peer(fd) {
-            found.push(Connection { local, remote: Some(canonical(remote)) });
-        }
-    })?;
-    found.sort_unstable();
-    found.dedup();
-    Ok(found)
-}
-
 /// The TCP sockets of a process that only the process itself can bring into a state that is carried, by
 /// descriptors of ours: with connections that wait to be accepted, or ended with something not yet read.
-///
-/// # Errors
-/// If the process cannot be looked at.
-pub fn unsettled(pid: Tid) -> Result<Vec<OwnedFd>, CaptureFilesError> {
-    let mut found = Vec::new();
-    each_tcp(pid, |fd| {
-        if is_unsettled(fd) {
-            found.extend(fd.try_clone_to_owned());
-        }
-    })?;
-    Ok(found)
+pub fn unsettled(descriptors: &Descriptors) -> Vec<OwnedFd> {
+    let waiting = descriptors.sockets().filter(|fd| is_tcp(*fd) && is_unsettled(*fd));
+    waiting.filter_map(|fd| fd.try_clone_to_owned().ok()).collect()
 }
 
 /// Whether this is still so.
@@ -99,18 +54,8 @@ pub(super) fn state(fd: BorrowedFd<'_>) -> Option<u8> {
 
 /// Calls `act` with each TCP socket of a process.
 pub(super) fn each_tcp(pid: Tid, mut act: impl FnMut(BorrowedFd<'_>)) -> Result<(), CaptureFilesError> {
-    let process = pidfd::PidFd::open(pid.unsigned_abs()).map_err(|errno| match errno {
-        Errno::ESRCH => CaptureFilesError::Gone(pid),
-        errno => CaptureFilesError::Process { step: "opening a pidfd", pid, errno },
-    })?;
-    let failed = |e: std::io::Error| CaptureFilesError::Process {
-        step: "listing the descriptors",
-        pid,
-        errno: errno_of(&e),
-    };
-    for entry in fs::read_dir(format!("/proc/{pid}/fd")).map_err(failed)? {
-        let name = entry.map_err(failed)?.file_name();
-        let Some(number) = name.to_str().and_then(|s| s.parse::<i32>().ok()) else { continue };
+    let (process, numbers) = numbers_of(pid)?;
+    for number in numbers {
         // One that was closed meanwhile is none.
         let Ok(fd) = pidfd::take_fd(process.as_fd(), number) else { continue };
         if is_tcp(fd.as_fd()) {

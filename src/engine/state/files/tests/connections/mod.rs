@@ -2,6 +2,7 @@
 
 mod paths;
 mod queues;
+mod refused;
 mod states;
 
 use std::io::{ErrorKind, Read, Write};
@@ -14,8 +15,9 @@ use libc::{IPPROTO_IP, IPPROTO_TCP, SOL_SOCKET};
 use super::network::{CLIENT, Network, with_network};
 use super::sockets::set;
 use super::{Held, arrive_silent, options};
+use crate::engine::lock::{self, Connection};
 use crate::engine::state::files::{
-    CapturedFiles, Connection, FilesOptions, capture, check, connections, drop_silently, leave_repair,
+    CapturedFiles, Descriptors, FilesOptions, capture, capture_after, check, drop_silently, leave_repair,
     unsettled, wake_connections,
 };
 use crate::engine::sys::{fds, socket, tcp};
@@ -85,6 +87,14 @@ pub(super) fn connected(network: &Network, family: usize) -> (Held, i32, TcpStre
     let client = dial(network, network.service(family), port);
     let fd = accept(&mut s, listening);
     (s, fd, client)
+}
+
+/// What is locked of a process.
+pub(super) fn connections_of(s: &Held) -> Vec<Connection> {
+    let inodes = Descriptors::take(s.pid()).unwrap().socket_inodes();
+    let mut all = lock::connections(&inodes).unwrap();
+    all.sort_unstable();
+    all
 }
 
 /// Moves a process as a migration does: its address goes first and comes last.

@@ -136,9 +136,9 @@ fn what_waits_for_the_process_is_found() {
         let mut s = Held::source();
         let (listening, port) = listener(&mut s, network.service(0));
         let mut client = dial(network, network.service(0), port);
-        let waiting = || unsettled(s.pid()).unwrap().len();
+        let waiting = |s: &Held| unsettled(&Descriptors::take(s.pid()).unwrap()).len();
         let deadline = std::time::Instant::now() + PATIENCE;
-        while waiting() != 1 {
+        while waiting(&s) != 1 {
             assert!(std::time::Instant::now() < deadline);
         }
         // Not before: while it runs it may yet be accepted.
@@ -146,13 +146,13 @@ fn what_waits_for_the_process_is_found() {
         let refused = capture(s.pid(), &carry()).map(drop).unwrap_err().to_string();
         assert!(refused.contains("1 connections not accepted"), "{refused}");
         let fd = accept(&mut s, listening);
-        assert_eq!(unsettled(s.pid()).unwrap().len(), 0);
+        assert_eq!(waiting(&s), 0);
         // Ended by both, with input that nobody has read.
         s.call(libc::SYS_shutdown, &[fd.into(), libc::SHUT_WR.into()]);
         client.write_all(b"late").unwrap();
         drop(client);
         wait_for_state(&s.take(fd), 7);
-        assert_eq!(unsettled(s.pid()).unwrap().len(), 1);
+        assert_eq!(waiting(&s), 1);
         let refused = capture(s.pid(), &carry()).map(drop).unwrap_err().to_string();
         assert!(refused.contains("4 bytes not read"), "{refused}");
     });
@@ -269,10 +269,12 @@ fn cost_of_2000_connections() {
         step("options", t);
         drop(table);
         let t = now();
-        connections(s.pid()).unwrap();
+        connections_of(&s);
         step("list", t);
         let t = now();
-        let captured = crate::engine::state::files::capture_after(s.pid(), &carry(), &found.scanned).unwrap();
+        let descriptors = Descriptors::take(s.pid()).unwrap();
+        step("take", t);
+        let captured = capture_after(descriptors, &carry(), &found.scanned).unwrap();
         step("capture", t);
         drop(captured.closing);
         let t = now();

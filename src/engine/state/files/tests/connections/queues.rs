@@ -82,13 +82,13 @@ fn connections_beside_their_listeners() {
         let (listening, port) = listener(&mut s, network.service(0));
         let mut clients: Vec<TcpStream> = (0..3).map(|_| dial(network, network.service(0), port)).collect();
         let ends: Vec<i32> = (0..3).map(|_| accept(&mut s, listening)).collect();
-        let listed = connections(s.pid()).unwrap();
+        let listed = connections_of(&s);
         assert_eq!(listed.len(), 4);
         let local = SocketAddr::new(network.service(0), port);
         assert!(listed.contains(&Connection { local, remote: None }));
         assert!(listed.contains(&Connection { local, remote: Some(clients[1].local_addr().unwrap()) }));
         let d = moved(network, s);
-        assert_eq!(connections(d.pid()).unwrap(), listed);
+        assert_eq!(connections_of(&d), listed);
         for (client, fd) in clients.iter_mut().zip(ends) {
             goes_on(&mut end(&d, fd), client);
         }

@@ -115,7 +115,7 @@ fn a_connection_being_made() {
         assert_eq!(refused, Err(nix::errno::Errno::EINPROGRESS));
         let (_, port, _) = socket::local_address(s.take(fd).as_fd()).unwrap();
         let local = SocketAddr::new(network.service(0), port);
-        assert_eq!(connections(s.pid()).unwrap(), [Connection { local, remote: Some(at) }]);
+        assert_eq!(connections_of(&s), [Connection { local, remote: Some(at) }]);
         let d = moved(network, s);
         assert_eq!(state(&d.take(fd)), 2);
         network.heal();
