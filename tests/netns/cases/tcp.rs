@@ -24,8 +24,9 @@ const CALLS: usize = 2;
 const IDLE: usize = 100;
 /// What a stream has sent and not got back, at most.
 const UNDER_WAY: u64 = 4 << 20;
-/// Blows of the kill case.
+/// Blows of the kill cases.
 const INSTANTS: usize = 12;
+const INSTANTS_READING: usize = 6;
 /// How long the connections take to be read, from the record on.
 const READING_US: u64 = 20_000;
 const OPTIONS: [&str; 3] = ["--tcp-established", "--move-ip", Lan::MOVE_IP];
@@ -91,10 +92,11 @@ fn source_killed(lan: &Lan, blow: Blow) -> Result {
     let whole = begin.elapsed();
     here = lan.other(here);
     let mut moved = 0;
-    for round in 1..=INSTANTS {
-        // Not in the first half: nothing happens to connections there.
+    let blows = if blow == Blow::Reading { INSTANTS_READING } else { INSTANTS };
+    for round in 1..=blows {
+        // Not in the beginning: nothing happens to connections there.
         let micros = u64::try_from(whole.as_micros())?;
-        let mut micros = micros / 2 + choices.below(micros);
+        let mut micros = micros * 3 / 10 + choices.below(micros * 7 / 10);
         let job =
             lan.start_move(here, &service_of_other(lan, here, &services).address, workload.pid(), &OPTIONS)?;
         if blow == Blow::Reading {
@@ -124,7 +126,7 @@ fn source_killed(lan: &Lan, blow: Blow) -> Result {
             format!("{what}, on {}: {error}{}", here.name(), sockets(lan))
         })?;
     }
-    println!("    of {INSTANTS} disturbed moves {moved} arrived");
+    println!("    of {blows} disturbed moves {moved} arrived");
     clients.finish()?;
     no_resets_since(lan, [0; 4])
 }
