@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use migrate::testbed::{Host, Lan, Outcome, Service, Spawn, redis, wait_for};
+use migrate::testbed::{Host, Lan, Outcome, SHARED, Service, Spawn, redis, wait_for};
 
 use super::crash::{SETTLE, settled};
 use super::limbo::at_state;
@@ -38,6 +38,7 @@ pub(crate) fn cases() -> Vec<Case> {
     cases.push(Case::new("tcp/echo_10_times", |lan| echo(lan, 10, "auto")));
     cases.push(Case::new("tcp/source_killed", |lan| source_killed(lan, Blow::Anywhere)));
     cases.push(Case::new("tcp/source_killed_reading", |lan| source_killed(lan, Blow::Reading)));
+    cases.push(Case::new("tcp/address_on_both_hosts", address_on_both_hosts));
     cases.push(
         Case::new("tcp/redis_benchmark", redis_benchmark)
             .needs(Need::Program("redis-server"))
@@ -50,7 +51,7 @@ fn echo(lan: &Lan, moves: usize, mode: &str) -> Result {
     let mut workload = Workload::start(&lan.a, "tcp_echo", &[&PORT.to_string()])?;
     lan.share_identity()?;
     let services = [lan.serve(&lan.a)?, lan.serve(&lan.b)?];
-    let clients = Clients::start(lan)?;
+    let clients = Clients::start(lan, Lan::SERVICE)?;
     let (mut here, mut downtimes) = (&lan.a, Vec::new());
     for round in 1..=moves {
         clients.get_on()?;
@@ -84,7 +85,7 @@ fn source_killed(lan: &Lan, blow: Blow) -> Result {
     let mut workload = Workload::start(&lan.a, "tcp_echo", &[&PORT.to_string()])?;
     lan.share_identity()?;
     let services = [lan.serve(&lan.a)?, lan.serve(&lan.b)?];
-    let clients = Clients::start(lan)?;
+    let clients = Clients::start(lan, Lan::SERVICE)?;
     let mut here = &lan.a;
     let begin = Instant::now();
     lan.move_to(here, service_of_other(lan, here, &services), workload.pid(), &OPTIONS, MOVE)?
@@ -127,6 +128,56 @@ fn source_killed(lan: &Lan, blow: Blow) -> Result {
         })?;
     }
     println!("    of {blows} disturbed moves {moved} arrived");
+    clients.finish()?;
+    no_resets_since(lan, [0; 4])
+}
+
+/// Behind a router, with an address that both hosts have all the time: nothing but the lock keeps the one kernel
+/// from answering for a process that is on its way, and the other for one that is not there yet.
+fn address_on_both_hosts(lan: &Lan) -> Result {
+    const ADDRESS: &str = "10.78.0.5";
+    let route = |how, host: &Host| {
+        let words = ["ip", "route", how, ADDRESS, "via", lan.address(host)];
+        lan.middle.net(&words).map(drop)
+    };
+    for host in [&lan.a, &lan.b] {
+        host.net(&["ip", "address", "add", &format!("{ADDRESS}/32"), "dev", "lo"])?;
+    }
+    route("add", &lan.a)?;
+    let mut workload = Workload::start(&lan.a, "tcp_echo", &[&PORT.to_string()])?;
+    lan.share_identity()?;
+    let hook = format!(
+        "[ $MIGRATE_STAGE != network-unlock ] || {{ touch {SHARED}/held; \
+         while [ ! -e {SHARED}/go ]; do sleep 0.01; done; rm {SHARED}/held {SHARED}/go; }}"
+    );
+    let hook = ["--hook", &hook];
+    let services = [lan.serve_with(&lan.a, &hook)?, lan.serve_with(&lan.b, &hook)?];
+    let clients = Clients::start(lan, ADDRESS)?;
+    let repeated = || tcp_counter(&lan.middle.net(&["cat", "/proc/net/snmp"])?, "RetransSegs");
+    let repeat = || -> Result {
+        let before = repeated()?;
+        wait_for("something repeated", PATIENCE, || {
+            Ok(repeated().is_ok_and(|now| now > before + 1).then_some(()))
+        })?;
+        Ok(())
+    };
+    let mut here = &lan.a;
+    for _ in 0..4 {
+        clients.get_on()?;
+        let to = &service_of_other(lan, here, &services).address;
+        let job = lan.start_move(here, to, workload.pid(), &["--tcp-established"])?;
+        let shared = |name| lan.a.outside(format!("{SHARED}/{name}"));
+        wait_for("the hook", MOVE, || Ok(shared("held").exists().then_some(())))?;
+        // Nobody answers, neither the host that it comes from nor the one that it goes to.
+        repeat()?;
+        route("replace", lan.other(here))?;
+        repeat()?;
+        std::fs::write(shared("go"), "")?;
+        lan.finish_move(here, &job, MOVE)?.expect_moved()?;
+        here = lan.other(here);
+        workload.check(here)?;
+        clients.get_on()?;
+    }
     clients.finish()?;
     no_resets_since(lan, [0; 4])
 }
@@ -253,8 +304,8 @@ impl Progress {
 }
 
 impl Clients {
-    fn start(lan: &Lan) -> Result<Self> {
-        let address = SocketAddr::new(Lan::SERVICE.parse()?, PORT);
+    fn start(lan: &Lan, address: &str) -> Result<Self> {
+        let address = SocketAddr::new(address.parse()?, PORT);
         let dial = move || -> io::Result<Vec<TcpStream>> {
             (0..BUSY + CALLS + IDLE)
                 .map(|_| {
