@@ -9,7 +9,8 @@ use clap::{ArgAction, Args, CommandFactory, Parser, Subcommand, ValueEnum};
 
 use crate::config::{
     Bandwidth, CheckConfig, DEFAULT_MAX_DOWNTIME, DEFAULT_MAX_ROUNDS, DEFAULT_PORT, DEFAULT_STATE_DIR,
-    Destination, Mode, MoveIp, OnTimeout, ServeConfig, SourceConfig, Timeout, parse_duration,
+    Destination, Hook, MAX_HOOKS, Mode, MoveIp, OnTimeout, Remap, ServeConfig, SourceConfig, Timeout,
+    parse_duration,
 };
 use crate::identity::Fingerprint;
 use crate::migration::{IdPrefix, MigrationId};
@@ -76,15 +77,25 @@ struct MoveArgs {
     /// Compress memory: auto (default, where it pays), none, or lz4
     #[arg(long, value_enum, value_name = "HOW")]
     compress: Option<CompressArg>,
-    /// Close established TCP connections; their peers see a clean end
+    /// Move live TCP connections along: their peers notice nothing
     #[arg(long)]
+    tcp_established: bool,
+    /// Close established TCP connections; their peers see a clean end
+    #[arg(long, conflicts_with = "tcp_established")]
     tcp_close: bool,
+    /// Sockets with the address OLD have NEW at the destination (repeatable)
+    #[arg(long, value_name = "OLD=NEW")]
+    tcp_remap: Vec<Remap>,
     /// Leave standard streams behind that lead to a terminal, or to a pipe of somebody who stays
     #[arg(long)]
     shell_job: bool,
     /// Move this address along with the process (repeatable)
     #[arg(long, value_name = "ADDR/PREFIX@DEV")]
     move_ip: Vec<MoveIp>,
+    /// Run CMD by /bin/sh at each stage of the move, which MIGRATE_STAGE names: pre-freeze, network-lock,
+    /// network-unlock, post-resume, failed (repeatable)
+    #[arg(long, value_name = "CMD")]
+    hook: Vec<Hook>,
 }
 
 impl MoveArgs {
@@ -99,9 +110,12 @@ impl MoveArgs {
             (self.timeout.is_some(), "--timeout"),
             (self.bandwidth.is_some(), "--bandwidth"),
             (self.compress.is_some(), "--compress"),
+            (self.tcp_established, "--tcp-established"),
             (self.tcp_close, "--tcp-close"),
+            (!self.tcp_remap.is_empty(), "--tcp-remap"),
             (self.shell_job, "--shell-job"),
             (!self.move_ip.is_empty(), "--move-ip"),
+            (!self.hook.is_empty(), "--hook"),
         ]
         .into_iter()
         .find_map(|(given, name)| given.then_some(name))
@@ -122,6 +136,10 @@ enum SubCommand {
         /// Address and port to listen on (UDP)
         #[arg(long, value_name = "ADDR:PORT", default_value_t = SocketAddr::from(([0, 0, 0, 0], DEFAULT_PORT)))]
         listen: SocketAddr,
+        /// Run CMD by /bin/sh at each stage of a move to here, which MIGRATE_STAGE names: network-unlock,
+        /// post-resume, failed (repeatable)
+        #[arg(long, value_name = "CMD")]
+        hook: Vec<Hook>,
     },
     /// Examine this host's kernel, or whether a process can be moved; nothing is touched
     Check {
@@ -133,6 +151,9 @@ enum SubCommand {
         to: Option<Destination>,
         /// As for the move
         #[arg(long, requires = "pid")]
+        tcp_established: bool,
+        /// As for the move
+        #[arg(long, requires = "pid", conflicts_with = "tcp_established")]
         tcp_close: bool,
         /// As for the move
         #[arg(long, requires = "pid")]
@@ -140,6 +161,12 @@ enum SubCommand {
         /// As for the move
         #[arg(long, value_name = "ADDR/PREFIX@DEV", requires = "pid")]
         move_ip: Vec<MoveIp>,
+        /// As for the move
+        #[arg(long, value_name = "OLD=NEW", requires = "pid")]
+        tcp_remap: Vec<Remap>,
+        /// As for the move; it is not run
+        #[arg(long, value_name = "CMD", requires = "pid")]
+        hook: Vec<Hook>,
     },
     /// Find out what became of a migration whose outcome was unknown, and put this side right
     Resume {
@@ -259,10 +286,29 @@ where
     }
     let request = match command {
         None => Request::Move(source_config(moving, state_dir)?),
-        Some(SubCommand::Serve { listen }) => Request::Serve(ServeConfig { state_dir, listen }),
-        Some(SubCommand::Check { pid, to, tcp_close, shell_job, move_ip: move_ips }) => {
-            Request::Check(CheckConfig { state_dir, pid, to, tcp_close, shell_job, move_ips })
+        Some(SubCommand::Serve { listen, hook }) => {
+            Request::Serve(ServeConfig { state_dir, listen, hooks: few(hook)? })
         }
+        Some(SubCommand::Check {
+            pid,
+            to,
+            tcp_established,
+            tcp_close,
+            shell_job,
+            move_ip: move_ips,
+            tcp_remap: tcp_remaps,
+            hook,
+        }) => Request::Check(CheckConfig {
+            state_dir,
+            pid,
+            to,
+            tcp_established,
+            tcp_close,
+            shell_job,
+            move_ips,
+            tcp_remaps,
+            hooks: few(hook)?,
+        }),
         Some(SubCommand::Resume { id }) => Request::Resume(id),
         Some(SubCommand::Status { id }) => Request::Status(id),
         Some(SubCommand::Cancel { id }) => Request::Cancel(id),
@@ -281,6 +327,15 @@ where
         Some(SubCommand::Guardian { id }) => Request::Guardian(id),
     };
     Ok((global, request))
+}
+
+/// As many hooks as a journal has room for.
+fn few(hooks: Vec<Hook>) -> Result<Vec<Hook>, clap::Error> {
+    if hooks.len() <= MAX_HOOKS {
+        return Ok(hooks);
+    }
+    let text = format!("--hook can be given {MAX_HOOKS} times");
+    Err(Cli::command().error(ErrorKind::TooManyValues, text))
 }
 
 fn source_config(args: MoveArgs, state_dir: PathBuf) -> Result<SourceConfig, clap::Error> {
@@ -304,9 +359,12 @@ fn source_config(args: MoveArgs, state_dir: PathBuf) -> Result<SourceConfig, cla
             Some(CompressArg::None) => Compression::Off,
             Some(CompressArg::Lz4) => Compression::Lz4,
         },
+        tcp_established: args.tcp_established,
         tcp_close: args.tcp_close,
+        tcp_remaps: args.tcp_remap,
         shell_job: args.shell_job,
         move_ips: args.move_ip,
+        hooks: few(args.hook)?,
         progress: std::io::IsTerminal::is_terminal(&std::io::stderr()),
     })
 }
@@ -343,7 +401,7 @@ mod tests {
         let after = Duration::from_secs(90);
         assert_eq!(config.timeout, Some(Timeout { after, then: OnTimeout::Postcopy }));
         assert_eq!(config.mode, Mode::Precopy);
-        assert!(config.tcp_close && config.shell_job);
+        assert!(config.tcp_close && config.shell_job && !config.tcp_established);
         assert_eq!(config.state_dir, PathBuf::from("/x"));
     }
 
@@ -374,6 +432,11 @@ mod tests {
             "check --to node2:7077",
             "check --tcp-close",
             "--to node2:7077 --timeout 10 1",
+            "--to node2:7077 --tcp-close --tcp-established 1",
+            "--to node2:7077 --tcp-remap 10.0.0.5 1",
+            "--hook true check 1",
+            "check --hook true",
+            "serve --hook a --hook b --hook c --hook d --hook e --hook f --hook g --hook h --hook i",
             "--to node2:7077 --on-timeout force 1",
             "--to node2:7077 --timeout 10s --on-timeout suspend 1",
             "--timeout 10s status",
@@ -391,6 +454,19 @@ mod tests {
             let error = parsed(line).unwrap_err();
             assert_eq!(error.exit_code(), 2, "{line}");
         }
+    }
+
+    #[test]
+    fn the_network_of_a_move() {
+        let line = "--to a:1 --tcp-established --tcp-remap 10.0.0.5=10.0.1.5 --hook true --hook false 7";
+        let Request::Move(config) = parsed(line).unwrap().1 else { panic!() };
+        assert!(config.tcp_established && !config.tcp_close);
+        assert_eq!((config.tcp_remaps.len(), config.hooks.len()), (1, 2));
+        let Request::Serve(config) = parsed("serve --hook true").unwrap().1 else { panic!() };
+        assert_eq!(config.hooks, ["true".parse().unwrap()]);
+        let line = "check 7 --tcp-established --tcp-remap 10.0.0.5=10.0.1.5 --hook true";
+        let Request::Check(config) = parsed(line).unwrap().1 else { panic!() };
+        assert!(config.tcp_established && config.tcp_remaps.len() == 1 && config.hooks.len() == 1);
     }
 
     #[test]

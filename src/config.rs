@@ -8,6 +8,8 @@ use std::str::FromStr;
 use std::time::Duration;
 
 pub use crate::engine::address::MoveIp;
+pub use crate::engine::hook::{Hook, MAX_COMMANDS as MAX_HOOKS};
+pub use crate::engine::remap::Remap;
 use crate::pageserver::pack::Compression;
 
 /// Port of `migrate serve` unless another is chosen.
@@ -40,12 +42,18 @@ pub struct SourceConfig {
     pub bandwidth: Option<Bandwidth>,
     /// Whether pages are compressed.
     pub compression: Compression,
+    /// Carry live TCP connections instead of refusing the move.
+    pub tcp_established: bool,
     /// Close established TCP connections instead of refusing the move.
     pub tcp_close: bool,
+    /// Addresses that sockets have in place of others at the destination.
+    pub tcp_remaps: Vec<Remap>,
     /// Leave standard streams behind that lead to a terminal or to a pipe of somebody who stays.
     pub shell_job: bool,
     /// Addresses that move with the process.
     pub move_ips: Vec<MoveIp>,
+    /// Commands to run at the stages of the move.
+    pub hooks: Vec<Hook>,
     /// Show a line per round on standard error.
     pub progress: bool,
 }
@@ -57,6 +65,8 @@ pub struct ServeConfig {
     pub state_dir: PathBuf,
     /// Address and port to listen on.
     pub listen: SocketAddr,
+    /// Commands to run at the stages of each move to here.
+    pub hooks: Vec<Hook>,
 }
 
 /// Settings of `migrate check`.
@@ -69,11 +79,17 @@ pub struct CheckConfig {
     /// The destination to ask, too.
     pub to: Option<Destination>,
     /// As for the move.
+    pub tcp_established: bool,
+    /// As for the move.
     pub tcp_close: bool,
     /// As for the move.
     pub shell_job: bool,
     /// As for the move.
     pub move_ips: Vec<MoveIp>,
+    /// As for the move.
+    pub tcp_remaps: Vec<Remap>,
+    /// As for the move; none is run.
+    pub hooks: Vec<Hook>,
 }
 
 /// When the memory of the process travels.

@@ -14,9 +14,10 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::engine::address::Address;
+use crate::engine::hook::Hook;
 use crate::migration::{MigrationId, ProcessKey};
 
-/// Largest record that is read back: a few dozen addresses need less.
+/// Largest record that is read back: a few dozen addresses and all hooks that there may be need less.
 const MAX_RECORD_BYTES: u64 = 64 * 1024;
 const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 
@@ -24,7 +25,8 @@ const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum OutgoingState {
-    /// The addresses may be gone. The process is not fenced: it runs if the source dies.
+    /// The addresses may be gone. The process is not fenced: it runs if the source dies, unless that is in the
+    /// middle of reading its connections.
     Taking,
     /// The commit may be under way: only the destination knows who runs the process.
     Limbo,
@@ -58,6 +60,12 @@ pub struct Outgoing {
     pub was_stopped: bool,
     /// Addresses taken from this host.
     pub addresses: Vec<Address>,
+    /// Live TCP connections move along.
+    #[serde(default)]
+    pub connections: bool,
+    /// What to run where the migration is put right.
+    #[serde(default)]
+    pub hooks: Vec<Hook>,
 }
 
 /// How far the destination had come.
@@ -309,6 +317,8 @@ mod tests {
             owes: false,
             was_stopped: false,
             addresses: vec![],
+            connections: false,
+            hooks: vec![],
         }
     }
 

@@ -4,6 +4,7 @@
 //! migration that come over other connections reach it through its [`Inbox`].
 
 use std::collections::{HashMap, VecDeque};
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
@@ -13,18 +14,21 @@ use super::assemble::{Applied, Assembly};
 use super::drain::Drain;
 use super::machine::DestMachine;
 use super::protocol::{Action, Event, LinkId, Message, Outcome, Tell};
-use super::steps::{ActionError, step_name};
+use super::steps::{ActionError, parse_remaps, step_name};
 use super::wire::{Extras, late_signals, to_control, to_message};
 use super::{reaper, recover};
 use crate::engine::address::AddressSet;
 use crate::engine::alive;
 use crate::engine::clocks::{self, Shift};
+use crate::engine::hook::Hooks;
 use crate::engine::kernel::Host;
+use crate::engine::lock::Lock;
 use crate::engine::reason::{Reason, chain};
+use crate::engine::remap::Remap;
 use crate::engine::remote::Tid;
 use crate::engine::restore;
 use crate::engine::skeleton::{ReservedPid, Skeleton};
-use crate::engine::state::files::{self, UnixNames};
+use crate::engine::state::files::{self, SilentConnections, UnixNames};
 use crate::journal::{self, Incoming, IncomingState, Journal, JournalError};
 use crate::migration::{MigrationId, ProcessKey};
 use crate::operator::protocol::Phase;
@@ -80,9 +84,20 @@ pub(super) struct Driver {
     /// Signals that the source got after the capture: they come with the commit.
     pub late: Vec<LateSignal>,
     pub addresses: Option<AddressSet>,
+    /// Restored connections that are silent yet.
+    pub connections: SilentConnections,
     /// Names of unix sockets that are not at their places yet.
     pub names: UnixNames,
     pub lost_datagrams: u64,
+    /// What sockets get for the addresses they had.
+    pub remaps: Vec<Remap>,
+    /// Keeps connections quiet until the process runs. After the skeleton: its sockets go first.
+    pub lock: Option<Lock>,
+    /// The operator's, and what they are told of this service.
+    pub hooks: Hooks,
+    pub listen: SocketAddr,
+    /// The source was told that it may begin.
+    pub consented: bool,
     pub asks: HashMap<u64, LinkSender>,
     pub next_ask: u64,
     pub clock: PhaseClock,
@@ -121,6 +136,9 @@ impl Driver {
                             Outcome::Moved => End::Moved,
                             Outcome::NotMoved(_) => End::NotMoved,
                         });
+                        if outcome != Outcome::Moved {
+                            self.tell_failure();
+                        }
                         self.say_goodbye();
                         return outcome;
                     }
@@ -254,7 +272,7 @@ impl Driver {
                 self.posting.round(round.saturating_add(1));
                 Some(Event::RoundPlaced(round))
             }
-            Ok(Applied::State(process)) => match self.restore(&process) {
+            Ok(Applied::State(mut process)) => match self.restore(&mut process) {
                 Ok(key) => Some(Event::Applied(key)),
                 Err(error) => Some(self.failed("restoring the process", &error)),
             },
@@ -263,13 +281,15 @@ impl Driver {
     }
 
     /// The last frame has come: the rest of the state goes into the skeleton.
-    fn restore(&mut self, process: &Process) -> Result<ProcessKey, ActionError> {
+    fn restore(&mut self, process: &mut Process) -> Result<ProcessKey, ActionError> {
         self.clock.begin("build");
         self.posting.phase(Phase::Frozen);
         let (mut skeleton, missing) = self.assembly.take().ok_or(ActionError::Order)?.into_skeleton()?;
         let log = self.state_dir.join("logs").join(format!("{}-{}.log", process.pid, self.id));
-        let descriptors = process.files.clone().unwrap_or_default();
+        let mut descriptors = process.files.take().unwrap_or_default();
+        self.prepare_sockets(&mut descriptors)?;
         let mut built = files::build(&descriptors, Some(&log), &self.shift, skeleton.objects())?;
+        self.connections = built.take_connections();
         self.names = std::mem::take(&mut built.names);
         self.lost_datagrams = built.lost_datagrams;
         if !missing.is_empty() {
@@ -317,11 +337,7 @@ impl Driver {
                 Ok(None)
             }
             Action::AddAddresses => {
-                if let Some(addresses) = self.addresses.as_mut()
-                    && let Err(error) = addresses.add()
-                {
-                    tracing::error!(error = &error as &dyn std::error::Error, "adding addresses");
-                }
+                self.open_network();
                 Ok(None)
             }
             Action::Resume(right) => {
@@ -335,6 +351,7 @@ impl Driver {
                     None => recover::lower_fence(right.process(), self.stopped),
                 }
                 self.clock.end();
+                self.network_is_open();
                 self.posting.phase(if self.drain.is_active() { Phase::Postcopy } else { Phase::Complete });
                 Ok(None)
             }
@@ -352,6 +369,8 @@ impl Driver {
             Action::Kill => {
                 self.assembly = None;
                 self.skeleton = None;
+                self.connections = SilentConnections::default();
+                self.lock = None;
                 self.drain.finish();
                 Ok(None)
             }
@@ -365,8 +384,12 @@ impl Driver {
     /// Preflight of this host, then the process's number.
     fn build(&mut self) -> Event {
         let same_kernel = self.same_kernel();
-        let (mut reasons, addresses) = super::preflight::check(&self.begin, &self.host, same_kernel);
+        let has_hooks = !self.hooks.is_empty();
+        let (mut reasons, addresses) =
+            super::preflight::check(&self.begin, &self.host, same_kernel, has_hooks);
         self.addresses = addresses;
+        // What cannot be read is a reason already.
+        self.remaps = parse_remaps(&self.begin.tcp_remaps).unwrap_or_default();
         // Here and not in preflight: only children of this very thread are born into the namespace.
         match clocks::prepare(&self.begin, same_kernel, self.received.as_ref()) {
             Ok(shift) => self.shift = shift,
@@ -376,12 +399,17 @@ impl Driver {
             }
         }
         if reasons.is_empty() && !self.begin.check_only {
+            reasons.extend(self.prepare_lock());
+        }
+        if reasons.is_empty() && !self.begin.check_only {
+            self.consented = true;
             match ReservedPid::take(Tid::try_from(self.begin.pid).unwrap_or(0)) {
                 Ok(reserved) => {
                     self.assembly = Some(Assembly::new(reserved));
                     self.posting.round(1);
                 }
                 Err(error) => {
+                    self.consented = false;
                     reasons.push(Reason::new(
                         format!("pid {}", self.begin.pid),
                         format!("cannot be used at the destination: {}", chain(&error)),

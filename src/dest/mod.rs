@@ -8,6 +8,7 @@ mod drain;
 mod driver;
 pub mod guardian;
 pub mod machine;
+mod network;
 mod preflight;
 pub mod protocol;
 mod reaper;

@@ -1,10 +1,13 @@
 //! What this host has against taking a process: everything at once, before anything is made.
 
-use super::steps::parse_addresses;
+use super::network;
+use super::steps::{parse_addresses, parse_remaps};
 use crate::engine::address::{self, AddressSet};
 use crate::engine::kernel::{self, Host};
+use crate::engine::lock;
 use crate::engine::pids;
 use crate::engine::reason::{Reason, chain};
+use crate::engine::remap;
 use crate::engine::remote::Tid;
 use crate::engine::state::calls::AttrError;
 use crate::engine::state::files::{self, ListenPort};
@@ -12,8 +15,14 @@ use crate::engine::state::{creds, limits, objects, sched, timers};
 use crate::proto::control::Begin;
 use crate::proto::image::Process;
 
-/// Checks the plan against this host. Also finds the devices of the addresses that move.
-pub(super) fn check(begin: &Begin, host: &Host, same_kernel: bool) -> (Vec<Reason>, Option<AddressSet>) {
+/// Checks the plan against this host. Also finds the devices of the addresses that move. `has_hooks`: ours may
+/// bring addresses that are not here yet.
+pub(super) fn check(
+    begin: &Begin,
+    host: &Host,
+    same_kernel: bool,
+    has_hooks: bool,
+) -> (Vec<Reason>, Option<AddressSet>) {
     let tids: Vec<Tid> = begin.tids.iter().filter_map(|t| Tid::try_from(*t).ok()).collect();
     let mut reasons = pids::check_pids_free(&tids);
     if tids.len() != begin.tids.len() {
@@ -27,11 +36,24 @@ pub(super) fn check(begin: &Begin, host: &Host, same_kernel: bool) -> (Vec<Reaso
     reasons.extend(begin.files.iter().filter_map(|f| files::compare_here(f, same_kernel)));
     let pid = Tid::try_from(begin.pid).unwrap_or(0);
     reasons.extend(objects::check_here(pid, &begin.objects, &begin.huge_pages));
+    let remaps = match parse_remaps(&begin.tcp_remaps) {
+        Ok(remaps) => remaps,
+        Err(reason) => {
+            reasons.push(reason);
+            Vec::new()
+        }
+    };
     for port in &begin.ports {
         match ListenPort::try_from(port) {
-            Ok(port) => reasons.extend(files::port_free(&port)),
+            Ok(port) => {
+                let address = remap::of(port.address, &remaps);
+                reasons.extend(files::port_free(&ListenPort { address, ..port }));
+            }
             Err(reason) => reasons.push(reason),
         }
+    }
+    if begin.tcp_established {
+        reasons.extend(lock::missing_here());
     }
     if let Some(early) = &begin.early {
         match attributes(early) {
@@ -46,6 +68,9 @@ pub(super) fn check(begin: &Begin, host: &Host, same_kernel: bool) -> (Vec<Reaso
             return (reasons, None);
         }
     };
+    if !has_hooks {
+        reasons.extend(network::missing(begin, &addresses, &remaps));
+    }
     let specs: Vec<_> = addresses.iter().map(|a| a.spec.clone()).collect();
     match address::check_destination(&specs) {
         Ok(found) => reasons.extend(found),

@@ -1,5 +1,6 @@
 //! What a restarted service finds in its journal: processes that are its own, and what was left to do.
 
+use std::net::SocketAddr;
 use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
@@ -17,8 +18,10 @@ use super::wire::{Extras, to_control};
 use crate::engine::address::AddressSet;
 use crate::engine::alive;
 use crate::engine::fence;
+use crate::engine::hook::{self, Hooks, Stage};
 use crate::engine::procfs;
 use crate::engine::reason::Reason;
+use crate::engine::state::files;
 use crate::engine::sys::pidfd::PidFd;
 use crate::journal::{self, Incoming, IncomingState, Journal, JournalError};
 use crate::migration::ProcessKey;
@@ -90,6 +93,8 @@ pub(super) fn recover(service: &Arc<Service>) -> Result<(), JournalError> {
             machine,
             journal: Journal::open(state_dir)?,
             asker: None,
+            hooks: service.hooks.clone(),
+            listen: service.config.listen,
             link: None,
         };
         if recovered.perform(actions) {
@@ -120,6 +125,9 @@ struct Recovered {
     machine: DestMachine,
     journal: Journal<Incoming>,
     asker: Option<LinkSender>,
+    /// The operator's, and what they are told of this service.
+    hooks: Hooks,
+    listen: SocketAddr,
     /// A connection that was handed over to us is ours to keep.
     link: Option<Link>,
 }
@@ -164,9 +172,14 @@ impl Recovered {
                     if let Err(error) = added {
                         tracing::error!(error = &error as &dyn std::error::Error, "adding addresses");
                     }
+                    self.hooks.tell(Stage::NetworkUnlock, &self.about());
+                    wake_connections(self.record.process);
                 }
                 Action::Resume(_) if self.record.misses => self.kill(),
-                Action::Resume(right) => lower_fence(right.process(), self.record.was_stopped),
+                Action::Resume(right) => {
+                    lower_fence(right.process(), self.record.was_stopped);
+                    drop(self.hooks.begin(Stage::PostResume, &self.about()));
+                }
                 Action::Forget => {
                     if let Err(error) = self.journal.remove(self.record.id) {
                         tracing::error!(error = &error as &dyn std::error::Error, "forgetting");
@@ -192,6 +205,15 @@ impl Recovered {
             }
         }
         false
+    }
+
+    fn about(&self) -> hook::About {
+        hook::About {
+            id: self.record.id.to_string(),
+            pid: self.record.process.pid,
+            side: "destination",
+            destination: self.listen.to_string(),
+        }
     }
 
     fn kill(&self) {
@@ -237,6 +259,19 @@ fn parents() -> Vec<(u32, u32)> {
             Some((pid, u32::try_from(stat.ppid).ok()?))
         })
         .collect()
+}
+
+/// The old service died before the connections were live.
+pub(super) fn wake_connections(process: ProcessKey) {
+    let Ok(pid) = i32::try_from(process.pid) else { return };
+    if !matches!(alive::open(process.pid, process.start_ticks), Ok(Some(_))) {
+        return;
+    }
+    match files::wake_connections(pid) {
+        Ok(0) => {}
+        Ok(resets) => tracing::error!(pid, resets, "connections would have missed bytes: they were reset"),
+        Err(error) => tracing::error!(pid, error = &error as &dyn std::error::Error, "waking connections"),
+    }
 }
 
 /// The old service died between acceptance and resume: the fence still holds the process.

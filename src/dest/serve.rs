@@ -18,9 +18,10 @@ use super::wire::{Extras, migration_of, to_control, to_message};
 use crate::config::ServeConfig;
 use crate::engine::address::AddressSet;
 use crate::engine::clocks::{self, Shift};
+use crate::engine::hook::Hooks;
 use crate::engine::kernel::Host;
 use crate::engine::remote::Tid;
-use crate::engine::state::files::UnixNames;
+use crate::engine::state::files::{SilentConnections, UnixNames};
 use crate::engine::sys::heap;
 use crate::identity::{IdentityError, Node};
 use crate::journal::{self, JournalError};
@@ -78,6 +79,7 @@ pub(super) type Registry = Arc<Mutex<HashMap<MigrationId, Entry>>>;
 pub(super) struct Service {
     pub config: ServeConfig,
     host: Arc<Host>,
+    pub hooks: Hooks,
     pub registry: Registry,
     pub board: Arc<Board>,
     urgent: Arc<UrgentServer>,
@@ -91,6 +93,7 @@ pub fn serve(config: ServeConfig) -> Result<(), ServeError> {
     let io = |step| move |source| ServeError::Io { step, source };
     let node = Arc::new(Node::open(&config.state_dir)?);
     let host = Arc::new(Host::probe()?);
+    let hooks = Hooks::start(&config.hooks).map_err(io("starting the thread of hooks"))?;
     let registry = Registry::default();
     let board = Arc::new(Board::default());
     let _listener = Listener::start(&config.state_dir, board.clone());
@@ -105,7 +108,7 @@ pub fn serve(config: ServeConfig) -> Result<(), ServeError> {
         let addr = server.local_addr();
         let urgent = Arc::new(UrgentServer::start(node.clone(), addr, crate::hello::hello)?);
         server.also_for(&urgent);
-        let service = Arc::new(Service { config, host, registry, board, urgent });
+        let service = Arc::new(Service { config, host, hooks, registry, board, urgent });
         // Before anybody can ask, and with a way for the missing pages of those that wait for them.
         recover::recover(&service)?;
         let mut out = std::io::stdout();
@@ -248,8 +251,14 @@ impl Service {
             stopped: false,
             late: Vec::new(),
             addresses: None,
+            connections: SilentConnections::default(),
             names: UnixNames::default(),
             lost_datagrams: 0,
+            remaps: Vec::new(),
+            lock: None,
+            hooks: self.hooks.clone(),
+            listen: self.config.listen,
+            consented: false,
             asks: HashMap::new(),
             next_ask: 0,
             clock: PhaseClock::start(),

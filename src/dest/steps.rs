@@ -7,7 +7,9 @@ use super::protocol::{Action, Cause, Outcome};
 use crate::engine::address::Address;
 use crate::engine::alive;
 use crate::engine::clocks::ClockError;
+use crate::engine::lock::LockError;
 use crate::engine::reason::Reason;
+use crate::engine::remap::Remap;
 use crate::engine::restore::RestoreError;
 use crate::engine::skeleton::SkeletonError;
 use crate::engine::state::files;
@@ -22,6 +24,8 @@ pub(super) enum ActionError {
     Restore(#[from] RestoreError),
     #[error(transparent)]
     Files(#[from] files::RestoreFilesError),
+    #[error(transparent)]
+    Lock(#[from] LockError),
     #[error(transparent)]
     Clocks(#[from] ClockError),
     #[error(transparent)]
@@ -57,6 +61,14 @@ pub(super) fn step_name(action: &Action) -> &'static str {
         Action::Accept => "accepting the process",
         _ => "switching over",
     }
+}
+
+/// What sockets of a plan get for the addresses they had.
+pub(super) fn parse_remaps(texts: &[String]) -> Result<Vec<Remap>, Reason> {
+    texts
+        .iter()
+        .map(|text| text.parse().map_err(|_| Reason::new(format!("remap {text}"), "is not OLD=NEW", "")))
+        .collect()
 }
 
 /// The addresses of a plan, with what `ip address add` would give them.

@@ -13,7 +13,7 @@ use super::remote::{Batch, InjectError, RemoteCalls, Tid};
 use super::sleep::SleepBook;
 use super::state::calls::{AttrError, read_as};
 use super::state::creds::{self, CredsProbe};
-use super::state::files::{self, CaptureFilesError, FilesOptions, ScannedProcesses};
+use super::state::files::{self, CaptureFilesError, Descriptors, FilesOptions, ScannedProcesses};
 use super::state::limits::LimitsProbe;
 use super::state::mm::{self, MapError};
 use super::state::sched;
@@ -74,12 +74,14 @@ pub struct Captured {
     pub process: Process,
     /// Established connections, to be closed for their peers after the commit.
     pub closing: Vec<OwnedFd>,
+    /// Connections that are carried, to be dropped silently after the commit.
+    pub carried: Vec<OwnedFd>,
     /// The pending signals that are in it, for [`Frozen::late_signals`].
     pub seen: Seen,
 }
 
 /// Captures the state of a frozen process. Nothing of it is consumed or changed. `scanned` are processes
-/// that preflight has looked at already.
+/// that preflight has looked at already, `descriptors` its own, if they were taken already.
 ///
 /// # Errors
 /// See [`CaptureError`].
@@ -89,6 +91,7 @@ pub fn capture(
     sleeps: &SleepBook,
     guards: Vec<Range>,
     scanned: &ScannedProcesses,
+    descriptors: Option<Descriptors>,
 ) -> Result<Captured, CaptureError> {
     let pid = frozen.pid();
     // Before any injection: registers as the freeze found them.
@@ -127,7 +130,14 @@ pub fn capture(
     process.attrs = Some(bounds.read(leader, &stat, &outcome)?);
     thread_attributes(frozen, &mut process)?;
 
-    let captured = files::capture_after(pid, options, scanned)?;
+    let descriptors = descriptors.map_or_else(|| Descriptors::take(pid), Ok)?;
+    // Who reads from a connection in TCP_REPAIR is refused: not even our death may let the process run meanwhile.
+    if options.tcp_established {
+        frozen.fence()?;
+    }
+    let captured = files::capture_after(descriptors, options, scanned);
+    frozen.lift_fence()?;
+    let captured = captured?;
     process.files = Some(captured.image);
     // Once more, last: what a timer has sent since the first look would be lost.
     let before = signals::all_pending(&process);
@@ -135,7 +145,7 @@ pub fn capture(
     timers::account_for_fired(&before, &mut process);
     let seen = Seen::of(&process);
     process.stopped = signals::take_stop(&mut process, frozen.is_to_stop());
-    Ok(Captured { process, closing: captured.closing, seen })
+    Ok(Captured { process, closing: captured.closing, carried: captured.carried, seen })
 }
 
 /// Pending signals of the process and of each thread; the status of each thread, on the way.

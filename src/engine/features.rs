@@ -8,6 +8,7 @@ use std::os::fd::AsFd;
 use nix::errno::Errno;
 
 use super::kernel::Host;
+use super::lock;
 use super::memory::PAGE_BYTES;
 use super::remote::Tid;
 use super::state::creds;
@@ -91,6 +92,7 @@ pub fn features() -> Vec<Feature> {
         ("vdso", true, "the kernel's code in programs", vdso),
         ("timer ids", false, "POSIX timers (Linux 6.16)", (attrs::timer_ids_can_be_chosen(), String::new())),
         ("CAP_NET_ADMIN", false, "moving addresses", capability(CAP_NET_ADMIN, "CAP_NET_ADMIN")),
+        ("nf_tables", false, "TCP connections that move along", lock()),
         (
             "CAP_SYS_RESOURCE",
             false,
@@ -107,6 +109,13 @@ pub fn features() -> Vec<Feature> {
             detail,
         })
         .collect()
+}
+
+fn lock() -> (bool, String) {
+    match lock::missing_here() {
+        None => (true, String::new()),
+        Some(reason) => (false, reason.why),
+    }
 }
 
 fn try_userfaultfd() -> Result<(), Errno> {

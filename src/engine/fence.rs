@@ -162,6 +162,17 @@ pub fn another_stop_waits(pid: u32) -> bool {
     procfs::parse_status(&status).is_ok_and(|s| s.shared_pending & signal_bit(libc::SIGSTOP) != 0)
 }
 
+/// Whether a fence, or some other stop, holds a process that nobody traces any more, or is about to.
+pub fn is_up(pid: u32) -> bool {
+    let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+    let mut statuses = tasks.filter_map(|task| std::fs::read(task.path().join("status")).ok());
+    statuses.any(|text| {
+        let stopped = text.split(|b| *b == b'\n').any(|line| line.starts_with(b"State:\tT"));
+        let waits = procfs::parse_status(&text).is_ok_and(|s| s.pending & signal_bit(libc::SIGSTOP) != 0);
+        stopped || waits
+    })
+}
+
 /// Lets the thread run into the delivery of our SIGSTOP, if that still waits for it; what it had before.
 fn start(tid: Tid) -> Result<Option<(ptrace::Regs, u64)>, InjectError> {
     let step = |step| move |errno| sys(step, tid, errno);

@@ -363,6 +363,8 @@ mod tests {
             owes: false,
             was_stopped: false,
             addresses: vec![],
+            connections: false,
+            hooks: vec![],
         };
         journal.write(&record).unwrap();
         let known = status(dir.path(), None).unwrap();

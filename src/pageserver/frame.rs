@@ -32,8 +32,8 @@ pub const MAX_BATCH_PAGES: usize = 16;
 pub const BLOCK_BYTES: usize = MAX_BATCH_PAGES * PAGE_BYTES;
 /// Largest memory layout that a frame may carry.
 pub const MAX_LAYOUT_BYTES: usize = 16 << 20;
-/// Largest process state that a frame may carry.
-pub const MAX_STATE_BYTES: usize = 64 << 20;
+/// Largest process state that a frame may carry: with the queues of its connections.
+pub const MAX_STATE_BYTES: usize = 256 << 20;
 /// Longest list of missing pages that a frame may carry.
 pub const MAX_RUNS_BYTES: usize = 16 << 20;
 /// Page numbers end here: user space reaches to 2^56 bytes where page tables have five levels.

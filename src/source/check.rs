@@ -29,9 +29,12 @@ pub fn check(config: &CheckConfig, pid: Tid) -> Result<Verdict, SourceError> {
     let host = Host::probe()?;
     let subject = plan::Subject {
         pid,
+        tcp_established: config.tcp_established,
         tcp_close: config.tcp_close,
         shell_job: config.shell_job,
         move_ips: &config.move_ips,
+        tcp_remaps: &config.tcp_remaps,
+        has_hooks: !config.hooks.is_empty(),
     };
     let mut plan = plan::survey(new_id()?, &subject, &host);
     if let Some(to) = &config.to {

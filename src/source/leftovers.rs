@@ -106,6 +106,8 @@ mod tests {
             owes: false,
             was_stopped: false,
             addresses: vec![],
+            connections: false,
+            hooks: vec![],
         }
     }
 

@@ -73,6 +73,8 @@ enum State {
     },
     Freezing {
         right: RunRight,
+        /// For what comes after the freeze.
+        patience: Duration,
         give_up: Option<Cause>,
     },
     Finishing {
@@ -184,7 +186,7 @@ impl SourceMachine {
         let (next, result) = match state {
             State::Asking { right } => self.asking(right, event),
             State::Copying { right, round, sent, placed } => self.copying(right, round, sent, placed, event),
-            State::Freezing { right, give_up } => freezing(right, give_up, event),
+            State::Freezing { right, patience, give_up } => freezing(right, patience, give_up, event),
             State::Finishing { right } => finishing(right, event),
             State::Entering { right, give_up } => entering(now, right, give_up, event),
             State::Limbo { right, deadline, retry, link } => limbo(now, right, deadline, retry, link, event),
@@ -258,8 +260,9 @@ impl SourceMachine {
 fn freeze(right: RunRight, reason: FreezeReason, eager_pages: u64, downtime: Duration) -> Step {
     // On a slow link a limit that does not know of its pace would freeze only to give up.
     let patience = PREPARE_TIMEOUT.saturating_add(downtime.saturating_mul(2));
-    let actions = vec![Action::Arm(patience.min(LONGEST_PREPARE)), Action::Freeze { reason, eager_pages }];
-    (State::Freezing { right, give_up: None }, Ok(actions))
+    let patience = patience.min(LONGEST_PREPARE);
+    let actions = vec![Action::Freeze { reason, eager_pages }];
+    (State::Freezing { right, patience, give_up: None }, Ok(actions))
 }
 
 type Step = (State, Result<Vec<Action>, WrongState>);
@@ -300,8 +303,8 @@ fn ended(state: State, event: Event) -> Step {
         State::Asking { right } | State::Copying { right, .. } => stay(right, cause, Held::Running),
         State::Finishing { right } => stay(right, cause, Held::Frozen),
         // The driver is in the middle of it: wait for its report, or a thaw would overtake the freeze.
-        State::Freezing { right, give_up } => {
-            (State::Freezing { right, give_up: give_up.or(Some(cause)) }, Ok(vec![]))
+        State::Freezing { right, patience, give_up } => {
+            (State::Freezing { right, patience, give_up: give_up.or(Some(cause)) }, Ok(vec![]))
         }
         State::Entering { right, give_up } => {
             (State::Entering { right, give_up: give_up.or(Some(cause)) }, Ok(vec![]))
@@ -325,17 +328,18 @@ fn cause_of(state: &State, event: Event) -> Result<Cause, WrongState> {
     })
 }
 
-fn freezing(right: RunRight, give_up: Option<Cause>, event: Event) -> Step {
+fn freezing(right: RunRight, patience: Duration, give_up: Option<Cause>, event: Event) -> Step {
     match (event, give_up) {
         (Event::Frozen, None) => {
-            let actions = vec![Action::TakeAddresses, Action::SendFinal];
+            // What hooks of the operator's take, he has to know himself.
+            let actions = vec![Action::TakeAddresses, Action::Arm(patience), Action::SendFinal];
             (State::Finishing { right }, Ok(actions))
         }
         (Event::Frozen, Some(cause)) => stay(right, cause, Held::Frozen),
         (Event::Failed { step, error }, give_up) => {
             stay(right, give_up.unwrap_or(Cause::Failed { step, error }), Held::Frozen)
         }
-        (other, give_up) => ended(State::Freezing { right, give_up }, other),
+        (other, give_up) => ended(State::Freezing { right, patience, give_up }, other),
     }
 }
 

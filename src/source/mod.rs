@@ -6,6 +6,7 @@
 mod ask;
 mod check;
 mod driver;
+mod hooks;
 mod leftovers;
 pub mod machine;
 mod outcome;
@@ -32,6 +33,7 @@ use ring::rand::{SecureRandom, SystemRandom};
 
 use crate::config::SourceConfig;
 use crate::engine::alive;
+use crate::engine::hook::Hooks;
 use crate::engine::kernel::{Host, HostError};
 use crate::engine::reason::{Reason, chain};
 use crate::identity::{IdentityError, Node};
@@ -58,6 +60,9 @@ pub enum SourceError {
     /// What earlier migrations have left.
     #[error("looking for unresolved migrations")]
     Journal(#[source] JournalError),
+    /// There is no thread to run hooks on.
+    #[error("preparing to run hooks")]
+    Hooks(#[source] std::io::Error),
     /// The kernel gave no random bytes.
     #[error("making a migration id")]
     Random,
@@ -70,6 +75,7 @@ pub enum SourceError {
 pub fn run(config: &SourceConfig) -> Result<Report, SourceError> {
     let orders = watch_signals();
     let started = Instant::now();
+    let hooks = Hooks::start(&config.hooks).map_err(SourceError::Hooks)?;
     let node = Arc::new(Node::open(&config.state_dir)?);
     let host = Host::probe()?;
     let id = new_id()?;
@@ -99,9 +105,12 @@ pub fn run(config: &SourceConfig) -> Result<Report, SourceError> {
     let leftovers = leftovers::clear(&config.state_dir, process).map_err(SourceError::Journal)?;
     let subject = plan::Subject {
         pid: config.pid,
+        tcp_established: config.tcp_established,
         tcp_close: config.tcp_close,
         shell_job: config.shell_job,
         move_ips: &config.move_ips,
+        tcp_remaps: &config.tcp_remaps,
+        has_hooks: !config.hooks.is_empty(),
     };
     let mut plan = plan::survey(id, &subject, &host);
     plan.reasons.extend(leftovers);
@@ -146,6 +155,7 @@ pub fn run(config: &SourceConfig) -> Result<Report, SourceError> {
         began: started,
         report,
         scanned: plan.scanned,
+        hooks,
         state: driver::Held::default(),
     };
     let mut report = driver.run();

@@ -1,14 +1,19 @@
 //! What is found out before the process is touched: every reason against the move, and the plan that the
 //! destination checks against its own host.
 
-use crate::config::MoveIp;
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+
+use crate::config::{MoveIp, Remap};
 use crate::engine::address;
 use crate::engine::clocks;
 use crate::engine::kernel::Host;
+use crate::engine::lock::{self, LockError};
 use crate::engine::memory::Memory;
 use crate::engine::preflight;
 use crate::engine::procfs::parse_status;
 use crate::engine::reason::{Reason, chain};
+use crate::engine::remap;
 use crate::engine::remote::Tid;
 use crate::engine::state::calls::{AttrError, read_as};
 use crate::engine::state::files::{self, FilesOptions, ScannedProcesses};
@@ -37,12 +42,18 @@ pub struct Plan {
 pub struct Subject<'a> {
     /// The process.
     pub pid: Tid,
+    /// Live TCP connections are carried.
+    pub tcp_established: bool,
     /// Established TCP connections may be closed.
     pub tcp_close: bool,
     /// Standard streams may be left behind.
     pub shell_job: bool,
     /// Addresses that move along.
     pub move_ips: &'a [MoveIp],
+    /// Addresses that sockets change.
+    pub tcp_remaps: &'a [Remap],
+    /// Hooks may bring addresses to the destination that we know nothing of.
+    pub has_hooks: bool,
 }
 
 /// Examines the process; nothing of it is touched. What cannot even be examined is a reason too.
@@ -59,11 +70,17 @@ pub fn survey(id: MigrationId, subject: &Subject<'_>, host: &Host) -> Plan {
         Ok(reasons) => plan.reasons.extend(reasons),
         Err(error) => plan.reasons.push(unreadable("the addresses that move", &error)),
     }
+    plan.begin.tcp_remaps = subject.tcp_remaps.iter().map(ToString::to_string).collect();
+    plan.reasons.extend(remap::check(subject.tcp_remaps));
     if Memory::open(pid).is_err() {
         // Gone, a zombie, or nothing that has memory: there is nothing more to be found out.
         return plan;
     }
-    let options = FilesOptions { tcp_close: subject.tcp_close, shell_job: subject.shell_job };
+    let options = FilesOptions {
+        tcp_established: subject.tcp_established,
+        tcp_close: subject.tcp_close,
+        shell_job: subject.shell_job,
+    };
     match files::check(pid, &options) {
         Ok(check) => {
             plan.reasons.extend(check.reasons);
@@ -72,6 +89,14 @@ pub fn survey(id: MigrationId, subject: &Subject<'_>, host: &Host) -> Plan {
             plan.begin.ports = check.ports.iter().map(Port::from).collect();
         }
         Err(error) => plan.reasons.push(unreadable(format!("descriptors of pid {pid}"), &error)),
+    }
+    if subject.tcp_established {
+        plan.begin.tcp_established = true;
+        match needed_addresses(subject) {
+            Ok(addresses) => plan.begin.needed_ips = addresses,
+            Err(error) => plan.reasons.push(unreadable(format!("connections of pid {pid}"), &error)),
+        }
+        plan.reasons.extend(lock::missing_here());
     }
     match FlagCache::look(pid).and_then(|flags| mm::capture(pid, &flags)) {
         Ok(mut map) => {
@@ -115,6 +140,27 @@ pub fn survey(id: MigrationId, subject: &Subject<'_>, host: &Host) -> Plan {
     plan.begin.comm = std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default().trim().into();
     plan.begin.memory_bytes = resident_bytes(pid);
     plan
+}
+
+/// Addresses of connections that have to be at the destination when the process runs there, and do not come with
+/// it.
+fn needed_addresses(subject: &Subject<'_>) -> Result<Vec<Vec<u8>>, LockError> {
+    if subject.has_hooks {
+        return Ok(Vec::new());
+    }
+    let all = lock::connections(&lock::socket_inodes(subject.pid)?)?;
+    let connected = all.into_iter().filter(|connection| connection.remote.is_some());
+    let ips: BTreeSet<IpAddr> =
+        connected.map(|connection| remap::of(connection.local.ip(), subject.tcp_remaps)).collect();
+    let comes = |ip: &IpAddr| ip.is_loopback() || subject.move_ips.iter().any(|spec| spec.address == *ip);
+    Ok(ips
+        .into_iter()
+        .filter(|ip| !comes(ip))
+        .map(|ip| match ip {
+            IpAddr::V4(ip) => ip.octets().to_vec(),
+            IpAddr::V6(ip) => ip.octets().to_vec(),
+        })
+        .collect())
 }
 
 /// Credentials, limits, timers and scheduling: what the destination must be able to give.

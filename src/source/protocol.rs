@@ -104,7 +104,7 @@ pub enum Action {
     StartRound(u32),
     /// In place of a round: announce what is dirty, to follow after the resume; report [`Event::RoundSent`].
     Announce(u32),
-    /// Stop all threads; report [`Event::Frozen`]. If what is dirty then is more than `eager_pages`, it follows
+    /// Run the hooks that come before it, then stop all threads; report [`Event::Frozen`]. If what is dirty then is more than `eager_pages`, it follows
     /// after the resume.
     Freeze {
         /// Why now.
@@ -112,7 +112,8 @@ pub enum Action {
         /// See above; `u64::MAX` if nothing may follow.
         eager_pages: u64,
     },
-    /// Record the addresses that move (journal and sentinel), then remove them here.
+    /// Record what is done to the network here, then do it: remove the addresses that move, lock connections,
+    /// run the hooks for that.
     TakeAddresses,
     /// Send the last pages and the state.
     SendFinal,
@@ -124,7 +125,7 @@ pub enum Action {
     Connect,
     /// Take the fence down, if it is up.
     LowerFence,
-    /// Give back the addresses that were taken, if any. Failing here is a warning, not an
+    /// Give back the addresses that were taken, run the hooks for that, lift the lock. Failing here is a warning, not an
     /// [`Event::Failed`]: the process is thawed in any case.
     ReturnAddresses,
     /// Undo all that was done to the process and let it run.

@@ -6,11 +6,13 @@
 //! | record | the process | what is done |
 //! | --- | --- | --- |
 //! | none | runs, or was killed by the source itself | nothing |
-//! | taking | runs: its tracer is dead and no fence was up | addresses back |
-//! | limbo, not accepted | stopped by the fence | addresses back, then the fence down |
+//! | taking | runs: its tracer is dead and no fence was up, but for while its connections were read | connections out of repair, addresses back, the lock lifted, then the fence down |
+//! | limbo, not accepted | stopped by the fence | addresses back, the lock lifted, then the fence down |
 //! | limbo, accepted | stopped by the fence | recorded as moved (as serving, if it owes pages), then as below |
 //! | serving | stopped by the fence | its pages are served until none is missing, then recorded as moved |
-//! | moved | stopped or dead | killed; then Confirm, so that the destination may forget |
+//! | moved | stopped or dead | connections dropped silently, killed; then Confirm, so that the destination may forget |
+//!
+//! The operator's hooks are told on the way what the source command would have told them.
 
 use std::time::Duration;
 
@@ -21,8 +23,12 @@ use nix::sys::signal::Signal;
 use crate::engine::address::{AddressError, AddressSet};
 use crate::engine::alive::{self, AliveError};
 use crate::engine::fence;
+use crate::engine::hook::Stage;
+use crate::engine::lock;
+use crate::engine::state::files;
 use crate::journal::{Journal, JournalError, Outgoing, OutgoingState, boot_id};
 use crate::migration::{Fate, MigrationId, ProcessKey};
+use crate::source::hooks;
 
 /// First pause after the destination was not reached; doubled each time.
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
@@ -40,6 +46,14 @@ pub enum Step {
     RecordServing,
     /// Write [`OutgoingState::Moved`].
     RecordMoved,
+    /// Connections that were being read are as before.
+    LeaveRepair,
+    /// Connections that have moved are gone from here, and nobody is told.
+    DropConnections,
+    /// Run this stage of the operator's hooks.
+    Hook(Stage),
+    /// Let go of the lock on the connections, if we are its holder.
+    Unlock,
     /// SIGKILL.
     Kill,
     /// Tell the destination that it may forget the migration, best effort.
@@ -51,26 +65,54 @@ pub enum Step {
 /// What a record demands without its source; `None` if the destination must be asked or served first.
 pub fn steps_for(state: OutgoingState) -> Option<&'static [Step]> {
     match state {
-        OutgoingState::Taking => Some(&[Step::ReturnAddresses, Step::Forget]),
+        OutgoingState::Taking => Some(&[
+            Step::LeaveRepair,
+            Step::ReturnAddresses,
+            Step::Hook(Stage::NetworkUnlock),
+            Step::Unlock,
+            Step::LowerFence,
+            Step::Hook(Stage::Failed),
+            Step::Forget,
+        ]),
         OutgoingState::Limbo | OutgoingState::Serving => None,
-        OutgoingState::Moved => Some(&[Step::Kill, Step::Confirm, Step::Forget]),
+        OutgoingState::Moved => {
+            Some(&[Step::DropConnections, Step::Unlock, Step::Kill, Step::Confirm, Step::Forget])
+        }
     }
 }
 
 /// What limbo demands after the destination's answer; `owes`: pages are owed to it then.
 pub fn steps_after(fate: Fate, owes: bool) -> &'static [Step] {
     match fate {
-        Fate::Accepted if owes => &[Step::RecordServing],
+        Fate::Accepted if owes => {
+            &[Step::DropConnections, Step::RecordServing, Step::Unlock, Step::Hook(Stage::PostResume)]
+        }
         // The process is to find its addresses when it runs.
-        Fate::NotAccepted => &[Step::ReturnAddresses, Step::LowerFence, Step::Forget],
+        Fate::NotAccepted => &[
+            Step::ReturnAddresses,
+            Step::Hook(Stage::NetworkUnlock),
+            Step::Unlock,
+            Step::LowerFence,
+            Step::Hook(Stage::Failed),
+            Step::Forget,
+        ],
         // Recorded before Confirm: a destination that has forgotten would answer "not accepted", and the
         // next resolver would give the addresses back.
-        Fate::Accepted => &[Step::RecordMoved, Step::Kill, Step::Confirm, Step::Forget],
+        Fate::Accepted => &[
+            Step::RecordMoved,
+            Step::DropConnections,
+            Step::Unlock,
+            Step::Kill,
+            Step::Hook(Stage::PostResume),
+            Step::Confirm,
+            Step::Forget,
+        ],
     }
 }
 
 /// What is done once the destination misses no page any more.
-pub const WHEN_SERVED: &[Step] = &[Step::RecordMoved, Step::Kill, Step::Confirm, Step::Forget];
+pub const WHEN_SERVED: &[Step] =
+    &[Step::RecordMoved, Step::DropConnections, Step::Kill, Step::Confirm, Step::Forget];
 
 /// The way to the destination of a record.
 pub trait Destination {
@@ -228,7 +270,19 @@ fn perform(
     let mut addresses = Ok(());
     for step in steps {
         match step {
+            // Whoever waits for owed pages should not wait for hooks as well.
+            Step::Hook(stage) if !steps.contains(&Step::Forget) => hooks::begin(record, *stage),
+            Step::Hook(stage) => hooks::run(record, *stage),
+            Step::Unlock => {
+                if let Err(error) = lock::let_go() {
+                    tracing::error!(error = &error as &dyn std::error::Error, "the lock");
+                }
+            }
             Step::ReturnAddresses => addresses = return_addresses(record),
+            // There was one only while connections were read.
+            Step::LowerFence
+                if record.state == OutgoingState::Taking
+                    && !(record.connections && fence::is_up(record.process.pid)) => {}
             Step::LowerFence if record.was_stopped || fence::another_stop_waits(record.process.pid) => {}
             Step::LowerFence => signal(Signal::SIGCONT)?,
             Step::RecordServing => {
@@ -238,17 +292,34 @@ fn perform(
             Step::RecordMoved => {
                 journal.write(&Outgoing { state: OutgoingState::Moved, ..record.clone() })?;
             }
+            Step::LeaveRepair | Step::DropConnections => connections(record, *step, process.is_some()),
             Step::Kill => signal(Signal::SIGKILL)?,
             Step::Confirm => destination.confirm(record),
             Step::Forget if addresses.is_ok() => journal.remove(record.id)?,
             // A missing address must not keep the process stopped, but is worth another try: of the
-            // addresses only, not of the signal.
+            // addresses only, not of the signal and of the hooks.
             Step::Forget => {
-                journal.write(&Outgoing { state: OutgoingState::Taking, ..record.clone() })?;
+                let (state, connections, hooks) = (OutgoingState::Taking, false, Vec::new());
+                journal.write(&Outgoing { state, connections, hooks, ..record.clone() })?;
             }
         }
     }
     addresses
+}
+
+/// A failure is no reason to leave the rest undone: at worst a peer hears of an end.
+fn connections(record: &Outgoing, step: Step, alive: bool) {
+    let Ok(pid) = i32::try_from(record.process.pid) else { return };
+    if !record.connections || !alive {
+        return;
+    }
+    let done = match step {
+        Step::LeaveRepair => files::leave_repair(pid),
+        _ => files::drop_connections(pid),
+    };
+    if let Err(error) = done {
+        tracing::error!(pid, error = &error as &dyn std::error::Error, "connections");
+    }
 }
 
 fn return_addresses(record: &Outgoing) -> Result<(), ResolveError> {
@@ -262,204 +333,4 @@ fn return_addresses(record: &Outgoing) -> Result<(), ResolveError> {
 
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
-mod tests {
-    use std::process::{Child, Command};
-
-    use super::*;
-
-    /// A destination that answers what the test says, after the test has done something.
-    struct Peer<F: FnMut() -> Option<Fate>> {
-        ask: F,
-        /// What becomes of attempts to serve, the last first.
-        serves: Vec<bool>,
-        confirmed: bool,
-    }
-
-    impl<F: FnMut() -> Option<Fate>> Destination for Peer<F> {
-        fn ask(&mut self, _: &Outgoing) -> Option<Fate> {
-            (self.ask)()
-        }
-        fn serve(&mut self, _: &Outgoing) -> bool {
-            self.serves.pop().unwrap()
-        }
-        fn confirm(&mut self, _: &Outgoing) {
-            self.confirmed = true;
-        }
-    }
-
-    fn peer<F: FnMut() -> Option<Fate>>(ask: F) -> Peer<F> {
-        Peer { ask, serves: vec![], confirmed: false }
-    }
-
-    struct Process(Child);
-
-    impl Process {
-        /// A process that is stopped like one whose fence has become effective.
-        fn stopped() -> Self {
-            let process = Self(Command::new("sleep").arg("1000").spawn().unwrap());
-            alive::open(process.key().pid, process.key().start_ticks)
-                .unwrap()
-                .unwrap()
-                .signal(Signal::SIGSTOP)
-                .unwrap();
-            process.wait_for("T");
-            process
-        }
-        fn key(&self) -> ProcessKey {
-            let pid = self.0.id();
-            ProcessKey { pid, start_ticks: alive::start_ticks(pid).unwrap().unwrap() }
-        }
-        fn state(&self) -> String {
-            let status = std::fs::read_to_string(format!("/proc/{}/status", self.0.id())).unwrap();
-            status.lines().find_map(|l| l.strip_prefix("State:")).unwrap().trim()[..1].to_owned()
-        }
-        fn wait_for(&self, state: &str) {
-            while self.state() != state {
-                std::thread::yield_now();
-            }
-        }
-    }
-
-    impl Drop for Process {
-        fn drop(&mut self) {
-            let _ = self.0.kill();
-            let _ = self.0.wait();
-        }
-    }
-
-    struct Scene {
-        _dir: tempfile::TempDir,
-        journal: Journal<Outgoing>,
-        process: Process,
-        record: Outgoing,
-    }
-
-    fn scene(state: OutgoingState) -> Scene {
-        let dir = tempfile::tempdir().unwrap();
-        let journal = Journal::open(dir.path()).unwrap();
-        let process = Process::stopped();
-        let mut owner = Command::new("true").spawn().unwrap();
-        let record = Outgoing {
-            id: MigrationId::new([7; 16]),
-            process: process.key(),
-            boot: boot_id().unwrap(),
-            owner: ProcessKey { pid: owner.id(), start_ticks: 0 },
-            destination: String::new(),
-            peer: String::new(),
-            state,
-            owes: false,
-            was_stopped: false,
-            addresses: vec![],
-        };
-        owner.wait().unwrap();
-        journal.write(&record).unwrap();
-        Scene { _dir: dir, journal, process, record }
-    }
-
-    #[test]
-    fn not_accepted_lifts_the_fence_after_some_silence() {
-        let s = scene(OutgoingState::Limbo);
-        let mut answers = vec![Some(Fate::NotAccepted), None, None];
-        let mut peer = peer(|| answers.pop().unwrap());
-        let result = resolve(&s.journal, s.record.id, &mut peer, Patience::Endless).unwrap();
-        assert_eq!(result, Some(Resolution::NotMoved));
-        s.process.wait_for("S");
-        assert!(!peer.confirmed);
-        assert_eq!(s.journal.read(s.record.id).unwrap(), None);
-    }
-
-    #[test]
-    fn accepted_kills_and_confirms() {
-        let s = scene(OutgoingState::Limbo);
-        let mut peer = peer(|| Some(Fate::Accepted));
-        let result = resolve(&s.journal, s.record.id, &mut peer, Patience::Once).unwrap();
-        assert_eq!(result, Some(Resolution::Moved));
-        s.process.wait_for("Z");
-        assert!(peer.confirmed);
-        assert_eq!(s.journal.read(s.record.id).unwrap(), None);
-    }
-
-    #[test]
-    fn nobody_is_asked_where_the_record_says_it() {
-        for (state, end, resolution) in [
-            (OutgoingState::Taking, "T", Resolution::NotMoved),
-            (OutgoingState::Moved, "Z", Resolution::Moved),
-        ] {
-            let s = scene(state);
-            let mut peer = peer(|| panic!("asked"));
-            let result = resolve(&s.journal, s.record.id, &mut peer, Patience::Once).unwrap();
-            assert_eq!(result, Some(resolution));
-            s.process.wait_for(end);
-        }
-    }
-
-    #[test]
-    fn owed_pages_are_served_before_the_end() {
-        let s = scene(OutgoingState::Limbo);
-        s.journal.write(&Outgoing { owes: true, ..s.record.clone() }).unwrap();
-        let mut asked = 0;
-        let mut peer = peer(|| {
-            asked += 1;
-            Some(Fate::Accepted)
-        });
-        // Not reached once: what is owed stays, and the record says by whom it is served.
-        peer.serves = vec![true, false];
-        assert_eq!(resolve(&s.journal, s.record.id, &mut peer, Patience::Once).unwrap(), None);
-        assert_eq!(s.process.state(), "T");
-        let record = s.journal.read(s.record.id).unwrap().unwrap();
-        assert_eq!((record.state, record.owner), (OutgoingState::Serving, own_key().unwrap()));
-        let result = resolve(&s.journal, s.record.id, &mut peer, Patience::Once).unwrap();
-        assert_eq!((result, peer.confirmed), (Some(Resolution::Moved), true));
-        s.process.wait_for("Z");
-        assert_eq!(asked, 1, "what was accepted once is not asked again");
-        assert_eq!(s.journal.read(s.record.id).unwrap(), None);
-    }
-
-    #[test]
-    fn without_an_answer_everything_stays() {
-        let s = scene(OutgoingState::Limbo);
-        assert_eq!(resolve(&s.journal, s.record.id, &mut peer(|| None), Patience::Once).unwrap(), None);
-        assert_eq!(s.process.state(), "T");
-        assert_eq!(s.journal.read(s.record.id).unwrap(), Some(s.record.clone()));
-    }
-
-    #[test]
-    fn a_process_that_was_stopped_before_stays_so() {
-        let s = scene(OutgoingState::Limbo);
-        s.journal.write(&Outgoing { was_stopped: true, ..s.record.clone() }).unwrap();
-        let result = resolve(&s.journal, s.record.id, &mut peer(|| Some(Fate::NotAccepted)), Patience::Once);
-        assert_eq!(result.unwrap(), Some(Resolution::NotMoved));
-        assert_eq!(s.process.state(), "T");
-    }
-
-    /// While we ask, another resolver is done and a new migration of the process has begun.
-    #[test]
-    fn an_answer_that_comes_too_late_changes_nothing() {
-        let s = scene(OutgoingState::Limbo);
-        let (journal, id) = (&s.journal, s.record.id);
-        let mut peer = peer(|| {
-            journal.remove(id).unwrap();
-            Some(Fate::NotAccepted)
-        });
-        assert_eq!(resolve(journal, id, &mut peer, Patience::Once).unwrap(), Some(Resolution::Nothing));
-        assert_eq!(s.process.state(), "T", "the new migration's fence still holds");
-    }
-
-    #[test]
-    fn a_living_source_command_is_left_alone() {
-        let s = scene(OutgoingState::Limbo);
-        let owner = Process::stopped();
-        s.journal.write(&Outgoing { owner: owner.key(), ..s.record.clone() }).unwrap();
-        let result = resolve(&s.journal, s.record.id, &mut peer(|| panic!("asked")), Patience::Once);
-        assert!(matches!(result, Err(ResolveError::OwnerAlive(pid)) if pid == owner.key().pid));
-    }
-
-    #[test]
-    fn another_process_with_the_number_is_not_touched() {
-        let s = scene(OutgoingState::Moved);
-        let process = ProcessKey { start_ticks: s.record.process.start_ticks + 1, ..s.record.process };
-        s.journal.write(&Outgoing { process, ..s.record.clone() }).unwrap();
-        resolve(&s.journal, s.record.id, &mut peer(|| None), Patience::Once).unwrap();
-        assert_eq!(s.process.state(), "T");
-    }
-}
+mod tests;

@@ -5,7 +5,8 @@
 //! is gone, and its journal says what is to be done (see [`resolve`]). No record, nothing to do. So there
 //! is no second account of the migration that could differ from the journal.
 //!
-//! The sentinel has a session of its own, no other descriptor and no terminal. If it is killed too, the
+//! The sentinel has a session of its own, no other descriptor (but that of the lock on the connections, see
+//! [`crate::engine::lock`]) and no terminal. If it is killed too, the
 //! journal remains, and `migrate resume ID` or the next move of the process does the same.
 
 use std::io::{self, Read, Write};
@@ -69,17 +70,18 @@ pub struct Sentinel {
 
 impl Sentinel {
     /// Starts `command` (`/proc/self/exe` with the hidden subcommand that calls [`run_sentinel`]) and waits
-    /// until it is ready to take over.
+    /// until it is ready to take over. `held` is the socket of the lock, which it holds as long as it lives or
+    /// until it lets go ([`crate::engine::lock::let_go`]), in the place of its standard output.
     ///
     /// # Errors
     /// If it cannot be started or does not report.
-    pub fn spawn(mut command: Command) -> Result<Self, SentinelError> {
+    pub fn spawn(mut command: Command, held: Option<OwnedFd>) -> Result<Self, SentinelError> {
         let failed = |step| move |source| SentinelError::Start { step, source };
         let (line, theirs) = UnixStream::pair().map_err(failed("making a socket for"))?;
         let child = command
             .stdin(OwnedFd::from(theirs))
             // An inherited pipe would keep whoever reads it waiting for us.
-            .stdout(Stdio::null())
+            .stdout(held.map_or_else(Stdio::null, Stdio::from))
             .stderr(Stdio::null())
             .spawn()
             .map_err(failed("starting"))?;
@@ -234,7 +236,7 @@ mod tests {
     fn source_process() {
         let dir = test_dir();
         let _inherited = nix::unistd::dup(std::fs::File::open("/proc/self/stat").unwrap()).unwrap();
-        let sentinel = Sentinel::spawn(as_child("sentinel_process", &dir)).unwrap();
+        let sentinel = Sentinel::spawn(as_child("sentinel_process", &dir), None).unwrap();
         let journal = Journal::<Outgoing>::open(&dir).unwrap();
         let mut record = journal.read(ID).unwrap().unwrap();
         let pid = std::process::id();
@@ -275,6 +277,8 @@ mod tests {
             owes: false,
             was_stopped: false,
             addresses: vec![],
+            connections: false,
+            hooks: vec![],
         };
         Journal::open(dir.path()).unwrap().write(&record).unwrap();
 
@@ -315,7 +319,7 @@ mod tests {
     #[test]
     fn dismissed_without_a_record_it_does_nothing() {
         let dir = tempfile::tempdir().unwrap();
-        let mut sentinel = Sentinel::spawn(as_child("sentinel_process", dir.path())).unwrap();
+        let mut sentinel = Sentinel::spawn(as_child("sentinel_process", dir.path()), None).unwrap();
         assert!(sentinel.is_alive());
         sentinel.dismiss();
         assert_eq!(await_file(&dir.path().join("resolution")), "Nothing");
@@ -323,8 +327,8 @@ mod tests {
 
     #[test]
     fn what_is_no_sentinel_is_reported() {
-        let error = Sentinel::spawn(Command::new("true")).unwrap_err();
+        let error = Sentinel::spawn(Command::new("true"), None).unwrap_err();
         assert_eq!(error.to_string(), "waiting for the sentinel");
-        assert!(Sentinel::spawn(Command::new("/nonexistent")).is_err());
+        assert!(Sentinel::spawn(Command::new("/nonexistent"), None).is_err());
     }
 }

@@ -117,8 +117,17 @@ impl Lan {
     /// # Errors
     /// It ended, or did not listen in time.
     pub fn serve(&self, host: &Host) -> Result<Service> {
+        self.serve_with(host, &[])
+    }
+
+    /// Starts `migrate serve` with further options, and waits until it listens.
+    ///
+    /// # Errors
+    /// It ended, or did not listen in time.
+    pub fn serve_with(&self, host: &Host, options: &[&str]) -> Result<Service> {
         let address = format!("{}:{PORT}", self.address(host));
-        let job = host.spawn(&self.migrate(&["serve", "--listen", &address, "--state-dir", STATE, "-v"]))?;
+        let words = ["serve", "--listen", &address, "--state-dir", STATE, "-v"];
+        let job = host.spawn(&self.migrate(&[&words, options].concat()))?;
         host.wait_line(&job, "listening on", 0, LISTENING)?;
         Ok(Service { job, address })
     }

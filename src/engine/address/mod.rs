@@ -158,6 +158,18 @@ pub fn check_destination(specs: &[MoveIp]) -> Result<Vec<Reason>, AddressError> 
     Routes::open()?.check_absent(specs)
 }
 
+/// Which of these addresses this host does not have.
+///
+/// # Errors
+/// If the kernel cannot be asked.
+pub fn absent_here(addresses: &[IpAddr]) -> Result<Vec<IpAddr>, AddressError> {
+    if addresses.is_empty() {
+        return Ok(Vec::new());
+    }
+    let present = Routes::open()?.present()?;
+    Ok(addresses.iter().copied().filter(|ip| !ip.is_loopback() && !present.contains(ip)).collect())
+}
+
 /// Addresses, the device of each, and open sockets: ready to be removed and added without delay.
 #[derive(Debug)]
 pub struct AddressSet {

@@ -198,6 +198,11 @@ impl Routes {
         Ok(all.iter().filter_map(|body| parse_address(body)).collect())
     }
 
+    /// All addresses of this host.
+    pub(super) fn present(&mut self) -> Result<HashSet<IpAddr>, AddressError> {
+        Ok(self.addresses()?.into_iter().map(|found| found.address).collect())
+    }
+
     pub(super) fn add(&mut self, index: u32, address: &Address) -> Result<(), Errno> {
         self.0.request(RTM_NEWADDR, CREATE, &encode(index, address))
     }

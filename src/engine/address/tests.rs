@@ -184,6 +184,15 @@ fn the_destination_wants_a_device_and_no_address() {
     });
 }
 
+#[test]
+fn addresses_that_are_not_here() {
+    in_a_namespace(|| {
+        let ips = |texts: &[&str]| texts.iter().map(|t| t.parse().unwrap()).collect::<Vec<IpAddr>>();
+        let all = ips(&["10.9.0.1", "10.9.0.7", "127.3.3.3", "2001:db8::1", "2001:db8::7", "::1"]);
+        assert_eq!(absent_here(&all).unwrap(), ips(&["10.9.0.7", "2001:db8::7"]));
+    });
+}
+
 /// `b` has an old idea of who has the addresses; adding them on `a` must correct it.
 #[test]
 fn neighbours_learn_the_new_holder() {

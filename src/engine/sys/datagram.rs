@@ -176,22 +176,34 @@ pub fn holds_half_a_datagram(fd: BorrowedFd<'_>) -> bool {
 
 /// The classic packet filter of a socket, empty without one. `EACCES` if it has one of another kind.
 pub fn filter(fd: BorrowedFd<'_>) -> Result<Vec<u8>, Errno> {
+    // Most have none, and a server has sockets by the thousand: first only how many instructions there are.
+    let mut value = Vec::new();
+    let count = read_filter(fd, &mut value)?;
+    if count > 0 {
+        value.resize(FILTER_INSTRUCTIONS * INSTRUCTION_BYTES, 0);
+        let count = read_filter(fd, &mut value)?;
+        value.truncate(count * INSTRUCTION_BYTES);
+    }
+    Ok(value)
+}
+
+/// How many instructions the filter has; they are stored if there is any room.
+fn read_filter(fd: BorrowedFd<'_>, room: &mut [u8]) -> Result<usize, Errno> {
     // The length is in instructions, not in bytes.
-    let mut value = vec![0u8; FILTER_INSTRUCTIONS * INSTRUCTION_BYTES];
-    let mut len = FILTER_INSTRUCTIONS as libc::socklen_t;
-    // SAFETY: `value` is writable for `len` instructions; the kernel writes no more and stores how many.
+    let mut len = (room.len() / INSTRUCTION_BYTES) as libc::socklen_t;
+    // SAFETY: `room` is writable for `len` instructions; the kernel writes no more and stores how many there
+    // are. With a length of zero it writes nothing else.
     let rc = unsafe {
         libc::getsockopt(
             fd.as_raw_fd(),
             libc::SOL_SOCKET,
             libc::SO_GET_FILTER,
-            value.as_mut_ptr().cast(),
+            room.as_mut_ptr().cast(),
             &raw mut len,
         )
     };
     Errno::result(rc)?;
-    value.truncate(len as usize * INSTRUCTION_BYTES);
-    Ok(value)
+    Ok(len as usize)
 }
 
 /// Attaches a classic packet filter.

@@ -16,6 +16,7 @@ pub mod ptrace;
 pub mod queue;
 pub mod shm;
 pub mod socket;
+pub mod tcp;
 pub mod timens;
 pub mod uffd;
 pub mod vm;

@@ -1,9 +1,9 @@
-//! A route netlink socket: requests out, acknowledgements and dumps in, attributes as byte slices.
+//! A netlink socket: requests out, acknowledgements and dumps in, attributes as byte slices.
 //!
-//! Knows the framing, not the meaning: see `engine::address`. The kernel is trusted to answer, not to be
-//! well-formed: every length is checked before a slice is taken.
+//! Knows the framing, not the meaning: see `engine::address` and `engine::lock`. The kernel is trusted to
+//! answer, not to be well-formed: every length is checked before a slice is taken.
 
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use nix::errno::Errno;
 use nix::sys::socket::{
@@ -29,7 +29,10 @@ const NLM_F_DUMP: u16 = 0x300;
 /// `NLM_F_CREATE | NLM_F_EXCL`: make it, `EEXIST` if it is there.
 pub(crate) const CREATE: u16 = 0x600;
 
-/// Body of one answer: the message's own header and its attributes.
+/// `NLA_F_NESTED`.
+const NESTED: u16 = 0x8000;
+
+/// Body of one message: its own header and its attributes.
 pub(crate) type Body = Vec<u8>;
 
 /// A socket of the network namespace that its thread was in when it was made.
@@ -40,10 +43,14 @@ pub(crate) struct Netlink {
 }
 
 impl Netlink {
-    /// Opens the socket.
+    /// Opens the socket for devices, addresses and routes.
     pub(crate) fn open() -> Result<Self, Errno> {
-        let flags = SockFlag::SOCK_CLOEXEC;
-        let fd = socket(AddressFamily::Netlink, SockType::Raw, flags, SockProtocol::NetlinkRoute)?;
+        Self::open_for(SockProtocol::NetlinkRoute)
+    }
+
+    /// Opens a socket of this netlink protocol.
+    pub(crate) fn open_for(protocol: SockProtocol) -> Result<Self, Errno> {
+        let fd = socket(AddressFamily::Netlink, SockType::Raw, SockFlag::SOCK_CLOEXEC, protocol)?;
         bind(fd.as_raw_fd(), &NetlinkAddr::new(0, 0))?;
         setsockopt(&fd, sockopt::ReceiveTimeout, &TimeVal::new(ANSWER_SECONDS, 0))?;
         Ok(Self { fd, sequence: 0 })
@@ -64,40 +71,123 @@ impl Netlink {
         self.exchange(kind, NLM_F_DUMP, body)
     }
 
-    fn exchange(&mut self, kind: u16, flags: u16, body: &[u8]) -> Result<Vec<Body>, Errno> {
-        self.sequence = self.sequence.wrapping_add(1);
-        let length = u32::try_from(HEADER_BYTES + body.len()).map_err(|_| Errno::EMSGSIZE)?;
-        let mut message = Vec::with_capacity(HEADER_BYTES + body.len());
-        message.extend(length.to_ne_bytes());
-        message.extend(kind.to_ne_bytes());
-        message.extend((NLM_F_REQUEST | flags).to_ne_bytes());
-        message.extend(self.sequence.to_ne_bytes());
-        message.extend(0u32.to_ne_bytes());
-        message.extend(body);
-        send(self.fd.as_raw_fd(), &message, MsgFlags::empty())?;
+    /// Like [`Netlink::dump`], for what may be long: hands each object over instead of keeping it.
+    pub(crate) fn for_each(
+        &mut self,
+        kind: u16,
+        body: &[u8],
+        take: &mut dyn FnMut(&[u8]),
+    ) -> Result<(), Errno> {
+        let each = &mut |body: &[u8]| {
+            take(body);
+            Ok(())
+        };
+        let sequence = self.send_one(kind, NLM_F_DUMP, body)?;
+        self.receive(sequence..=sequence, each)
+    }
 
+    /// Sends messages that are carried out all together or not at all, each of (kind, flags, body), between
+    /// `begin` and `end`; the error is the kernel's first.
+    pub(crate) fn transact(
+        &mut self,
+        begin: (u16, &[u8]),
+        messages: &[(u16, u16, Body)],
+        end: (u16, &[u8]),
+    ) -> Result<(), Errno> {
+        let Some(last) = messages.len().checked_sub(1) else { return Ok(()) };
+        let mut bytes = Vec::with_capacity(
+            messages.iter().map(|(_, _, body)| HEADER_BYTES + body.len() + 3).sum::<usize>() + 64,
+        );
+        let first = self.next_sequence();
+        push_message(&mut bytes, begin.0, 0, first, begin.1)?;
+        for (at, (kind, flags, body)) in messages.iter().enumerate() {
+            let sequence = self.next_sequence();
+            // One answer for all of them; those that fail answer in any case.
+            let ack = if at == last { NLM_F_ACK } else { 0 };
+            push_message(&mut bytes, *kind, flags | ack, sequence, body)?;
+        }
+        let answered = self.sequence;
+        let sequence = self.next_sequence();
+        push_message(&mut bytes, end.0, 0, sequence, end.1)?;
+        send(self.fd.as_raw_fd(), &bytes, MsgFlags::empty())?;
+        self.receive(first..=answered, &mut |_| Ok(()))
+    }
+
+    /// Makes room for messages of this many bytes, beyond what the host allows to all.
+    pub(crate) fn allow_long_messages(&self, bytes: usize) -> Result<(), Errno> {
+        setsockopt(&self.fd, sockopt::SndBufForce, &bytes)
+    }
+
+    fn next_sequence(&mut self) -> u32 {
+        self.sequence = self.sequence.wrapping_add(1);
+        self.sequence
+    }
+
+    fn exchange(&mut self, kind: u16, flags: u16, body: &[u8]) -> Result<Vec<Body>, Errno> {
+        let sequence = self.send_one(kind, flags, body)?;
         let mut answers = Vec::new();
+        self.receive(sequence..=sequence, &mut |body| {
+            if answers.len() >= MAX_MESSAGES {
+                return Err(Errno::EMSGSIZE);
+            }
+            answers.push(body.to_vec());
+            Ok(())
+        })?;
+        Ok(answers)
+    }
+
+    fn send_one(&mut self, kind: u16, flags: u16, body: &[u8]) -> Result<u32, Errno> {
+        let sequence = self.next_sequence();
+        let mut message = Vec::with_capacity(HEADER_BYTES + body.len() + 3);
+        push_message(&mut message, kind, flags, sequence, body)?;
+        send(self.fd.as_raw_fd(), &message, MsgFlags::empty())?;
+        Ok(sequence)
+    }
+
+    /// Reads the answers to what was sent with these sequence numbers, up to the first error or the end.
+    fn receive(
+        &mut self,
+        expected: std::ops::RangeInclusive<u32>,
+        take: &mut dyn FnMut(&[u8]) -> Result<(), Errno>,
+    ) -> Result<(), Errno> {
         let mut buffer = vec![0; RECEIVE_BYTES];
         loop {
             let received = recv(self.fd.as_raw_fd(), &mut buffer, MsgFlags::empty())?;
             for (kind, sequence, body) in messages(buffer.get(..received).unwrap_or_default()) {
-                if sequence != self.sequence {
+                if !expected.contains(&sequence) {
                     continue; // the rest of an earlier exchange that ran into its timeout
                 }
                 match kind {
-                    NLMSG_DONE => return Ok(answers),
+                    NLMSG_DONE => return Ok(()),
                     NLMSG_ERROR => {
                         return match i32_at(body, 0).ok_or(Errno::EBADMSG)? {
-                            0 => Ok(answers),
+                            0 => Ok(()),
                             code => Err(Errno::from_raw(code.wrapping_neg())),
                         };
                     }
-                    _ if answers.len() < MAX_MESSAGES => answers.push(body.to_vec()),
-                    _ => return Err(Errno::EMSGSIZE),
+                    _ => take(body)?,
                 }
             }
         }
     }
+}
+
+impl AsFd for Netlink {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+fn push_message(out: &mut Vec<u8>, kind: u16, flags: u16, sequence: u32, body: &[u8]) -> Result<(), Errno> {
+    let length = u32::try_from(HEADER_BYTES + body.len()).map_err(|_| Errno::EMSGSIZE)?;
+    out.extend(length.to_ne_bytes());
+    out.extend(kind.to_ne_bytes());
+    out.extend((NLM_F_REQUEST | flags).to_ne_bytes());
+    out.extend(sequence.to_ne_bytes());
+    out.extend(0u32.to_ne_bytes());
+    out.extend(body);
+    out.resize(out.len().next_multiple_of(4), 0);
+    Ok(())
 }
 
 /// Splits a datagram into messages: kind, sequence, body. Stops at the first that does not fit.
@@ -137,6 +227,18 @@ pub(crate) fn u16_at(bytes: &[u8], at: usize) -> Option<u16> {
 
 pub(crate) fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {
     Some(u32::from_ne_bytes(bytes.get(at..at + 4)?.try_into().ok()?))
+}
+
+/// Appends an attribute that consists of attributes.
+pub(crate) fn push_nested(message: &mut Vec<u8>, kind: u16, fill: impl FnOnce(&mut Vec<u8>)) {
+    let start = message.len();
+    message.extend([0; 4]);
+    fill(message);
+    let length = u16::try_from(message.len() - start).unwrap_or(u16::MAX);
+    if let Some(header) = message.get_mut(start..start + 4) {
+        header[..2].copy_from_slice(&length.to_ne_bytes());
+        header[2..].copy_from_slice(&(kind | NESTED).to_ne_bytes());
+    }
 }
 
 fn i32_at(bytes: &[u8], at: usize) -> Option<i32> {

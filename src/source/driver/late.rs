@@ -9,7 +9,6 @@ use super::{ActionError, Driver, ordered};
 use crate::config::Mode;
 use crate::engine::freeze::Frozen;
 use crate::engine::reason::{Reason, chain};
-use crate::engine::state::files;
 use crate::journal::OutgoingState;
 use crate::operator::protocol::Phase;
 use crate::pageserver::runs;
@@ -109,7 +108,7 @@ impl Driver<'_> {
         if self.state.committed_at.is_none() {
             self.state.committed_at = Some(now);
             // Not at the end: the clients wait for the end of their connections.
-            files::close_peers(std::mem::take(&mut self.state.closing));
+            self.leave_network();
             if !self.state.owes {
                 return Ok(Some(Event::NothingOwed));
             }

@@ -3,7 +3,9 @@
 //! Runs on one thread, which is the tracer of the process. The network has a thread of its own (see
 //! `transport`), so frames leave while the next ones are read.
 
+mod backlog;
 mod late;
+mod network;
 mod perform;
 
 use std::collections::VecDeque;
@@ -25,12 +27,14 @@ use crate::engine::capture::CaptureError;
 use crate::engine::clocks::ClockError;
 use crate::engine::dirty::TrackError;
 use crate::engine::freeze::{FreezeError, Frozen};
+use crate::engine::hook::{self, HookError, Hooks};
 use crate::engine::late::Seen;
+use crate::engine::lock::{Lock, LockError};
 use crate::engine::memory::MemoryError;
 use crate::engine::reason::{Reason, chain};
 use crate::engine::remote::{InjectError, Tid};
 use crate::engine::sleep::SleepBook;
-use crate::engine::state::files::ScannedProcesses;
+use crate::engine::state::files::{Descriptors, ScannedProcesses};
 use crate::engine::undertaker::Undertaker;
 use crate::identity::Node;
 use crate::journal::{Journal, JournalError, Outgoing};
@@ -73,11 +77,17 @@ enum ActionError {
     #[error(transparent)]
     Address(#[from] crate::engine::address::AddressError),
     #[error(transparent)]
+    Hook(#[from] HookError),
+    #[error(transparent)]
+    Lock(#[from] LockError),
+    #[error(transparent)]
     Urgent(#[from] TransportError),
     #[error("starting to push owed pages")]
     Push(#[source] std::io::Error),
     #[error("the destination's list of missing pages")]
     Missing(#[source] FrameError),
+    #[error("sharing the lock with the sentinel")]
+    Share(#[source] std::io::Error),
     #[error("starting a thread")]
     Thread(#[source] std::io::Error),
     #[error("the sentinel has ended")]
@@ -103,6 +113,8 @@ pub(super) struct Driver<'a> {
     pub report: Report,
     /// Processes that preflight has looked at for shared descriptors.
     pub scanned: ScannedProcesses,
+    /// The operator's.
+    pub hooks: Hooks,
     pub state: Held,
 }
 
@@ -114,9 +126,19 @@ pub(super) struct Held {
     undertaker: Option<Undertaker>,
     frozen: Option<Frozen>,
     sleeps: SleepBook,
+    /// Connections that are given up, and those that are carried.
     closing: Vec<OwnedFd>,
+    carried: Vec<OwnedFd>,
     addresses: Option<AddressSet>,
     taken: bool,
+    /// The descriptors of the frozen process, where they were looked at before the capture.
+    descriptors: Option<Descriptors>,
+    /// Keeps connections that are carried quiet, from the freeze on.
+    lock: Option<Lock>,
+    /// The hooks for taking the network away were run, or some of them: they are to be told when it is back.
+    unlock_due: bool,
+    /// The hooks that are told of the resume.
+    resumed: Option<hook::Running>,
     journal: Option<Journal<Outgoing>>,
     sentinel: Option<Sentinel>,
     was_stopped: bool,
@@ -306,6 +328,7 @@ impl Driver<'_> {
         }
         self.count_served();
         self.state.serving = None;
+        self.tell_the_end(&outcome);
         if let Some(link) = self.link.take() {
             let _ = link.finish(FINISH_PATIENCE);
         }
@@ -338,7 +361,7 @@ fn step_name(action: &Action) -> &'static str {
         Action::Announce(_) => "announcing what is to follow",
         Action::Freeze { .. } => "freezing the process",
         Action::Serve => "serving owed pages",
-        Action::TakeAddresses => "taking the addresses",
+        Action::TakeAddresses => "taking the network",
         Action::SendFinal => "sending the final state",
         Action::EnterLimbo => "preparing the commit",
         _ => "switching over",

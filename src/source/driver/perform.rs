@@ -12,9 +12,9 @@ use crate::engine::clocks::{self};
 use crate::engine::dirty::UffdTracker;
 use crate::engine::extents::Extents;
 use crate::engine::freeze::Frozen;
+use crate::engine::lock::Lock;
 use crate::engine::priority;
-use crate::engine::reason::{Reason, chain};
-use crate::engine::state::files::{self, FilesOptions};
+use crate::engine::state::files::FilesOptions;
 use crate::engine::state::mm::{self, FlagCache};
 use crate::engine::state::objects::{self, ObjectBook};
 use crate::engine::undertaker::Undertaker;
@@ -61,6 +61,7 @@ impl Driver<'_> {
             Action::Freeze { reason, eager_pages } => {
                 tracing::info!(?reason, "freezing");
                 self.ensure_attached()?;
+                self.before_the_freeze(clock)?;
                 self.state.eager_pages = eager_pages;
                 priority::urgent();
                 clock.begin("freeze");
@@ -72,7 +73,7 @@ impl Driver<'_> {
                 self.state.frozen = Some(frozen);
                 Ok(Some(Event::Frozen))
             }
-            Action::TakeAddresses => self.take_addresses(clock).map(|()| None),
+            Action::TakeAddresses => self.take_network(clock).map(|()| None),
             Action::SendFinal => self.send_final(clock).map(|()| None),
             Action::EnterLimbo => self.enter_limbo(),
             Action::Connect => Ok(Some(self.reconnect())),
@@ -85,14 +86,7 @@ impl Driver<'_> {
                 Ok(None)
             }
             Action::ReturnAddresses => {
-                if self.state.taken
-                    && let Some(addresses) = self.state.addresses.as_mut()
-                    && let Err(error) = addresses.add()
-                {
-                    tracing::error!(error = &error as &dyn std::error::Error, "giving addresses back");
-                    self.state.reasons.push(Reason::new("addresses", chain(&error), "add them by hand"));
-                }
-                self.state.taken = false;
+                self.return_network();
                 Ok(None)
             }
             Action::Thaw(_right) => {
@@ -103,13 +97,14 @@ impl Driver<'_> {
                 {
                     tracing::error!(%error, "letting the process go");
                 }
+                self.forget_lock();
                 Ok(None)
             }
             Action::Conclude(_right) => {
                 let recorded = self.record(OutgoingState::Moved).is_ok();
                 // Before the kill, which takes the memory apart, and the longer the more there is of it: the
                 // clients wait for the end of their connections.
-                files::close_peers(std::mem::take(&mut self.state.closing));
+                self.leave_network();
                 if let Some(frozen) = self.state.frozen.take() {
                     frozen.kill();
                 }
@@ -152,7 +147,13 @@ impl Driver<'_> {
         self.state.journal = Some(Journal::open(&state_dir)?);
         let mut command = std::process::Command::new("/proc/self/exe");
         command.arg("--state-dir").arg(&state_dir).arg("__sentinel").arg(self.id.to_string());
-        self.state.sentinel = Some(Sentinel::spawn(command)?);
+        if self.config.tcp_established {
+            self.state.lock = Some(Lock::open(&format!("migrate-{}", self.id))?);
+        }
+        // It holds the lock as well: until it has done its work no connection may be reset.
+        let held = self.state.lock.as_ref().map(|lock| lock.socket().try_clone_to_owned());
+        let held = held.transpose().map_err(ActionError::Share)?;
+        self.state.sentinel = Some(Sentinel::spawn(command, held)?);
         if !self.config.move_ips.is_empty() {
             self.state.addresses = Some(AddressSet::at_source(&self.config.move_ips)?);
         }
@@ -243,19 +244,6 @@ impl Driver<'_> {
         Ok(Event::RoundSent(round))
     }
 
-    fn take_addresses(&mut self, clock: &mut PhaseClock) -> Result<(), ActionError> {
-        if self.state.addresses.is_none() {
-            return Ok(());
-        }
-        clock.begin("addresses");
-        self.record(OutgoingState::Taking)?;
-        if let Some(addresses) = self.state.addresses.as_mut() {
-            addresses.remove()?;
-            self.state.taken = true;
-        }
-        Ok(())
-    }
-
     fn send_final(&mut self, clock: &mut PhaseClock) -> Result<(), ActionError> {
         let round = u32::try_from(self.report.rounds.len() + 1).unwrap_or(u32::MAX);
         let sender = self.link.as_ref().ok_or(ActionError::Order)?.sender();
@@ -290,9 +278,15 @@ impl Driver<'_> {
         self.state.owes = precopy.send_rest(round, rest, follow, &mut sink, &go)?;
         posting.remaining(0);
         clock.begin("capture");
-        let options = FilesOptions { tcp_close: self.config.tcp_close, shell_job: self.config.shell_job };
-        let captured = capture::capture(frozen, &options, &self.state.sleeps, guards, &self.scanned)?;
-        self.state.closing = captured.closing;
+        let options = FilesOptions {
+            tcp_established: self.config.tcp_established,
+            tcp_close: self.config.tcp_close,
+            shell_job: self.config.shell_job,
+        };
+        let descriptors = self.state.descriptors.take();
+        let sleeps = &self.state.sleeps;
+        let captured = capture::capture(frozen, &options, sleeps, guards, &self.scanned, descriptors)?;
+        (self.state.closing, self.state.carried) = (captured.closing, captured.carried);
         self.state.seen = captured.seen;
         precopy.send_state(round, &captured.process, &mut sink)?;
         // While the destination is at work.
@@ -328,6 +322,8 @@ impl Driver<'_> {
             owes: self.state.owes,
             was_stopped: self.state.was_stopped,
             addresses: self.state.addresses.as_ref().map(AddressSet::records).unwrap_or_default(),
+            connections: self.config.tcp_established,
+            hooks: self.config.hooks.clone(),
         })
     }
 

@@ -36,7 +36,7 @@ fn record(host: &Host) -> Option<Value> {
 }
 
 /// Waits until the source command has recorded that state; its record.
-fn at_state(host: &Host, job: &Job, state: &str) -> Result<Value> {
+pub(crate) fn at_state(host: &Host, job: &Job, state: &str) -> Result<Value> {
     let what = format!("the record of {state}");
     Ok(wait_for(&what, MOVE, || {
         if let Some(record) = record(host).filter(|record| record["state"] == state) {
@@ -50,7 +50,7 @@ fn at_state(host: &Host, job: &Job, state: &str) -> Result<Value> {
 }
 
 /// The sentinels on a host.
-fn sentinels(host: &Host) -> Result<Vec<i32>> {
+pub(crate) fn sentinels(host: &Host) -> Result<Vec<i32>> {
     let is_one = |pid: i32| {
         let words = std::fs::read(host.proc(pid).join("cmdline")).unwrap_or_default();
         words.split(|byte| *byte == 0).any(|word| word == b"__sentinel")
@@ -97,12 +97,12 @@ fn limbo(lan: &Lan, accepted: bool) -> Result {
     ensure(lan.b.exit_of(service.job.pid).is_none(), || "the service has ended".to_owned())
 }
 
-fn stopped(host: &Host, pid: i32) -> bool {
+pub(crate) fn stopped(host: &Host, pid: i32) -> bool {
     let status = std::fs::read_to_string(host.proc(pid).join("status")).unwrap_or_default();
     status.contains("State:\tT (stopped)") && status.contains("TracerPid:\t0")
 }
 
-fn resume(lan: &Lan, id: &str) -> Result<Outcome> {
+pub(crate) fn resume(lan: &Lan, id: &str) -> Result<Outcome> {
     Ok(lan.run(&lan.a, &["resume", id, "--json", "--state-dir", STATE], Duration::from_secs(60))?)
 }
 

@@ -4,9 +4,11 @@ mod clocks;
 mod crash;
 mod drain;
 mod grounds;
+mod hooks;
 mod hosts;
 mod kinds;
 mod limbo;
+mod lock;
 mod moves;
 mod network;
 mod operator;
@@ -14,6 +16,7 @@ mod refusals;
 mod segments;
 mod servers;
 mod storm;
+mod tcp;
 
 use crate::case::Case;
 
@@ -27,8 +30,11 @@ pub(crate) fn all() -> Vec<Case> {
         kinds::moved(),
         segments::cases(),
         servers::cases(),
+        tcp::cases(),
         network::cases(),
         operator::cases(),
+        hooks::cases(),
+        lock::cases(),
         clocks::cases(),
         moves::cases(),
         drain::cases(),

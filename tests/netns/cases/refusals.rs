@@ -1,5 +1,7 @@
 //! Every refusal: exit status 1, all reasons in one go, the process unharmed, nothing at the destination.
 
+use std::io::{Read, Write};
+use std::net::TcpStream;
 use std::time::Duration;
 
 use migrate::testbed::{Host, Lan, Outcome, PRIVATE, Spawn};
@@ -51,6 +53,7 @@ pub(crate) fn cases() -> Vec<Case> {
         Case::new("refusals/zombie", zombie),
         Case::new("refusals/pid_taken", pid_taken),
         Case::new("refusals/port_bound", port_bound),
+        Case::new("refusals/tcp_address_stays", tcp_address_stays),
         Case::new("refusals/file_differs", file_differs),
         Case::new("refusals/unreachable", unreachable),
         Case::new("refusals/usage", usage),
@@ -81,6 +84,20 @@ pub(crate) fn says(outcome: &Outcome, words: &[&str]) -> Result {
         ensure(reasons.contains(word), || format!("no reason names {word:?}: {}", whole()))?;
     }
     Ok(())
+}
+
+/// A connection cannot move where its address does not.
+fn tcp_address_stays(lan: &Lan) -> Result {
+    let workload = Workload::start(&lan.a, "tcp_echo", &["7"])?;
+    let dial = || TcpStream::connect((Lan::SERVICE, 7_u16));
+    let mut client = lan.client("dial", dial)?.join().map_err(|_| "the client panicked")???;
+    let mut answer = [0; 5];
+    client.write_all(b"there")?;
+    client.read_exact(&mut answer)?;
+    refused(lan, workload, &["--tcp-established"], &[Lan::SERVICE, "move-ip"])?;
+    client.write_all(b"still")?;
+    client.read_exact(&mut answer)?;
+    ensure(&answer == b"still", || format!("{answer:?}"))
 }
 
 fn no_process(lan: &Lan, pid: i32, words: &[&str]) -> Result {

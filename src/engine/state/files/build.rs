@@ -6,6 +6,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
 use super::capture::boot_id;
+use super::tcp::{NewSockets, SilentConnections};
 use super::unix_names::UnixNames;
 use super::{
     RestoreFilesError, Trouble, errno_of, eventfd, ip_socket, memfd, netlink, path, pipe, signalfd, tcp,
@@ -15,7 +16,7 @@ use crate::engine::clocks::Shift;
 use crate::engine::state::objects::Objects;
 use crate::engine::sys::fds;
 use crate::proto::files::description::Kind;
-use crate::proto::files::{Description, Files};
+use crate::proto::files::{Description, Files, TcpConnection};
 
 /// Most descriptors of a process: the kernel's default for `fs.nr_open`.
 const MAX_FDS: u32 = 1 << 20;
@@ -26,6 +27,7 @@ pub struct Built {
     pub(super) files: Files,
     /// One per description; those that only the process can make are still missing.
     pub(super) made: Vec<Option<OwnedFd>>,
+    silent: SilentConnections,
     /// Datagrams that were not read yet and are not in the new sockets, as if the network had lost them.
     pub lost_datagrams: u64,
     /// Names of unix sockets, to be published when the process is about to run.
@@ -40,6 +42,11 @@ struct Extras {
 }
 
 impl Built {
+    /// The connections, to be woken once the process is ours.
+    pub fn take_connections(&mut self) -> SilentConnections {
+        std::mem::take(&mut self.silent)
+    }
+
     /// The first descriptor that leads to a description: for error messages.
     pub(super) fn number_of(&self, description: usize) -> u32 {
         number_of(&self.files, description)
@@ -74,9 +81,8 @@ pub fn build(
     let mut made = Vec::with_capacity(files.descriptions.len());
     let mut extras = Extras::default();
     for (index, description) in files.descriptions.iter().enumerate() {
-        let number = number_of(files, index);
         let fd = make(description, same_kernel, shift, stdio_log, &mut pipes, objects, &mut extras)
-            .map_err(|t| t.for_fd(number))?;
+            .map_err(|t| t.for_fd(number_of(files, index)))?;
         made.push(fd);
     }
     let Extras { lost_datagrams, names } = extras;
@@ -84,7 +90,42 @@ pub fn build(
     if lost_datagrams > 0 {
         tracing::warn!(lost_datagrams, "unread datagrams were lost on the way");
     }
-    Ok(Built { files: files.clone(), made, lost_datagrams, names })
+    let silent = connect(files, &mut made)?;
+    Ok(Built { files: outline(files), made, silent, lost_datagrams, names })
+}
+
+/// The connections, in TCP_REPAIR. Last: there they bind beside a socket that will listen on their port,
+/// which the other way round is refused.
+fn connect(files: &Files, made: &mut [Option<OwnedFd>]) -> Result<SilentConnections, RestoreFilesError> {
+    let (mut silent, mut new) = (SilentConnections::default(), NewSockets::default());
+    for (index, (description, made)) in files.descriptions.iter().zip(made).enumerate() {
+        if let Some(Kind::TcpConnection(image)) = &description.kind {
+            let connected = silent.add(image, description.flags.cast_signed(), &mut new).and_then(|fd| {
+                finish(&fd, description)?;
+                Ok(fd)
+            });
+            *made = Some(connected.map_err(|t| t.for_fd(number_of(files, index)))?);
+        }
+    }
+    Ok(silent)
+}
+
+/// The description without what only the making of connections needs, which may be much.
+fn outline(files: &Files) -> Files {
+    let outlined = |d: &Description| match d.kind {
+        Some(Kind::TcpConnection(_)) => {
+            let kind = Some(Kind::TcpConnection(TcpConnection::default()));
+            Description { flags: d.flags, owned: d.owned, signal: d.signal, kind }
+        }
+        _ => d.clone(),
+    };
+    Files {
+        fds: files.fds.clone(),
+        descriptions: files.descriptions.iter().map(outlined).collect(),
+        pipes: files.pipes.clone(),
+        pairs: files.pairs.clone(),
+        boot_id: files.boot_id.clone(),
+    }
 }
 
 fn validate(files: &Files) -> Result<(), RestoreFilesError> {
@@ -150,7 +191,8 @@ fn make(
         }
         Kind::Netlink(image) => netlink::make(image)?,
         Kind::UnixSingle(image) => unix_single::make(image, &mut extras.names)?,
-        Kind::UnixEnd(_) => return Ok(None),
+        // Made elsewhere.
+        Kind::UnixEnd(_) | Kind::TcpConnection(_) => return Ok(None),
         Kind::LeftBehind(left) => return leave(left.input, stdio_log).map(Some),
     };
     finish(&fd, description)?;

@@ -4,7 +4,7 @@
 mod sockets;
 mod unix;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::ffi::OsString;
 use std::fs;
 use std::os::fd::OwnedFd;
@@ -12,7 +12,7 @@ use std::os::fd::OwnedFd;
 use nix::errno::Errno;
 
 use super::holders::{Holders, ScannedProcesses};
-use super::scan::{Open, Table};
+use super::scan::{Descriptors, Open, Table};
 use super::tcp;
 use super::{
     CaptureFilesError, FilesCheck, FilesOptions, Stop, epoll, eventfd, memfd, path, pipe, signalfd, timerfd,
@@ -32,6 +32,8 @@ pub struct CapturedFiles {
     /// Connections to end after the commit, by [`super::close_peers`]. Until then, they keep the
     /// connections alive even if the process is gone.
     pub closing: Vec<OwnedFd>,
+    /// Connections that are carried: to be dropped after the commit, by [`super::drop_silently`].
+    pub carried: Vec<OwnedFd>,
 }
 
 /// Looks at a running process: every reason against a move at once.
@@ -64,7 +66,7 @@ pub fn check(pid: Tid, options: &FilesOptions) -> Result<FilesCheck, CaptureFile
 /// # Errors
 /// [`CaptureFilesError::Refused`] if something cannot be carried, with every such thing.
 pub fn capture(pid: Tid, options: &FilesOptions) -> Result<CapturedFiles, CaptureFilesError> {
-    capture_after(pid, options, &ScannedProcesses::default())
+    capture_after(Descriptors::take(pid)?, options, &ScannedProcesses::default())
 }
 
 /// Like [`capture`], after [`check`]: passes over the other processes that it has looked at
@@ -73,26 +75,33 @@ pub fn capture(pid: Tid, options: &FilesOptions) -> Result<CapturedFiles, Captur
 /// # Errors
 /// As [`capture`].
 pub fn capture_after(
-    pid: Tid,
+    descriptors: Descriptors,
     options: &FilesOptions,
     scanned: &ScannedProcesses,
 ) -> Result<CapturedFiles, CaptureFilesError> {
-    let table = Table::read(pid, false)?;
+    let table = Table::of(descriptors)?;
+    let pid = table.pid;
     let collected = Collector::new(&table, options, true, scanned).collect();
     let reasons = collected.reasons(&table, false)?;
     if !reasons.is_empty() {
         return Err(CaptureFilesError::Refused { pid, reasons });
     }
-    let closing_descriptions = collected.closing.clone();
+    let to_close: HashSet<usize> = collected.closing.iter().copied().collect();
     let image = collected.into_files(&table);
-    let mut closing = Vec::new();
+    let (mut closing, mut carried) = (Vec::new(), Vec::new());
     for (index, open) in table.opens.into_iter().enumerate() {
-        let is_first = table.description_of.get(index).is_some_and(|d| table.first.get(*d) == Some(&index));
-        if is_first && table.description_of.get(index).is_some_and(|d| closing_descriptions.contains(d)) {
+        let Some(description) = table.description_of.get(index) else { continue };
+        if table.first.get(*description) != Some(&index) {
+            continue;
+        }
+        let kind = image.descriptions.get(*description).and_then(|d| d.kind.as_ref());
+        if to_close.contains(description) {
             closing.push(OwnedFd::from(open.ours));
+        } else if matches!(kind, Some(Kind::TcpConnection(_))) {
+            carried.push(OwnedFd::from(open.ours));
         }
     }
-    Ok(CapturedFiles { image, closing })
+    Ok(CapturedFiles { image, closing, carried })
 }
 
 /// What became of each description, and the objects that several of them share.
@@ -121,6 +130,8 @@ struct Collector<'a> {
     /// By inode: pair and end.
     unix_index: HashMap<u64, Result<(u32, u32), Stop>>,
     closing: Vec<usize>,
+    /// Bytes that the queues of connections may still have.
+    room: usize,
 }
 
 fn index(len: usize) -> u32 {
@@ -130,18 +141,20 @@ fn index(len: usize) -> u32 {
 impl<'a> Collector<'a> {
     fn new(table: &'a Table, options: &'a FilesOptions, contents: bool, known: &ScannedProcesses) -> Self {
         let network = |pid: &str| fs::read_link(format!("/proc/{pid}/ns/net")).ok();
+        // Of the thread: tests give theirs another one.
         Self {
             table,
             options,
             contents,
             holders: Holders::find(table, known),
-            other_network: network(&table.pid.to_string()) != network("self"),
+            other_network: network(&table.pid.to_string()) != network("thread-self"),
             shift: clocks::shift_of(table.pid).ok(),
             pipes: Vec::new(),
             pipe_index: HashMap::new(),
             pairs: Vec::new(),
             unix_index: HashMap::new(),
             closing: Vec::new(),
+            room: tcp::MAX_QUEUED_BYTES,
         }
     }
 
@@ -169,6 +182,7 @@ impl<'a> Collector<'a> {
                 }
             }
         }
+        self.examine_connections(&mut kinds);
         let tasks = fs::read_dir(format!("/proc/{}/task", table.pid)).into_iter().flatten().flatten();
         let foreign_tables = tasks
             .filter_map(|e| e.file_name().to_str()?.parse::<Tid>().ok())
@@ -176,6 +190,25 @@ impl<'a> Collector<'a> {
             .collect();
         let Self { pipes, pairs, closing, holders, .. } = self;
         Collected { kinds, signals, pipes, pairs, closing, foreign_tables, scanned: holders.scanned }
+    }
+
+    /// What shows only when all connections are known.
+    fn examine_connections(&self, kinds: &mut [Result<Kind, Stop>]) {
+        let connections = kinds.iter().enumerate().filter_map(|(at, kind)| match kind {
+            Ok(Kind::TcpConnection(image)) => Some((at, image)),
+            _ => None,
+        });
+        let mut connections = connections.peekable();
+        let Some(first) = connections.peek().map(|(at, _)| *at) else { return };
+        let stops = match tcp::examine(connections, self.contents) {
+            Ok(found) => found.into_iter().map(|(at, why)| (at, Stop::refuse(why))).collect(),
+            Err(errno) => vec![(first, Stop::Failed { step: "asking the kernel about connections", errno })],
+        };
+        for (at, stop) in stops {
+            if let Some(kind) = kinds.get_mut(at) {
+                *kind = Err(stop);
+            }
+        }
     }
 
     /// Whether the process asked for SIGIO, and by which signal.
@@ -299,7 +332,10 @@ impl Collected {
                 Err(Stop::Refused { why, remedy }) => {
                     reasons.push(Reason::new(format!("fd {number}"), why.clone(), *remedy));
                 }
-                Err(Stop::Failed { errno: Errno::EBADF | Errno::ENOENT | Errno::ESRCH, .. }) if running => {}
+                Err(Stop::Failed {
+                    errno: Errno::EBADF | Errno::ENOENT | Errno::ESRCH | Errno::ENOTCONN,
+                    ..
+                }) if running => {}
                 Err(Stop::Failed { step, errno }) => {
                     return Err(CaptureFilesError::Descriptor { step, pid, number, errno: *errno });
                 }

@@ -71,6 +71,10 @@ pub fn install(
         }
     }
     for (index, description) in built.files.descriptions.iter().enumerate() {
+        let is_async = description.flags.cast_signed() & libc::O_ASYNC != 0;
+        if !is_async && !description.owned && !matches!(description.kind, Some(Kind::Epoll(_))) {
+            continue;
+        }
         let number = built.number_of(index);
         if let Some(Kind::Epoll(epoll)) = &description.kind {
             for watch in &epoll.watches {
@@ -80,7 +84,7 @@ pub fn install(
         if description.owned {
             calls.add(libc::SYS_fcntl, &[number.into(), libc::F_SETOWN.into(), own_pid.into()])?;
         }
-        if description.flags.cast_signed() & libc::O_ASYNC != 0 {
+        if is_async {
             calls.add(libc::SYS_fcntl, &[number.into(), libc::F_SETFL.into(), description.flags.into()])?;
         }
     }

@@ -5,6 +5,8 @@
 //! - [`build()`] makes the open file descriptions as descriptors of ours, [`install()`] gives them to the
 //!   process at their numbers.
 //! - [`close_peers`] ends the connections that `--tcp-close` gave up, after the commit.
+//! - Live TCP connections (`--tcp-established`) are made silent, and come to life after the acceptance
+//!   ([`SilentConnections`]); at the source they are then dropped, silently too ([`drop_silently`]).
 //!
 //! Descriptors are duplicated from the process (`pidfd_getfd`), so everything is asked of the object
 //! itself and not of a path that may lead elsewhere by now. What is not known here is refused by name.
@@ -46,12 +48,18 @@ pub use capture::{CapturedFiles, capture, capture_after, check};
 pub use holders::ScannedProcesses;
 pub use install::install;
 pub use path::{add_content, compare_here, describe};
-pub use tcp::{ListenPort, close_peers, port_free};
+pub use scan::Descriptors;
+pub use tcp::{
+    ListenPort, SilentConnections, close_peers, drop_connections, drop_silently, is_unsettled, leave_repair,
+    port_free, unsettled, wake_connections,
+};
 pub use unix_names::UnixNames;
 
 /// What the operator allows.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct FilesOptions {
+    /// Carry live TCP connections.
+    pub tcp_established: bool,
     /// Give established TCP connections up.
     pub tcp_close: bool,
     /// Leave standard streams behind that lead out of the process.
@@ -182,6 +190,17 @@ enum Trouble {
     Differs(String),
     Invalid(&'static str),
     File(Reason),
+}
+
+impl std::fmt::Display for Trouble {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Trouble::Step(step, errno) => write!(f, "{step}: {errno}"),
+            Trouble::Differs(what) => write!(f, "{what} does not take the value it had"),
+            Trouble::Invalid(what) => write!(f, "{what} is not valid"),
+            Trouble::File(reason) => reason.fmt(f),
+        }
+    }
 }
 
 impl Trouble {

@@ -1,12 +1,12 @@
 //! The descriptor table of a process: each descriptor duplicated into ours, with what fdinfo says of it,
 //! and which of them share an open file description.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File, Metadata};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 
 use nix::errno::Errno;
 
@@ -63,6 +63,46 @@ fn field_of<'a>(line: &'a str, name: &str) -> Option<&'a str> {
     Some(line.strip_prefix(name)?.strip_prefix(':')?.trim())
 }
 
+/// One that is ours too by now, of which nothing was asked yet but what it is.
+#[derive(Debug)]
+struct Duplicate {
+    number: i32,
+    ours: File,
+    stat: Metadata,
+}
+
+/// The descriptors of a stopped process. What is to be known of them early, before the state is captured, is
+/// asked of these duplicates: to take them is half of the work.
+#[derive(Debug)]
+pub struct Descriptors {
+    pid: Tid,
+    /// Ascending by number.
+    duplicates: Vec<Duplicate>,
+}
+
+impl Descriptors {
+    /// Takes all of them.
+    ///
+    /// # Errors
+    /// If the process is gone or cannot be looked at.
+    pub fn take(pid: Tid) -> Result<Self, CaptureFilesError> {
+        let (pidfd, numbers) = numbers_of(pid)?;
+        let take = |number| duplicate(&pidfd, number).map_err(|cause| cause_of(pid, number, cause));
+        let duplicates = numbers.into_iter().map(take).collect::<Result<_, _>>()?;
+        Ok(Self { pid, duplicates })
+    }
+
+    /// The inodes of its sockets, by which the kernel lists them.
+    pub fn socket_inodes(&self) -> HashSet<u64> {
+        self.duplicates.iter().filter(|d| d.stat.file_type().is_socket()).map(|d| d.stat.ino()).collect()
+    }
+
+    /// Its sockets.
+    pub(super) fn sockets(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        self.duplicates.iter().filter(|d| d.stat.file_type().is_socket()).map(|d| d.ours.as_fd())
+    }
+}
+
 /// All descriptors of a process, and its descriptions.
 #[derive(Debug)]
 pub(super) struct Table {
@@ -78,33 +118,29 @@ pub(super) struct Table {
 impl Table {
     /// Reads the table. With `running`, descriptors that vanish meanwhile are passed over.
     pub(super) fn read(pid: Tid, running: bool) -> Result<Self, CaptureFilesError> {
-        let pidfd = pidfd::PidFd::open(pid.unsigned_abs()).map_err(|errno| match errno {
-            Errno::ESRCH => CaptureFilesError::Gone(pid),
-            errno => CaptureFilesError::Process { step: "opening a pidfd", pid, errno },
-        })?;
-        let listing = format!("/proc/{pid}/fd");
-        let list_error = |e: std::io::Error| CaptureFilesError::Process {
-            step: "listing the descriptors",
-            pid,
-            errno: errno_of(&e),
-        };
-        let mut numbers = Vec::new();
-        for entry in fs::read_dir(listing).map_err(list_error)? {
-            let name = entry.map_err(list_error)?.file_name();
-            numbers.extend(name.to_str().and_then(|s| s.parse::<i32>().ok()));
-        }
-        numbers.sort_unstable();
+        let (pidfd, numbers) = numbers_of(pid)?;
         let mut opens = Vec::with_capacity(numbers.len());
         for number in numbers {
-            match read_one(pid, &pidfd, number) {
+            match duplicate(&pidfd, number).and_then(|duplicate| look(pid, duplicate)) {
                 Ok(open) => opens.push(open),
                 Err((_, Errno::EBADF | Errno::ENOENT)) if running => {}
-                Err((_, Errno::ESRCH)) => return Err(CaptureFilesError::Gone(pid)),
-                Err((step, errno)) => {
-                    return Err(CaptureFilesError::Descriptor { step, pid, number, errno });
-                }
+                Err(cause) => return Err(cause_of(pid, number, cause)),
             }
         }
+        Self::group(pid, opens, running)
+    }
+
+    /// The table of a stopped process whose descriptors were taken already.
+    pub(super) fn of(descriptors: Descriptors) -> Result<Self, CaptureFilesError> {
+        let Descriptors { pid, duplicates } = descriptors;
+        let look = |duplicate: Duplicate| {
+            let number = duplicate.number;
+            look(pid, duplicate).map_err(|cause| cause_of(pid, number, cause))
+        };
+        Self::group(pid, duplicates.into_iter().map(look).collect::<Result<_, _>>()?, false)
+    }
+
+    fn group(pid: Tid, opens: Vec<Open>, running: bool) -> Result<Self, CaptureFilesError> {
         let (description_of, first) = group(pid, &opens, running)?;
         Ok(Self { pid, opens, description_of, first })
     }
@@ -120,17 +156,54 @@ impl Table {
     }
 }
 
-fn read_one(pid: Tid, pidfd: &pidfd::PidFd, number: i32) -> Result<Open, (&'static str, Errno)> {
+/// A process that may run, and the numbers of its descriptors, ascending.
+pub(super) fn numbers_of(pid: Tid) -> Result<(pidfd::PidFd, Vec<i32>), CaptureFilesError> {
+    let pidfd = pidfd::PidFd::open(pid.unsigned_abs()).map_err(|errno| match errno {
+        Errno::ESRCH => CaptureFilesError::Gone(pid),
+        errno => CaptureFilesError::Process { step: "opening a pidfd", pid, errno },
+    })?;
+    let failed = |e: std::io::Error| CaptureFilesError::Process {
+        step: "listing the descriptors",
+        pid,
+        errno: errno_of(&e),
+    };
+    let mut numbers = Vec::new();
+    for entry in fs::read_dir(format!("/proc/{pid}/fd")).map_err(failed)? {
+        let name = entry.map_err(failed)?.file_name();
+        numbers.extend(name.to_str().and_then(|s| s.parse::<i32>().ok()));
+    }
+    numbers.sort_unstable();
+    Ok((pidfd, numbers))
+}
+
+/// What failed, and the kernel's answer.
+type Cause = (&'static str, Errno);
+
+fn cause_of(pid: Tid, number: i32, (step, errno): Cause) -> CaptureFilesError {
+    match errno {
+        Errno::ESRCH => CaptureFilesError::Gone(pid),
+        errno => CaptureFilesError::Descriptor { step, pid, number, errno },
+    }
+}
+
+fn duplicate(pidfd: &pidfd::PidFd, number: i32) -> Result<Duplicate, Cause> {
+    let ours = File::from(pidfd::take_fd(pidfd.as_fd(), number).map_err(|e| ("duplicating", e))?);
+    let stat = ours.metadata().map_err(|e| ("reading attributes", errno_of(&e)))?;
+    Ok(Duplicate { number, ours, stat })
+}
+
+fn look(pid: Tid, Duplicate { number, ours, stat }: Duplicate) -> Result<Open, Cause> {
     let failed = |step: &'static str| move |e: std::io::Error| (step, errno_of(&e));
-    let ours = pidfd::take_fd(pidfd.as_fd(), number).map_err(|e| ("duplicating", e))?;
     // The target's own fdinfo: locks are listed only for the table that took them.
     let bytes = fs::read(format!("/proc/{pid}/fdinfo/{number}")).map_err(failed("reading fdinfo"))?;
     let info = String::from_utf8_lossy(&bytes).into_owned();
-    let ours = File::from(ours);
-    let link = fs::read_link(format!("/proc/self/fd/{}", ours.as_raw_fd()))
-        .map_err(failed("reading the link"))?
-        .into_os_string();
-    let stat = ours.metadata().map_err(failed("reading attributes"))?;
+    // A socket's link says nothing more, and a server has them by the thousand.
+    let link = match stat.file_type().is_socket() {
+        true => OsString::from(format!("socket:[{}]", stat.ino())),
+        false => fs::read_link(format!("/proc/self/fd/{}", ours.as_raw_fd()))
+            .map_err(failed("reading the link"))?
+            .into_os_string(),
+    };
     let flags = fds::status_flags(ours.as_fd()).map_err(|e| ("reading flags", e))?;
     let field = |name| info.lines().find_map(|l| field_of(l, name));
     let all_flags = field("flags").and_then(|s| i32::from_str_radix(s, 8).ok());

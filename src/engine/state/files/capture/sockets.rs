@@ -22,7 +22,8 @@ impl Collector<'_> {
         match (domain, kind, protocol) {
             (libc::AF_UNIX, ..) => self.unix_end(open, kind),
             (libc::AF_INET | libc::AF_INET6, libc::SOCK_STREAM, libc::IPPROTO_TCP) => {
-                match tcp::capture(open, self.options.tcp_close)? {
+                let room = self.contents.then_some(&mut self.room);
+                match tcp::capture(open, self.options, room)? {
                     Tcp::Idle(image) => {
                         // Held so that connections which arrive after the freeze are ended cleanly.
                         if image.listening {
@@ -30,6 +31,10 @@ impl Collector<'_> {
                         }
                         Ok(Kind::Tcp(image))
                     }
+                    Tcp::Live(image) => match self.holders.others(&open.link) {
+                        Some(pids) => self.held_too(open, "a TCP connection", &pids),
+                        None => Ok(Kind::TcpConnection(image)),
+                    },
                     Tcp::Dead { image, close_later } => {
                         if close_later {
                             self.closing.push(description);
@@ -58,15 +63,21 @@ impl Collector<'_> {
     }
 }
 
+const AF_SMC: i32 = 43;
+
 fn socket_words(domain: i32, kind: i32, protocol: i32) -> String {
     match (domain, kind) {
         (libc::AF_INET | libc::AF_INET6, libc::SOCK_DGRAM) => {
             format!("a datagram socket of IP protocol {protocol}")
         }
+        (libc::AF_INET | libc::AF_INET6, libc::SOCK_STREAM) if protocol == libc::IPPROTO_MPTCP => {
+            "an MPTCP socket".to_owned()
+        }
         (libc::AF_INET | libc::AF_INET6, libc::SOCK_STREAM) => {
             format!("a stream socket of IP protocol {protocol}")
         }
         (libc::AF_PACKET, _) => "a packet socket".to_owned(),
+        (AF_SMC, _) => "an SMC socket".to_owned(),
         (libc::AF_VSOCK, _) => "a vsock socket".to_owned(),
         _ => format!("a socket of family {domain}"),
     }

@@ -8,7 +8,9 @@
     clippy::cast_sign_loss
 )]
 
+mod connections;
 mod ip;
+mod network;
 mod objects;
 mod refusals;
 mod sockets;
@@ -18,7 +20,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
-use super::{CapturedFiles, FilesOptions, build, capture, install};
+use super::{CapturedFiles, FilesOptions, SilentConnections, build, capture, install};
 use crate::engine::clocks::Shift;
 use crate::engine::freeze::Frozen;
 use crate::engine::remote::{Arg, Batch, RemoteCalls};
@@ -194,7 +196,7 @@ pub(super) fn options() -> FilesOptions {
 /// Captures `source`, ends it, and builds its descriptors again in a new process.
 pub(super) fn moved(source: Held, options: &FilesOptions) -> Held {
     let before = source.listing();
-    let CapturedFiles { image, closing } = capture(source.pid(), options).unwrap();
+    let CapturedFiles { image, closing, .. } = capture(source.pid(), options).unwrap();
     drop(source);
     super::close_peers(closing);
     let there = arrive(&image, None);
@@ -205,11 +207,20 @@ pub(super) fn moved(source: Held, options: &FilesOptions) -> Held {
 }
 
 pub(super) fn arrive(image: &crate::proto::files::Files, log: Option<&std::path::Path>) -> Held {
+    arrive_silent(image, log).0
+}
+
+/// With connections that are to be woken.
+pub(super) fn arrive_silent(
+    image: &crate::proto::files::Files,
+    log: Option<&std::path::Path>,
+) -> (Held, SilentConnections) {
     let (ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
     let mut there = Held::start(Stdio::from(OwnedFd::from(theirs)));
     let mut built = build(image, log, &Shift::default(), &Objects::default()).unwrap();
+    let silent = built.take_connections();
     let mut names = std::mem::take(&mut built.names);
     install(there.calls(), 0, ours.as_fd(), built).unwrap();
     names.publish();
-    there
+    (there, silent)
 }

@@ -4,7 +4,9 @@ use std::io::{Read, Write};
 use std::os::fd::AsFd;
 
 use super::{Held, arrive, options};
-use crate::engine::state::files::{FilesOptions, capture, check, compare_here, describe};
+use crate::engine::state::files::{
+    Descriptors, FilesOptions, capture, capture_after, check, compare_here, describe,
+};
 use crate::engine::sys::socket;
 
 /// The reasons of preflight and of the capture, which must agree.
@@ -107,7 +109,7 @@ fn pipes_that_lead_out_are_refused_or_left_behind() {
         seen.iter().all(|r| r.contains("--shell-job") && r.contains("leads out") && r.contains(&us)),
         "{seen:?}"
     );
-    let job = FilesOptions { shell_job: true, tcp_close: false };
+    let job = FilesOptions { shell_job: true, ..options() };
     assert!(reasons(&s, &job).is_empty());
     let image = capture(s.pid(), &job).unwrap().image;
     drop((w, ours));
@@ -150,10 +152,11 @@ fn a_process_started_since_preflight_is_looked_at() {
     s.call(libc::SYS_socket, &[libc::AF_INET.into(), libc::SOCK_DGRAM.into(), 0]);
     let seen = check(s.pid(), &options()).unwrap();
     assert!(seen.reasons.is_empty());
-    super::super::capture_after(s.pid(), &options(), &seen.scanned).unwrap();
+    let again = |s: &Held| capture_after(Descriptors::take(s.pid()).unwrap(), &options(), &seen.scanned);
+    again(&s).unwrap();
     let child = s.call(libc::SYS_fork, &[]);
     // The child came out of the injected call and is ours to end, whatever it runs into.
-    let refused = super::super::capture_after(s.pid(), &options(), &seen.scanned);
+    let refused = again(&s);
     nix::sys::signal::kill(nix::unistd::Pid::from_raw(child as i32), nix::sys::signal::Signal::SIGKILL)
         .unwrap();
     let Err(super::super::CaptureFilesError::Refused { reasons, .. }) = refused else {

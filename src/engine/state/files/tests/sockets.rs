@@ -202,7 +202,7 @@ fn closed_connection_ends_cleanly_at_both_sides_and_sends_nothing() {
     let refused = super::capture(s.pid(), &options()).unwrap_err().to_string();
     assert!(refused.contains("2 descriptors"), "{refused}");
     assert!(refused.contains("--tcp-close"), "{refused}");
-    let give_up = FilesOptions { tcp_close: true, shell_job: false };
+    let give_up = FilesOptions { tcp_close: true, ..options() };
     let mut d = moved(s, &give_up);
     // The clients: an end, not a reset, also for the one that was never accepted.
     assert_eq!(client.read(&mut [0; 8]).unwrap(), 0);

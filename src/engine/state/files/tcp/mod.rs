@@ -1,4 +1,6 @@
-//! TCP sockets: those that listen or have no connection yet, and those whose connection is given up.
+//! TCP sockets: those that listen or have no connection, and connections, carried or given up.
+//!
+//! A live connection is carried with `--tcp-established`: see [`connection`] and [`live`].
 //!
 //! A connection given up with `--tcp-close` is only described at the source. The destination makes a
 //! socket as a connection leaves it that the network has ended: it reads EOF, writes give EPIPE, poll
@@ -7,8 +9,14 @@
 //! with EPERM; with repair off it sends its FIN again and again.) The peer learns of the end from the
 //! source, by [`close_peers`] after the commit.
 
+mod connection;
+mod diag;
+mod list;
+mod live;
+mod table;
+
 use std::ffi::c_int;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use libc::{AF_INET, AF_INET6, IPPROTO_IP, IPPROTO_IPV6, IPPROTO_TCP, SOL_SOCKET};
@@ -18,16 +26,26 @@ use nix::sys::socket::{MsgFlags, Shutdown, recv, shutdown};
 use super::inet::{ip_of, octets};
 use super::options::{self, COMMON, TCP, TCP_DEAD};
 use super::scan::Open;
-use super::{Stop, Trouble};
+use super::{FilesOptions, Stop, Trouble};
 use crate::engine::reason::Reason;
-use crate::engine::sys::{fds, socket};
-use crate::proto::files::{TcpClosed, TcpSocket};
+use crate::engine::sys::tcp::REPAIR_OFF_SILENTLY;
+use crate::engine::sys::{datagram, fds, socket, tcp};
+use crate::proto::files::{TcpClosed, TcpConnection, TcpSocket};
 
-const STATE_SYN_SENT: u8 = 2;
+pub(super) use connection::MAX_QUEUED_BYTES;
+pub(super) use list::examine;
+pub use list::{is_unsettled, unsettled};
+pub use live::{SilentConnections, drop_connections, drop_silently, leave_repair, wake_connections};
+pub(super) use table::NewSockets;
+
+/// Headers of IPv6 that are sent with each segment.
+const EXTENSIONS: [c_int; 4] =
+    [libc::IPV6_HOPOPTS, libc::IPV6_RTHDRDSTOPTS, libc::IPV6_RTHDR, libc::IPV6_DSTOPTS];
+const STATE_SYN_SENT: u8 = connection::SYN_SENT;
 const STATE_CLOSE: u8 = 7;
 const STATE_LISTEN: u8 = 10;
-/// `TCP_REPAIR` off without sending a window probe.
-const REPAIR_OFF_SILENTLY: c_int = -1;
+/// Where TCP_INFO of a listening socket has the length of its accept queue.
+const QUEUED: usize = 24;
 /// Most bytes of unread input that [`close_peers`] discards per connection.
 const DRAIN_BYTES: usize = 256 << 20;
 
@@ -70,19 +88,21 @@ impl TryFrom<&crate::proto::control::Port> for ListenPort {
 pub(super) enum Tcp {
     Idle(TcpSocket),
     Dead { image: TcpClosed, close_later: bool },
+    Live(TcpConnection),
 }
 
 fn int(open: &Open, level: c_int, name: c_int) -> Result<c_int, Stop> {
     socket::int_option(open.fd(), level, name).map_err(Stop::failed("reading a TCP socket's option"))
 }
 
-pub(super) fn capture(open: &Open, tcp_close: bool) -> Result<Tcp, Stop> {
+/// Reads a TCP socket; the queues of a live connection only if there is `room` for them.
+pub(super) fn capture(open: &Open, allowed: &FilesOptions, room: Option<&mut usize>) -> Result<Tcp, Stop> {
     let fd = open.fd();
     let info = socket::option(fd, IPPROTO_TCP, libc::TCP_INFO).map_err(Stop::failed("reading TCP_INFO"))?;
     let state = *info.first().ok_or(Stop::Failed { step: "understanding TCP_INFO", errno: Errno::EPROTO })?;
-    // For a listening socket these two are the length of the accept queue and its limit.
+    // Of a listening socket: the length of the accept queue, and its limit.
     let word = |at: usize| info.get(at..).and_then(|b| b.first_chunk()).map_or(0, |b| u32::from_ne_bytes(*b));
-    let (queued, backlog) = (word(24), word(28));
+    let (queued, backlog) = (word(QUEUED), word(QUEUED + 4));
     let family = int(open, SOL_SOCKET, libc::SO_DOMAIN)?;
     let (address, port, scope) =
         socket::local_address(fd).map_err(Stop::failed("asking for a local address"))?;
@@ -90,25 +110,68 @@ pub(super) fn capture(open: &Open, tcp_close: bool) -> Result<Tcp, Stop> {
         return Err(Stop::refuse("is a TCP socket with a link-local address, which cannot be carried"));
     }
     let shut = was_connected(fd)?;
+    // What waits for a running process is no reason against a move: it gets a moment to take it, see
+    // [`unsettled`].
+    let gives_way = allowed.tcp_close || allowed.tcp_established && room.is_none();
     if state == STATE_LISTEN || state == STATE_CLOSE && !shut {
-        return idle(open, family, state == STATE_LISTEN, (address, port), (queued, backlog), tcp_close)
-            .map(Tcp::Idle);
+        let listening = state == STATE_LISTEN;
+        return idle(open, family, listening, (address, port), (queued, backlog), gives_way).map(Tcp::Idle);
+    }
+    if state != STATE_CLOSE && allowed.tcp_established {
+        check_attachments(fd, family == AF_INET6)?;
+        return connection::capture(open, state, &info, room).map(Tcp::Live);
     }
     let remedy = "use --tcp-close to give connections up";
-    if state != STATE_CLOSE && !tcp_close {
+    if state != STATE_CLOSE && !allowed.tcp_close {
         let what = if state == STATE_SYN_SENT {
             "a TCP connection being made"
         } else {
             "an established TCP connection"
         };
-        return Err(Stop::advise(format!("is {what}, which cannot be carried yet"), remedy));
+        let with = list::peer(fd).map_or_else(|_| String::new(), |peer| format!(" with {peer}"));
+        return Err(Stop::advise(
+            format!("is {what}{with}"),
+            "use --tcp-established to move connections along, or --tcp-close to give them up",
+        ));
     }
-    if state == STATE_CLOSE && !tcp_close && has_error(fd) {
-        return Err(Stop::advise("is a TCP connection that ended with an error not yet reported", remedy));
+    if state == STATE_CLOSE && !gives_way {
+        if has_error(fd) {
+            return Err(Stop::advise(
+                "is a TCP connection that ended with an error not yet reported",
+                remedy,
+            ));
+        }
+        let unread = fds::readable_bytes(fd).map_err(Stop::failed("asking what was not read"))?;
+        if unread > 0 {
+            let why = format!("is a TCP connection that has ended, with {unread} bytes not read");
+            return Err(Stop::advise(why, remedy));
+        }
     }
     let options = options::capture(fd, &[TCP_DEAD])?;
     let image = TcpClosed { family, address: octets(address), port: port.into(), options };
     Ok(Tcp::Dead { image, close_later: state != STATE_CLOSE })
+}
+
+/// What may hang on any TCP socket, and is not carried.
+fn check_attachments(fd: BorrowedFd<'_>, v6: bool) -> Result<(), Stop> {
+    if !socket::option(fd, IPPROTO_TCP, libc::TCP_ULP).unwrap_or_default().is_empty() {
+        return Err(Stop::refuse("is a TCP socket with an upper layer protocol (kernel TLS or the like)"));
+    }
+    if !matches!(datagram::filter(fd), Ok(filter) if filter.is_empty()) {
+        return Err(Stop::refuse("is a TCP socket with a packet filter (BPF), which cannot be carried yet"));
+    }
+    let extends = |name| socket::option(fd, IPPROTO_IPV6, name).is_ok_and(|value| !value.is_empty());
+    if !socket::option(fd, IPPROTO_IP, libc::IP_OPTIONS).unwrap_or_default().is_empty()
+        || v6 && EXTENSIONS.iter().any(|name| extends(*name))
+    {
+        return Err(Stop::refuse(
+            "is a TCP socket with IP options or extension headers, which cannot be carried yet",
+        ));
+    }
+    if tcp::has_authentication(fd).map_err(Stop::failed("asking for keys of TCP-AO"))? {
+        return Err(Stop::refuse("is a TCP socket with signed segments (TCP-AO)"));
+    }
+    Ok(())
 }
 
 /// A socket that never was connected shows POLLHUP too, but not the end of input.
@@ -127,21 +190,16 @@ fn idle(
     listening: bool,
     (address, port): (IpAddr, u16),
     (queued, backlog): (u32, u32),
-    tcp_close: bool,
+    gives_way: bool,
 ) -> Result<TcpSocket, Stop> {
     let fd = open.fd();
-    if listening && queued > 0 && !tcp_close {
+    if listening && queued > 0 && !gives_way {
         let why = format!("is a listening socket with {queued} connections not accepted yet");
         return Err(Stop::advise(why, "use --tcp-close to give connections up, or try again"));
     }
-    if !socket::option(fd, IPPROTO_TCP, libc::TCP_ULP).unwrap_or_default().is_empty() {
-        return Err(Stop::refuse("is a TCP socket with an upper layer protocol (kernel TLS or the like)"));
-    }
-    if !matches!(crate::engine::sys::datagram::filter(fd), Ok(filter) if filter.is_empty()) {
-        return Err(Stop::refuse("is a TCP socket with a packet filter (BPF), which cannot be carried yet"));
-    }
-    if !socket::option(fd, IPPROTO_IP, libc::IP_OPTIONS).unwrap_or_default().is_empty() {
-        return Err(Stop::refuse("is a TCP socket with IP options, which cannot be carried yet"));
+    check_attachments(fd, family == AF_INET6)?;
+    if listening && diag::has_keys(SocketAddr::new(address, port)).map_err(Stop::failed("asking for keys"))? {
+        return Err(Stop::refuse("is a listening socket with signed segments (TCP_MD5SIG)"));
     }
     let mut options = options::capture(fd, &[COMMON, TCP, &FREEBIND])?;
     options.extend(options::capture_buffers(fd)?);
@@ -173,11 +231,13 @@ fn address_of(bytes: &[u8], port: u32) -> Result<(IpAddr, u16), Trouble> {
     Ok((ip_of(bytes)?, port))
 }
 
-fn new_socket(family: c_int) -> Result<OwnedFd, Trouble> {
+/// `flags` for the type: none, or SOCK_NONBLOCK.
+fn new_socket(family: c_int, flags: c_int) -> Result<OwnedFd, Trouble> {
     if family != AF_INET && family != AF_INET6 {
         return Err(Trouble::Invalid("the family of a TCP socket"));
     }
-    socket::socket(family, libc::SOCK_STREAM, IPPROTO_TCP).map_err(Trouble::step("making a TCP socket"))
+    socket::socket(family, libc::SOCK_STREAM | flags, IPPROTO_TCP)
+        .map_err(Trouble::step("making a TCP socket"))
 }
 
 /// Lets a socket bind to an address that this machine does not have yet.
@@ -187,7 +247,7 @@ fn set_freebind(fd: BorrowedFd<'_>) -> Result<(), Errno> {
 
 /// Makes a socket and binds it. It does not listen yet: see [`start_listening`].
 pub(super) fn make(image: &TcpSocket) -> Result<OwnedFd, Trouble> {
-    let fd = new_socket(image.family)?;
+    let fd = new_socket(image.family, 0)?;
     options::apply(fd.as_fd(), &image.options, &[TCP, COMMON])?;
     options::apply_buffers(fd.as_fd(), &image.options)?;
     if !image.address.is_empty() {
@@ -205,13 +265,21 @@ pub(super) fn start_listening(fd: BorrowedFd<'_>, image: &TcpSocket) -> Result<(
         return Ok(());
     }
     let backlog = c_int::try_from(image.backlog).unwrap_or(c_int::MAX);
-    socket::listen(fd, backlog).map_err(Trouble::step("listening"))
+    let step = Trouble::step;
+    // At the source it listened before its connections were there: here they are first, and only this lets
+    // it take the port beside them.
+    let reuse =
+        socket::int_option(fd, SOL_SOCKET, libc::SO_REUSEADDR).map_err(step("reading SO_REUSEADDR"))?;
+    let set = |value| socket::set_int_option(fd, SOL_SOCKET, libc::SO_REUSEADDR, value);
+    set(1).map_err(step("setting SO_REUSEADDR"))?;
+    socket::listen(fd, backlog).map_err(step("listening"))?;
+    set(reuse).map_err(step("setting SO_REUSEADDR"))
 }
 
 /// Makes a socket whose connection is gone.
 pub(super) fn make_closed(image: &TcpClosed) -> Result<OwnedFd, Trouble> {
     let step = Trouble::step;
-    let fd = new_socket(image.family)?;
+    let fd = new_socket(image.family, 0)?;
     if let Some(v6only) =
         image.options.iter().find(|o| (o.level, o.name) == (IPPROTO_IPV6, libc::IPV6_V6ONLY))
     {
@@ -229,16 +297,21 @@ pub(super) fn make_closed(image: &TcpClosed) -> Result<OwnedFd, Trouble> {
             .map_err(step("leaving TCP_REPAIR"))?;
     }
     options::apply(fd.as_fd(), &image.options, &[TCP_DEAD])?;
-    match shutdown(fd.as_raw_fd(), Shutdown::Both) {
-        // Without a connection it says so, but does mark both directions as ended.
-        Ok(()) | Err(Errno::ENOTCONN) => Ok(fd),
+    shut(fd.as_fd(), Shutdown::Both)?;
+    Ok(fd)
+}
+
+fn shut(fd: BorrowedFd<'_>, how: Shutdown) -> Result<(), Trouble> {
+    match shutdown(fd.as_raw_fd(), how) {
+        // Without a connection it says so, but does mark the directions as ended.
+        Ok(()) | Err(Errno::ENOTCONN) => Ok(()),
         Err(errno) => Err(Trouble::Step("ending a TCP socket", errno)),
     }
 }
 
 /// Why a port is not free here; `None` if it is.
 pub fn port_free(port: &ListenPort) -> Option<Reason> {
-    let object = format!("port {}", std::net::SocketAddr::new(port.address, port.port));
+    let object = format!("port {}", SocketAddr::new(port.address, port.port));
     let family = if port.address.is_ipv4() { AF_INET } else { AF_INET6 };
     let probe = || -> Result<(), Errno> {
         let fd = socket::socket(family, libc::SOCK_STREAM, IPPROTO_TCP)?;
@@ -294,4 +367,10 @@ fn end(fd: &OwnedFd) {
             Ok(n) => drained += n,
         }
     }
+}
+
+/// All that is carried of a connection's options.
+#[cfg(test)]
+pub(super) fn table_of_connection(fd: BorrowedFd<'_>) -> Vec<crate::proto::files::SocketOption> {
+    table::capture(fd, socket::int_option(fd, SOL_SOCKET, libc::SO_DOMAIN).unwrap_or(0)).unwrap_or_default()
 }

@@ -1,0 +1,126 @@
+//! TCP sockets of this network namespace, as the kernel lists them (`inet_diag`), those of a process picked
+//! out by their inodes.
+
+use std::collections::HashSet;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+
+use nix::errno::Errno;
+use nix::sys::socket::SockProtocol;
+
+use super::Connection;
+use crate::engine::sys::netlink::{Netlink, attributes, u32_at};
+
+const SOCK_DIAG_BY_FAMILY: u16 = 20;
+/// Bytes of `struct inet_diag_req_v2` and `struct inet_diag_msg`.
+const REQUEST_BYTES: usize = 56;
+const ANSWER_BYTES: usize = 72;
+/// `INET_DIAG_SKV6ONLY`.
+const V6ONLY: u16 = 11;
+
+const ESTABLISHED: u32 = 1;
+const SYN_SENT: u32 = 2;
+const SYN_RECEIVED: u32 = 3;
+const FIN_WAIT1: u32 = 4;
+const FIN_WAIT2: u32 = 5;
+const CLOSE_WAIT: u32 = 8;
+const LAST_ACK: u32 = 9;
+const LISTEN: u32 = 10;
+const CLOSING: u32 = 11;
+const CONNECTED: [u32; 8] =
+    [ESTABLISHED, SYN_SENT, SYN_RECEIVED, FIN_WAIT1, FIN_WAIT2, CLOSE_WAIT, LAST_ACK, CLOSING];
+/// What a connection can be in that nobody has accepted.
+const UNACCEPTED: [u32; 3] = [ESTABLISHED, SYN_RECEIVED, CLOSE_WAIT];
+
+/// One line of the kernel's list.
+struct Socket {
+    state: u32,
+    local: SocketAddr,
+    remote: SocketAddr,
+    /// 0: no process has it, for it waits to be accepted, or was closed and is on its way out.
+    inode: u64,
+    v6only: bool,
+}
+
+/// Where these sockets listen. One that listens on all addresses of both versions of IP is there twice.
+pub(super) fn listeners(inodes: &HashSet<u64>) -> Result<Vec<Connection>, Errno> {
+    let mut found = Vec::new();
+    list(&[LISTEN], &mut |socket| {
+        if !inodes.contains(&socket.inode) {
+            return;
+        }
+        let local = canonical(socket.local);
+        found.push(Connection { local, remote: None });
+        if local.is_ipv6() && local.ip().is_unspecified() && !socket.v6only {
+            let everywhere = SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), local.port());
+            found.push(Connection { local: everywhere, remote: None });
+        }
+    })?;
+    // Several sockets may listen at one place (SO_REUSEPORT).
+    found.sort_unstable();
+    found.dedup();
+    Ok(found)
+}
+
+/// The connections of these sockets, and those that nobody has accepted at the places of `listeners`.
+pub(super) fn connections(inodes: &HashSet<u64>, listeners: &[Connection]) -> Result<Vec<Connection>, Errno> {
+    let places: HashSet<SocketAddr> = listeners.iter().map(|l| l.local).collect();
+    let mut found = Vec::new();
+    list(&CONNECTED, &mut |socket| {
+        let (local, remote) = (canonical(socket.local), canonical(socket.remote));
+        let waits = || {
+            let everywhere: IpAddr = match local {
+                SocketAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
+                SocketAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
+            };
+            socket.inode == 0
+                && UNACCEPTED.contains(&socket.state)
+                && (places.contains(&local) || places.contains(&SocketAddr::new(everywhere, local.port())))
+        };
+        if inodes.contains(&socket.inode) || waits() {
+            found.push(Connection { local, remote: Some(remote) });
+        }
+    })?;
+    Ok(found)
+}
+
+/// As on the wire: sockets of IPv6 may speak IPv4.
+fn canonical(address: SocketAddr) -> SocketAddr {
+    SocketAddr::new(address.ip().to_canonical(), address.port())
+}
+
+fn list(states: &[u32], take: &mut dyn FnMut(Socket)) -> Result<(), Errno> {
+    let mut netlink = Netlink::open_for(SockProtocol::NetlinkSockDiag)?;
+    let wanted = states.iter().fold(0u32, |all, state| all | 1 << state);
+    for family in [libc::AF_INET, libc::AF_INET6] {
+        let mut request = vec![u8::try_from(family).unwrap_or(0), 6, 0, 0];
+        request.extend(wanted.to_ne_bytes());
+        request.resize(REQUEST_BYTES, 0);
+        netlink.for_each(SOCK_DIAG_BY_FAMILY, &request, &mut |answer| {
+            if let Some(socket) = parse(answer) {
+                take(socket);
+            }
+        })?;
+    }
+    Ok(())
+}
+
+/// struct inet_diag_msg: family, state, timer, retransmits; ports and addresses; expiry, two queues, user,
+/// inode; then attributes.
+fn parse(answer: &[u8]) -> Option<Socket> {
+    let v6 = i32::from(*answer.first()?) == libc::AF_INET6;
+    let state = u32::from(*answer.get(1)?);
+    let end = |port_at: usize, address_at: usize| -> Option<SocketAddr> {
+        let port = u16::from_be_bytes(*answer.get(port_at..)?.first_chunk()?);
+        let ip: IpAddr = if v6 {
+            Ipv6Addr::from(*answer.get(address_at..)?.first_chunk::<16>()?).into()
+        } else {
+            Ipv4Addr::from(*answer.get(address_at..)?.first_chunk::<4>()?).into()
+        };
+        Some(SocketAddr::new(ip, port))
+    };
+    let (local, remote) = (end(4, 8)?, end(6, 24)?);
+    let inode = u64::from(u32_at(answer, 68)?);
+    let v6only = attributes(answer.get(ANSWER_BYTES..)?)
+        .any(|(kind, value)| kind == V6ONLY && value.first().is_some_and(|on| *on != 0));
+    Some(Socket { state, local, remote, inode, v6only })
+}

@@ -1,0 +1,219 @@
+//! `--tcp-remap OLD=NEW`: sockets that had the address OLD at the source have NEW at the destination.
+//!
+//! Local ends change. The remote end of a connection changes where the other end is in the same process and so
+//! moves as well; anybody else has to be told by the operator.
+
+use std::collections::HashSet;
+use std::fmt;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::str::FromStr;
+
+use crate::engine::reason::Reason;
+use crate::proto::files::description::Kind;
+use crate::proto::files::{Description, Files, TcpConnection};
+
+/// One address in place of another.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Remap {
+    /// What sockets have at the source.
+    pub old: IpAddr,
+    /// What they get at the destination.
+    pub new: IpAddr,
+}
+
+/// Why a text is no [`Remap`].
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("a remap is written OLD=NEW, two addresses of one version of IP, for example 10.0.0.5=10.0.1.5")]
+pub struct BadRemap;
+
+impl FromStr for Remap {
+    type Err = BadRemap;
+
+    fn from_str(text: &str) -> Result<Self, BadRemap> {
+        let (old, new) = text.split_once('=').ok_or(BadRemap)?;
+        let parse = |text: &str| text.parse::<IpAddr>().map(|ip| ip.to_canonical()).map_err(|_| BadRemap);
+        let (old, new) = (parse(old)?, parse(new)?);
+        let odd = |ip: IpAddr| ip.is_unspecified() || ip.is_multicast();
+        if old.is_ipv4() != new.is_ipv4() || old == new || odd(old) || odd(new) {
+            return Err(BadRemap);
+        }
+        Ok(Self { old, new })
+    }
+}
+
+impl fmt::Display for Remap {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}={}", self.old, self.new)
+    }
+}
+
+/// What is wrong with these remaps taken together.
+pub fn check(remaps: &[Remap]) -> Vec<Reason> {
+    let mut seen = HashSet::new();
+    let twice = remaps.iter().filter(|remap| !seen.insert(remap.old));
+    twice.map(|remap| Reason::new(format!("--tcp-remap {remap}"), "is given twice", "")).collect()
+}
+
+/// What becomes of an address.
+pub fn of(ip: IpAddr, remaps: &[Remap]) -> IpAddr {
+    remaps.iter().find(|remap| remap.old == ip.to_canonical()).map_or(ip, |remap| match (ip, remap.new) {
+        // IPv4 in the form of IPv6 keeps its form.
+        (IpAddr::V6(_), IpAddr::V4(new)) => new.to_ipv6_mapped().into(),
+        (_, new) => new,
+    })
+}
+
+/// Changes the addresses of the sockets of a process. What is no address stays as it is: others find that out.
+pub fn apply(files: &mut Files, remaps: &[Remap]) {
+    if remaps.is_empty() {
+        return;
+    }
+    let inside = all_ends(files);
+    for description in &mut files.descriptions {
+        match &mut description.kind {
+            Some(Kind::TcpConnection(socket)) => {
+                if ends(socket).is_some_and(|(local, remote)| inside.contains(&(remote, local))) {
+                    apply_to(&mut socket.remote, remaps);
+                }
+                apply_to(&mut socket.local, remaps);
+            }
+            Some(Kind::Tcp(socket)) => apply_to(&mut socket.address, remaps),
+            Some(Kind::TcpClosed(socket)) => apply_to(&mut socket.address, remaps),
+            Some(Kind::IpSocket(socket)) => {
+                if let Some(local) = &mut socket.local {
+                    apply_to(&mut local.address, remaps);
+                }
+            }
+            _ => {}
+        }
+    }
+}
+
+/// The local and remote ends of all connections.
+fn all_ends(files: &Files) -> HashSet<(SocketAddr, SocketAddr)> {
+    let of = |d: &Description| match &d.kind {
+        Some(Kind::TcpConnection(socket)) => ends(socket),
+        _ => None,
+    };
+    files.descriptions.iter().filter_map(of).collect()
+}
+
+fn ends(socket: &TcpConnection) -> Option<(SocketAddr, SocketAddr)> {
+    Some((end(&socket.local, socket.local_port)?, end(&socket.remote, socket.remote_port)?))
+}
+
+fn end(address: &[u8], port: u32) -> Option<SocketAddr> {
+    Some(SocketAddr::new(parse(address)?.to_canonical(), u16::try_from(port).ok()?))
+}
+
+fn parse(address: &[u8]) -> Option<IpAddr> {
+    let v4 = <[u8; 4]>::try_from(address).map(|a| Ipv4Addr::from(a).into());
+    v4.or_else(|_| <[u8; 16]>::try_from(address).map(|a| Ipv6Addr::from(a).into())).ok()
+}
+
+/// Changes an address of 4 or 16 bytes.
+pub fn apply_to(address: &mut Vec<u8>, remaps: &[Remap]) {
+    let Some(ip) = parse(address) else { return };
+    *address = match of(ip, remaps) {
+        IpAddr::V4(ip) => ip.octets().to_vec(),
+        IpAddr::V6(ip) => ip.octets().to_vec(),
+    };
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use crate::proto::files::{Endpoint, IpSocket, TcpClosed, TcpSocket};
+
+    #[test]
+    fn texts() {
+        for good in ["10.0.0.5=10.0.1.5", "fd00::5=fd01::5"] {
+            assert_eq!(good.parse::<Remap>().unwrap().to_string(), good);
+        }
+        let mapped: Remap = "::ffff:10.0.0.5=10.0.1.5".parse().unwrap();
+        assert_eq!(mapped.to_string(), "10.0.0.5=10.0.1.5");
+        for bad in [
+            "",
+            "10.0.0.5",
+            "10.0.0.5=",
+            "10.0.0.5=fd00::1",
+            "10.0.0.5=10.0.0.5",
+            "0.0.0.0=10.0.0.5",
+            "10.0.0.5=224.0.0.1",
+            "10.0.0.5=10.0.1.5=10.0.2.5",
+            "node=10.0.0.5",
+        ] {
+            assert_eq!(bad.parse::<Remap>(), Err(BadRemap), "{bad}");
+        }
+        let twice: Vec<Remap> =
+            ["10.0.0.5=10.0.1.5", "10.0.0.5=10.0.1.6"].iter().map(|t| t.parse().unwrap()).collect();
+        assert_eq!(check(&twice).len(), 1);
+        assert_eq!(check(&twice[..1]), vec![]);
+    }
+
+    #[test]
+    fn a_remote_end_changes_only_where_it_moves_too() {
+        let remaps = ["10.0.0.5=10.0.1.5".parse().unwrap()];
+        let connection = |local: [u8; 4], local_port, remote: [u8; 4], remote_port| Description {
+            kind: Some(Kind::TcpConnection(TcpConnection {
+                local: local.to_vec(),
+                local_port,
+                remote: remote.to_vec(),
+                remote_port,
+                ..TcpConnection::default()
+            })),
+            ..Description::default()
+        };
+        let (old, new, other) = ([10, 0, 0, 5], [10, 0, 1, 5], [10, 0, 0, 6]);
+        let descriptions = vec![
+            connection(old, 80, old, 1000),
+            connection(old, 1000, old, 80),
+            connection(old, 80, old, 2000),
+            connection(other, 80, old, 1000),
+        ];
+        let mut files = Files { descriptions, ..Files::default() };
+        apply(&mut files, &remaps);
+        let expected = [
+            connection(new, 80, new, 1000),
+            connection(new, 1000, new, 80),
+            connection(new, 80, old, 2000),
+            connection(other, 80, old, 1000),
+        ];
+        assert_eq!(files.descriptions, expected);
+    }
+
+    #[test]
+    fn local_ends_change_in_the_form_they_have() {
+        let remaps: Vec<Remap> =
+            ["10.0.0.5=10.0.1.5", "fd00::5=fd01::5"].iter().map(|t| t.parse().unwrap()).collect();
+        let v4 = |text: &str| text.parse::<Ipv4Addr>().unwrap();
+        let v6 = |text: &str| text.parse::<Ipv6Addr>().unwrap().octets().to_vec();
+        for (old, new) in [
+            (v4("10.0.0.5").octets().to_vec(), v4("10.0.1.5").octets().to_vec()),
+            (v4("10.0.0.6").octets().to_vec(), v4("10.0.0.6").octets().to_vec()),
+            (v4("0.0.0.0").octets().to_vec(), v4("0.0.0.0").octets().to_vec()),
+            (v6("fd00::5"), v6("fd01::5")),
+            (v6("::ffff:10.0.0.5"), v6("::ffff:10.0.1.5")),
+            (vec![], vec![]),
+            (vec![1, 2, 3], vec![1, 2, 3]),
+        ] {
+            let kinds = |address: &Vec<u8>| {
+                [
+                    Kind::Tcp(TcpSocket { address: address.clone(), port: 80, ..TcpSocket::default() }),
+                    Kind::TcpClosed(TcpClosed { address: address.clone(), ..TcpClosed::default() }),
+                    Kind::IpSocket(IpSocket {
+                        local: Some(Endpoint { address: address.clone(), ..Endpoint::default() }),
+                        peer: Some(Endpoint { address: vec![10, 0, 0, 5], ..Endpoint::default() }),
+                        ..IpSocket::default()
+                    }),
+                ]
+                .map(|kind| Description { kind: Some(kind), ..Description::default() })
+                .to_vec()
+            };
+            let mut files = Files { descriptions: kinds(&old), ..Files::default() };
+            apply(&mut files, &remaps);
+            assert_eq!(files.descriptions, kinds(&new), "{old:?}");
+        }
+    }
+}

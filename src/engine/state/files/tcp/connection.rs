@@ -1,0 +1,425 @@
+//! A live TCP connection (`--tcp-established`): read through `TCP_REPAIR`, made again in it.
+//!
+//! What the two ends have agreed on, the sequence numbers and both queues are carried. What has come out
+//! of order is not: the peer still has it, and sends it again. Congestion control starts anew.
+//!
+//! The ends of the two streams are sequence numbers like bytes, but `TCP_REPAIR` cannot put them into a
+//! queue. So the restored connection is always *established* at first:
+//! - An end that has come is counted in the receive sequence, so that it stays acknowledged, and reading
+//!   is shut down: the process reads what is left, then the end, as before. Its state reads ESTABLISHED
+//!   where it was CLOSE_WAIT; nothing on the wire tells the two apart.
+//! - An end that was sent is sent again by `shutdown` after the connection is live, with the number that it
+//!   had; a peer that has it acknowledges it once more.
+//!
+//! Leaving `TCP_REPAIR` clears SO_REUSEADDR, which is set anew each time.
+
+use std::ffi::c_int;
+use std::net::IpAddr;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+
+use libc::{IPPROTO_IP, IPPROTO_TCP, SOL_SOCKET};
+use nix::errno::Errno;
+use nix::sys::socket::{MsgFlags, recv, send};
+
+use super::super::scan::Open;
+use super::super::{Stop, Trouble};
+use super::list::peer;
+use super::table::{self, NewSocket, value_of};
+use super::{address_of, octets};
+use crate::engine::sys::tcp::{self, Queue, REPAIR_OFF_SILENTLY, REPAIR_ON};
+use crate::engine::sys::{fds, socket};
+use crate::proto::files::TcpConnection;
+
+/// Most bytes in the queues of all connections together: they travel within the final state.
+pub(in super::super) const MAX_QUEUED_BYTES: usize = 192 << 20;
+/// How often a connection that changes under the look is looked at again.
+const LOOKS: usize = 8;
+/// Beside what the peer has not acknowledged, the first segment may hold this much that it has.
+const SEGMENT_BYTES: usize = 128 << 10;
+/// Bytes handed over in one call.
+const PIECE_BYTES: usize = 1 << 20;
+/// What a queue may use beyond its bytes while it is filled: the size is set right afterwards.
+const ROOM_BYTES: usize = 256 << 10;
+
+/// What the kernel gives a new connection to send from, about: it grows by itself.
+const USUAL_SEND_BUFFER: c_int = 128 << 10;
+
+/// Where `struct tcp_repair_window` has the receive window, and what it counts from.
+const WINDOW: usize = 12;
+const WINDOW_START: usize = 16;
+/// The bit of the receive buffer in `SO_BUF_LOCK`.
+const RECEIVE_LOCKED: c_int = 2;
+
+/// `TCPI_OPT_*`
+const TIMESTAMPS: u32 = 1;
+const SELECTIVE: u32 = 2;
+const SCALING: u32 = 4;
+/// The codes of these options in a header.
+const CODE_SEGMENT: u32 = 2;
+const CODE_SCALE: u32 = 3;
+const CODE_SELECTIVE: u32 = 4;
+const CODE_TIMESTAMPS: u32 = 8;
+
+/// The states of the kernel, as far as a connection is in them.
+pub(super) const ESTABLISHED: u8 = 1;
+pub(super) const SYN_SENT: u8 = 2;
+pub(super) const FIN_WAIT1: u8 = 4;
+pub(super) const FIN_WAIT2: u8 = 5;
+pub(super) const CLOSE_WAIT: u8 = 8;
+pub(super) const LAST_ACK: u8 = 9;
+pub(super) const CLOSING: u8 = 11;
+
+fn read_step(errno: Errno) -> Stop {
+    Stop::failed("reading a TCP connection")(errno)
+}
+
+/// In `TCP_REPAIR` as long as it lives; leaves it without a trace.
+struct Repair<'a> {
+    fd: BorrowedFd<'a>,
+    reuse: c_int,
+}
+
+impl<'a> Repair<'a> {
+    fn enter(fd: BorrowedFd<'a>) -> Result<Self, Errno> {
+        let reuse = socket::int_option(fd, SOL_SOCKET, libc::SO_REUSEADDR)?;
+        tcp::set_repair(fd, REPAIR_ON)?;
+        Ok(Self { fd, reuse })
+    }
+}
+
+impl Drop for Repair<'_> {
+    fn drop(&mut self) {
+        // The connection may have been ended by the network meanwhile: then there is nothing to undo.
+        let _ = tcp::choose_queue(self.fd, Queue::None);
+        let _ = tcp::set_repair(self.fd, REPAIR_OFF_SILENTLY);
+        let _ = socket::set_int_option(self.fd, SOL_SOCKET, libc::SO_REUSEADDR, self.reuse);
+    }
+}
+
+/// Reads a connection; its queues, for which `room` bytes are left, only if `room` is given.
+pub(super) fn capture(
+    open: &Open,
+    state: u8,
+    info: &[u8],
+    room: Option<&mut usize>,
+) -> Result<TcpConnection, Stop> {
+    let fd = open.fd();
+    let (local, local_port, scope) = socket::local_address(fd).map_err(read_step)?;
+    let link_local = || Stop::refuse("is a TCP connection of a link-local address, which cannot be carried");
+    let remote = peer(fd).map_err(|errno| match errno {
+        Errno::EADDRNOTAVAIL => link_local(),
+        errno => read_step(errno),
+    })?;
+    if scope != 0 {
+        return Err(link_local());
+    }
+    let connecting = state == SYN_SENT;
+    if !connecting && ![ESTABLISHED, FIN_WAIT1, FIN_WAIT2, CLOSE_WAIT, LAST_ACK, CLOSING].contains(&state) {
+        return Err(Stop::refuse(format!("is a TCP connection in state {state}, which cannot be carried")));
+    }
+    let seen = fds::poll_now(fd, libc::POLLRDHUP | libc::POLLPRI).map_err(read_step)?;
+    if seen & libc::POLLERR != 0 {
+        return Err(Stop::refuse("is a TCP connection with an error that was not yet reported"));
+    }
+    if seen & libc::POLLPRI != 0 {
+        return Err(Stop::refuse("is a TCP connection with urgent data not yet read"));
+    }
+    refuse_rare(fd)?;
+    let read = |name| socket::int_option(fd, IPPROTO_TCP, name).map_err(read_step);
+    if connecting && read(libc::TCP_FASTOPEN_CONNECT)? != 0 {
+        return Err(Stop::refuse("is a TCP connection being made with TCP Fast Open"));
+    }
+    let byte = |at: usize| info.get(at).copied().map_or(0, u32::from);
+    let family = if local.is_ipv4() { libc::AF_INET } else { libc::AF_INET6 };
+    let mut image = TcpConnection {
+        family,
+        local: octets(local),
+        local_port: local_port.into(),
+        remote: octets(remote.ip()),
+        remote_port: remote.port().into(),
+        connecting,
+        read_ended: seen & libc::POLLRDHUP != 0,
+        write_ended: [FIN_WAIT1, FIN_WAIT2, LAST_ACK, CLOSING].contains(&state),
+        negotiated: byte(5),
+        send_scale: byte(6) & 15,
+        receive_scale: byte(6) >> 4,
+        window_clamp: read(libc::TCP_WINDOW_CLAMP)?.cast_unsigned(),
+        options: table::capture(fd, family)?,
+        ..TcpConnection::default()
+    };
+    let Some(room) = room else { return Ok(image) };
+    for _ in 0..LOOKS {
+        let repair = Repair::enter(fd).map_err(Stop::failed("entering TCP_REPAIR"))?;
+        if look(&repair, state, &mut image, *room)? {
+            *room -= image.received.len() + image.sent.len() + image.unsent.len();
+            return Ok(image);
+        }
+    }
+    Err(Stop::refuse("is a TCP connection that changes while its process stands still"))
+}
+
+/// What is seen by the socket itself, and cannot be given to a new one.
+fn refuse_rare(fd: BorrowedFd<'_>) -> Result<(), Stop> {
+    let value = |name| socket::int_option(fd, SOL_SOCKET, name).map_err(read_step);
+    let refuse =
+        |with: &str| Err(Stop::refuse(format!("is a TCP connection {with}, which cannot be carried")));
+    if tcp::is_in_repair(fd).map_err(read_step)? {
+        return refuse("in TCP_REPAIR");
+    }
+    // The kernel numbers what it reports as sent, from the beginning of the connection.
+    if value(libc::SO_ZEROCOPY)? != 0 {
+        return refuse("with SO_ZEROCOPY");
+    }
+    if socket::int_option(fd, SOL_SOCKET, fds::SO_PEEK_OFF).is_ok_and(|offset| offset >= 0) {
+        return refuse("with SO_PEEK_OFF");
+    }
+    if tcp::has_saved_syn(fd).map_err(read_step)? {
+        return refuse("with its first segment not yet read (TCP_SAVED_SYN)");
+    }
+    Ok(())
+}
+
+/// One look at sequence numbers and queues; false if they have changed under it.
+fn look(repair: &Repair<'_>, state: u8, image: &mut TcpConnection, room: usize) -> Result<bool, Stop> {
+    let fd = repair.fd;
+    tcp::choose_queue(fd, Queue::Send).map_err(read_step)?;
+    let end = tcp::sequence(fd).map_err(read_step)?;
+    if state == SYN_SENT {
+        // The beginning of the stream counts as a byte.
+        image.send_sequence = end.wrapping_sub(1);
+        return Ok(true);
+    }
+    let outstanding = tcp::unacknowledged(fd).map_err(read_step)?;
+    let unsent = tcp::never_sent(fd).map_err(read_step)?;
+    // An end that the peer has not acknowledged counts as a byte that is not in the queue.
+    let end_waits = u32::from([FIN_WAIT1, LAST_ACK, CLOSING].contains(&state));
+    let (Some(written), unsent) = (outstanding.checked_sub(end_waits), unsent.saturating_sub(end_waits))
+    else {
+        return Ok(false);
+    };
+    let waiting = fds::readable_bytes(fd).map_err(read_step)?;
+    if written as usize + waiting > room {
+        let limit = MAX_QUEUED_BYTES >> 20;
+        return Err(Stop::refuse(format!(
+            "is a TCP connection with {written} bytes not acknowledged and {waiting} not read: more than \
+             {limit} MiB with those of the others, which cannot be carried"
+        )));
+    }
+    let mut queue = peek(fd, written as usize, SEGMENT_BYTES)?;
+    if queue.len() < written as usize || unsent > written {
+        return Ok(false);
+    }
+    queue.drain(..queue.len() - written as usize);
+    image.unsent = queue.split_off((written - unsent) as usize);
+    image.sent = queue;
+    // An end that was acknowledged is to be sent again all the same.
+    let acknowledged_end = u32::from(state == FIN_WAIT2);
+    image.send_sequence = end.wrapping_sub(outstanding).wrapping_sub(acknowledged_end);
+    image.segment_limit =
+        socket::int_option(fd, IPPROTO_TCP, libc::TCP_MAXSEG).map_err(read_step)?.cast_unsigned();
+
+    tcp::choose_queue(fd, Queue::Receive).map_err(read_step)?;
+    let received = tcp::sequence(fd).map_err(read_step)?;
+    image.received = peek(fd, waiting, 0)?;
+    image.receive_sequence = received.wrapping_sub(u32::try_from(waiting).unwrap_or(u32::MAX));
+    image.window = tcp::window(fd).map_err(read_step)?.to_vec();
+    if image.negotiated & TIMESTAMPS != 0 {
+        image.timestamp =
+            socket::int_option(fd, IPPROTO_TCP, libc::TCP_TIMESTAMP).map_err(read_step)?.cast_unsigned();
+    }
+    let same = tcp::sequence(fd).map_err(read_step)? == received
+        && image.received.len() == waiting
+        && tcp::unacknowledged(fd).map_err(read_step)? == outstanding;
+    Ok(same)
+}
+
+/// The bytes of the chosen queue. `more`: the kernel may have this much in front of them.
+fn peek(fd: BorrowedFd<'_>, len: usize, more: usize) -> Result<Vec<u8>, Stop> {
+    if len == 0 {
+        return Ok(Vec::new());
+    }
+    let mut buffer = vec![0; len + more];
+    let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
+    let read = recv(fd.as_raw_fd(), &mut buffer, flags)
+        .map_err(Stop::failed("reading the queue of a TCP connection"))?;
+    buffer.truncate(read);
+    Ok(buffer)
+}
+
+/// A socket in `TCP_REPAIR` with one end of a connection; [`complete`] gives it the other. `flags` are those
+/// of the description.
+pub(super) fn make(image: &TcpConnection, flags: c_int, new: &NewSocket) -> Result<OwnedFd, Trouble> {
+    let step = Trouble::step;
+    // Saves setting it later.
+    let fd = super::new_socket(image.family, flags & libc::SOCK_NONBLOCK)?;
+    table::apply(fd.as_fd(), &image.options, &new.options)?;
+    tcp::set_repair(fd.as_fd(), REPAIR_ON).map_err(step("entering TCP_REPAIR"))?;
+    // The address may come later.
+    socket::set_int_option(fd.as_fd(), IPPROTO_IP, libc::IP_TRANSPARENT, 1)
+        .map_err(step("preparing to bind"))?;
+    let (local, port) = address_of(&image.local, image.local_port)?;
+    for (queue, sequence) in [(Queue::Receive, image.receive_sequence), (Queue::Send, image.send_sequence)] {
+        tcp::choose_queue(fd.as_fd(), queue).map_err(step("choosing a queue"))?;
+        tcp::set_sequence(fd.as_fd(), sequence).map_err(step("setting a sequence number"))?;
+    }
+    if !has_usual_buffers(image, new) {
+        set_send_buffer(fd.as_fd(), image, Room::ToFill)?;
+        set_receive_buffer(fd.as_fd(), image, Room::ToFill, new)?;
+        lock_buffers(fd.as_fd(), image)?;
+    }
+    socket::bind(fd.as_fd(), local, port).map_err(step("binding a TCP connection"))?;
+    Ok(fd)
+}
+
+/// The rest, for which there must be a route to the peer. `Ok(false)` if there is none yet.
+pub(super) fn complete(fd: BorrowedFd<'_>, image: &TcpConnection) -> Result<bool, Trouble> {
+    let step = Trouble::step;
+    let (remote, port): (IpAddr, u16) = address_of(&image.remote, image.remote_port)?;
+    match tcp::connect(fd, remote, port) {
+        Ok(()) => {}
+        Err(Errno::ENETUNREACH | Errno::EHOSTUNREACH | Errno::EADDRNOTAVAIL) => return Ok(false),
+        Err(errno) => return Err(Trouble::Step("connecting in TCP_REPAIR", errno)),
+    }
+    let mut agreed = Vec::with_capacity(32);
+    let mut agree = |code: u32, value: u32| {
+        agreed.extend(code.to_ne_bytes());
+        agreed.extend(value.to_ne_bytes());
+    };
+    if image.negotiated & SELECTIVE != 0 {
+        agree(CODE_SELECTIVE, 0);
+    }
+    if image.negotiated & SCALING != 0 {
+        agree(CODE_SCALE, image.send_scale & 15 | (image.receive_scale & 15) << 16);
+    }
+    if image.negotiated & TIMESTAMPS != 0 {
+        agree(CODE_TIMESTAMPS, 0);
+        socket::set_option(fd, IPPROTO_TCP, libc::TCP_TIMESTAMP, &image.timestamp.to_ne_bytes())
+            .map_err(step("setting a TCP connection's clock"))?;
+    }
+    agree(CODE_SEGMENT, image.segment_limit);
+    socket::set_option(fd, IPPROTO_TCP, libc::TCP_REPAIR_OPTIONS, &agreed)
+        .map_err(step("setting what a TCP connection has agreed on"))?;
+    fill(fd, Queue::Receive, &image.received)?;
+    fill(fd, Queue::Send, &image.sent)?;
+    if image.window.len() != tcp::WINDOW_BYTES {
+        return Err(Trouble::Invalid("a TCP connection's window"));
+    }
+    socket::set_option(fd, IPPROTO_TCP, libc::TCP_REPAIR_WINDOW, &image.window)
+        .map_err(step("setting a TCP connection's window"))?;
+    set_clamp(fd, image.window_clamp)?;
+    if image.read_ended {
+        super::shut(fd, nix::sys::socket::Shutdown::Read)?;
+    }
+    Ok(true)
+}
+
+/// First a low clamp, then the one it had: raising it is what makes the kernel offer as much as was offered.
+fn set_clamp(fd: BorrowedFd<'_>, clamp: u32) -> Result<(), Trouble> {
+    for value in [1, clamp].into_iter().filter(|_| clamp != 0) {
+        socket::set_option(fd, IPPROTO_TCP, libc::TCP_WINDOW_CLAMP, &value.to_ne_bytes())
+            .map_err(Trouble::step("limiting a TCP connection's window"))?;
+    }
+    Ok(())
+}
+
+/// Puts bytes into a queue, as if they had come or were sent.
+fn fill(fd: BorrowedFd<'_>, queue: Queue, bytes: &[u8]) -> Result<(), Trouble> {
+    if bytes.is_empty() {
+        return Ok(());
+    }
+    let step = Trouble::step("filling the queue of a TCP connection");
+    if let Err(errno) = tcp::choose_queue(fd, queue) {
+        return Err(step(errno));
+    }
+    push(fd, bytes).map_err(step)
+}
+
+/// Hands all bytes over, or fails.
+pub(super) fn push(fd: BorrowedFd<'_>, mut bytes: &[u8]) -> Result<(), Errno> {
+    while !bytes.is_empty() {
+        let piece = bytes.get(..PIECE_BYTES).unwrap_or(bytes);
+        let taken = send(fd.as_raw_fd(), piece, MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL)?;
+        bytes = bytes.get(taken..).unwrap_or_default();
+    }
+    Ok(())
+}
+
+/// Whether a new connection has buffers like these anyway, and nothing to put into them.
+fn has_usual_buffers(image: &TcpConnection, new: &NewSocket) -> bool {
+    let value = |name| value_of(&image.options, SOL_SOCKET, name);
+    let empty = image.received.is_empty() && image.sent.is_empty() && image.unsent.is_empty();
+    empty
+        && value(table::SO_BUF_LOCK) == Some(0)
+        && value(libc::SO_RCVBUF) == Some(new.receive_buffer)
+        && value(libc::SO_SNDBUF).is_some_and(|size| size <= USUAL_SEND_BUFFER)
+}
+
+/// Whether a buffer is being filled, or has what it will have.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Room {
+    /// As much as it takes to fill it: pages that were full at the source need not be so here.
+    ToFill,
+    /// What it had.
+    AsBefore,
+}
+
+/// Sizes the send buffer.
+pub(super) fn set_send_buffer(fd: BorrowedFd<'_>, image: &TcpConnection, room: Room) -> Result<(), Trouble> {
+    let queued = image.sent.len() + image.unsent.len();
+    let needed = if room == Room::ToFill && queued > 0 { queued * 4 + ROOM_BYTES } else { 0 };
+    set_buffer(fd, image, (libc::SO_SNDBUF, libc::SO_SNDBUFFORCE), needed)
+}
+
+/// Sizes the receive buffer. What the peer was allowed to send must find room, also in small segments: a
+/// kernel that runs out of it takes the allowance back, and then drops what the peer acknowledges together
+/// with what it has sent. If the process meanwhile waits to write, neither side gets on any more. Only a
+/// size that the program has chosen itself stays exactly what it was.
+pub(super) fn set_receive_buffer(
+    fd: BorrowedFd<'_>,
+    image: &TcpConnection,
+    room: Room,
+    new: &NewSocket,
+) -> Result<(), Trouble> {
+    let queued = image.received.len();
+    let locked = value_of(&image.options, SOL_SOCKET, table::SO_BUF_LOCK).unwrap_or(0) & RECEIVE_LOCKED != 0;
+    let needed = match room {
+        Room::ToFill if queued > 0 => queued * 4 + ROOM_BYTES,
+        Room::AsBefore if !locked => {
+            // Not without bound: it would grow from move to move.
+            (queued + queued / 8 + 2 * allowed(image) as usize + SEGMENT_BYTES).min(2 * new.largest_buffer)
+        }
+        _ => 0,
+    };
+    set_buffer(fd, image, (libc::SO_RCVBUF, libc::SO_RCVBUFFORCE), needed)
+}
+
+/// How much the peer may send beyond what has come.
+fn allowed(image: &TcpConnection) -> u32 {
+    let word = |at: usize| {
+        image.window.get(at..).and_then(|b| b.first_chunk()).map_or(0, |b| u32::from_ne_bytes(*b))
+    };
+    let come = image.receive_sequence.wrapping_add(u32::try_from(image.received.len()).unwrap_or(0));
+    let end = word(WINDOW_START).wrapping_add(word(WINDOW));
+    // Beyond the largest window there is: nonsense of a peer.
+    Some(end.wrapping_sub(come)).filter(|left| *left < 1 << 30).unwrap_or(0)
+}
+
+fn set_buffer(
+    fd: BorrowedFd<'_>,
+    image: &TcpConnection,
+    (name, force): (c_int, c_int),
+    needed: usize,
+) -> Result<(), Trouble> {
+    let size = value_of(&image.options, SOL_SOCKET, name).unwrap_or(0);
+    let size = size.max(c_int::try_from(needed).unwrap_or(c_int::MAX - 1));
+    // The kernel doubles what it is given.
+    socket::set_int_option(fd, SOL_SOCKET, force, size / 2 + size % 2)
+        .map_err(Trouble::step("sizing a TCP connection's buffer"))
+}
+
+/// Whether the program or the kernel sizes the buffers: setting them makes it the program.
+pub(super) fn lock_buffers(fd: BorrowedFd<'_>, image: &TcpConnection) -> Result<(), Trouble> {
+    let locked = value_of(&image.options, SOL_SOCKET, table::SO_BUF_LOCK).unwrap_or(0) & 3;
+    socket::set_int_option(fd, SOL_SOCKET, table::SO_BUF_LOCK, locked)
+        .map_err(Trouble::step("locking a TCP connection's buffers"))
+}

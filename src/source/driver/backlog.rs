@@ -1,0 +1,61 @@
+//! The lock on the connections of the frozen process, and those that it has to take before.
+//!
+//! Connections that wait to be accepted cannot be carried: nothing but a handshake can put one into the
+//! queue of a listening socket. Nor can those that have ended with an error or with input that the process
+//! has not noticed yet. So it gets a moment to do so, while no new ones can begin. What it leaves is refused
+//! by name.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::time::{Duration, Instant};
+
+use super::{ActionError, Driver, FREEZE_PATIENCE};
+use crate::engine::capture::CaptureError;
+use crate::engine::freeze::Frozen;
+use crate::engine::state::files::{self, Descriptors};
+
+/// How long the process may take. It is off the network meanwhile.
+const PATIENCE: Duration = Duration::from_millis(50);
+/// Between two looks.
+const PAUSE: Duration = Duration::from_micros(200);
+
+impl Driver<'_> {
+    /// Locks all connections that the frozen process has, and where it listens.
+    pub(super) fn lock_connections(&mut self) -> Result<(), ActionError> {
+        let mut descriptors = self.lock_descriptors()?;
+        // Not before: now no handshake can be completed any more.
+        let waiting = files::unsettled(&descriptors);
+        if !waiting.is_empty() {
+            // What the process closes meanwhile must not be held open by us.
+            drop(descriptors);
+            self.let_run(waiting)?;
+            descriptors = self.lock_descriptors()?;
+        }
+        self.state.descriptors = Some(descriptors);
+        Ok(())
+    }
+
+    fn lock_descriptors(&mut self) -> Result<Descriptors, ActionError> {
+        let descriptors = Descriptors::take(self.pid()).map_err(CaptureError::from)?;
+        let lock = self.state.lock.as_mut().ok_or(ActionError::Order)?;
+        let locked = lock.close_on_process(&descriptors.socket_inodes())?;
+        tracing::debug!(count = locked.len(), "connections are locked");
+        Ok(descriptors)
+    }
+
+    /// Lets the frozen process run until it has taken what waits for it.
+    fn let_run(&mut self, waiting: Vec<OwnedFd>) -> Result<(), ActionError> {
+        tracing::info!(sockets = waiting.len(), "connections wait: the process runs on for a moment");
+        self.state.frozen.take().ok_or(ActionError::Order)?.thaw()?;
+        let deadline = Instant::now() + PATIENCE;
+        while waiting.iter().any(|fd| files::is_unsettled(fd.as_fd())) && Instant::now() < deadline {
+            std::thread::sleep(PAUSE);
+        }
+        // Before the freeze: what the process has closed is closed only now.
+        drop(waiting);
+        self.state.sleeps.look(self.config.pid);
+        let frozen = Frozen::freeze(self.pid(), FREEZE_PATIENCE)?;
+        self.state.sleeps.note(frozen.threads());
+        self.state.frozen = Some(frozen);
+        Ok(())
+    }
+}
