@@ -109,7 +109,7 @@ impl Frozen {
             // On an early return, `frozen` lets go of what it holds; what is only seized goes by this.
             let mut seized = Seized(Vec::with_capacity(fresh.len()));
             for tid in fresh {
-                match ptrace::seize(tid, 0) {
+                match ptrace::seize(tid, ptrace::MARK_CALLS) {
                     Ok(()) => seized.0.push(tid),
                     Err(Errno::ESRCH) => {}
                     Err(Errno::EPERM) if is_gone(pid, tid) => {}
@@ -322,10 +322,7 @@ impl Frozen {
         let mem = self.open_memory()?;
         let room = vdso::tail(pid, &mem)?;
         let (caught, ignored, pending) = signal_sets(pid, &self.threads)?;
-        let signal = choose_doorbell(caught, ignored, pending).ok_or(InjectError::NoRoom {
-            tid: pid,
-            why: "it handles every signal that could be the doorbell",
-        })?;
+        let signal = choose_doorbell(caught, ignored, pending);
         let mut injector = Injector::place(pid, mem, room, signal)?;
         let leader = self.threads.first_mut().ok_or(InjectError::Gone(pid))?;
         injector.boot(leader)?;
@@ -427,7 +424,7 @@ pub(super) fn wait_for_stop(
             Some((Stop::Signal(signal), _)) => {
                 ptrace::cont(tid, signal).map_err(|e| FreezeError::Inject(sys("going on", tid, e)))?;
             }
-            Some((Stop::Other(_), _)) => {
+            Some((Stop::Call | Stop::Other(_), _)) => {
                 ptrace::cont(tid, 0).map_err(|e| FreezeError::Inject(sys("going on", tid, e)))?;
             }
             None if Instant::now() > deadline => return Err(FreezeError::Stuck { tid, waited: patience }),

@@ -5,7 +5,13 @@
 //! puts the registers back. If the tracer was killed in between, nobody hears the bell, and the code goes
 //! on to undo everything by itself: it unmaps the area, restores mask, flags and registers from the
 //! thread's *lane*, and jumps back to where the thread was. So a `kill -9` of our process at any instant
-//! leaves the target as it was. Two rules follow:
+//! leaves the target as it was.
+//!
+//! A process that has handlers for all signals that could ring (Go's runtime has) gets [`SILENT`], which is no
+//! signal: ringing does nothing. Its threads stop at each system call instead, until it is the one that
+//! would ring. That costs two stops for each call of a batch.
+//!
+//! Two rules follow:
 //!
 //! - foreign registers are only ever set in stops that are not a SIGTRAP (its signal would be delivered
 //!   when the tracer dies): no single steps, no breakpoints at the source;
@@ -39,7 +45,10 @@ const WORK_BYTES: usize = TABLE_BYTES + SCRATCH_BYTES;
 /// Signals that a process without a handler for them ignores: one of them is the doorbell.
 const DOORBELLS: [i32; 3] = [libc::SIGWINCH, libc::SIGURG, libc::SIGCHLD];
 
-/// Bit of a signal in a kernel sigset.
+/// The doorbell that nobody hears: sending signal 0 only checks whether the receiver is there (kill(2)).
+pub const SILENT: i32 = 0;
+
+/// Bit of a signal in a kernel sigset; none for [`SILENT`].
 pub(super) fn signal_bit(signal: i32) -> u64 {
     1u64.checked_shl(signal.unsigned_abs().wrapping_sub(1)).unwrap_or(0)
 }
@@ -346,11 +355,16 @@ impl Injector {
         thread.foreign = true;
         ptrace::set_regs(tid, &r).map_err(|e| sys("setting registers", tid, e))?;
         ptrace::set_sigmask(tid, !signal_bit(self.signal)).map_err(|e| sys("blocking signals", tid, e))?;
-        ptrace::cont(tid, 0).map_err(|e| sys("starting injected calls", tid, e))
+        self.go_on(tid).map_err(|e| sys("starting injected calls", tid, e))
+    }
+
+    fn go_on(&self, tid: Tid) -> Result<(), Errno> {
+        if self.signal == SILENT { ptrace::cont_to_call(tid) } else { ptrace::cont(tid, 0) }
     }
 
     /// Waits until the thread has rung; other stops on the way are taken note of and passed over.
     fn wait_for_bell(&mut self, tid: Tid, at: u64) -> Result<(), InjectError> {
+        let mut ringing = false;
         loop {
             let (stop, status) = ptrace::wait(tid).map_err(|e| sys("waiting", tid, e))?;
             match stop {
@@ -366,10 +380,22 @@ impl Injector {
                         _ => return Err(InjectError::UnexpectedStop { tid, status }),
                     }
                 }
+                Stop::Event(_) if ringing => return Ok(()),
                 Stop::Event(_) => {}
+                Stop::Call => {
+                    let r = ptrace::regs(tid).map_err(|e| sys("reading the registers", tid, e))?;
+                    if r.rip == at {
+                        // In the entry of the call that rings. Registers may not be set here, where they
+                        // would be those of a call to make; the next stop is after it.
+                        ringing = true;
+                        ptrace::interrupt(tid).map_err(|e| sys("interrupting", tid, e))?;
+                        ptrace::cont(tid, 0).map_err(|e| sys("going on", tid, e))?;
+                        continue;
+                    }
+                }
                 Stop::Other(_) => return Err(InjectError::UnexpectedStop { tid, status }),
             }
-            ptrace::cont(tid, 0).map_err(|e| sys("going on", tid, e))?;
+            self.go_on(tid).map_err(|e| sys("going on", tid, e))?;
         }
     }
 
@@ -426,12 +452,13 @@ pub(super) fn io(step: &'static str, tid: Tid, error: &std::io::Error) -> Inject
     if error.kind() == std::io::ErrorKind::WriteZero { InjectError::Gone(tid) } else { sys(step, tid, errno) }
 }
 
-/// A doorbell for a process with these caught and pending signals (kernel sigsets), if there is one.
+/// A doorbell for a process with these caught and pending signals (kernel sigsets); [`SILENT`] if there is
+/// none.
 ///
 /// Whatever it is, the process must survive it if we die: it is ignored by default, or by the process
 /// (`ignored`). Of the latter none that a fault of the CPU raises, and none whose sending has effects of
 /// its own (SIGCONT and the stop signals take each other out of the queues).
-pub fn choose_doorbell(caught: u64, ignored: u64, pending: u64) -> Option<i32> {
+pub fn choose_doorbell(caught: u64, ignored: u64, pending: u64) -> i32 {
     const PLAIN: [i32; 8] = [
         libc::SIGPIPE,
         libc::SIGHUP,
@@ -443,7 +470,8 @@ pub fn choose_doorbell(caught: u64, ignored: u64, pending: u64) -> Option<i32> {
         libc::SIGQUIT,
     ];
     let by_itself = PLAIN.into_iter().filter(|s| ignored & signal_bit(*s) != 0);
-    DOORBELLS.into_iter().chain(by_itself).find(|s| (caught | pending) & signal_bit(*s) == 0)
+    let mut all = DOORBELLS.into_iter().chain(by_itself);
+    all.find(|s| (caught | pending) & signal_bit(*s) == 0).unwrap_or(SILENT)
 }
 
 #[cfg(test)]
@@ -453,11 +481,11 @@ mod tests {
     #[test]
     fn a_doorbell_is_neither_caught_nor_pending_and_harmless() {
         let all = DOORBELLS.iter().fold(0, |set, s| set | signal_bit(*s));
-        assert_eq!(choose_doorbell(0, 0, 0), Some(libc::SIGWINCH));
-        assert_eq!(choose_doorbell(signal_bit(libc::SIGWINCH), 0, 0), Some(libc::SIGURG));
-        assert_eq!(choose_doorbell(0, 0, all), None);
+        assert_eq!(choose_doorbell(0, 0, 0), libc::SIGWINCH);
+        assert_eq!(choose_doorbell(signal_bit(libc::SIGWINCH), 0, 0), libc::SIGURG);
+        assert_eq!(choose_doorbell(0, 0, all), SILENT);
         let stops = signal_bit(libc::SIGTSTP) | signal_bit(libc::SIGCONT) | signal_bit(libc::SIGSEGV);
-        assert_eq!(choose_doorbell(0, stops, all), None);
-        assert_eq!(choose_doorbell(all, signal_bit(libc::SIGPIPE) | stops, 0), Some(libc::SIGPIPE));
+        assert_eq!(choose_doorbell(0, stops, all), SILENT);
+        assert_eq!(choose_doorbell(all, signal_bit(libc::SIGPIPE) | stops, 0), libc::SIGPIPE);
     }
 }

@@ -9,6 +9,7 @@
 mod case;
 mod cases;
 mod memcached;
+mod plain;
 mod relay;
 mod stranger;
 mod visible;

@@ -121,7 +121,9 @@ fn interrupted(
                 ptrace::cont(tid, 0).map_err(step)?;
             }
             Some((Stop::Signal(_), _)) => ptrace::cont(tid, 0).map_err(step)?,
-            Some((Stop::Other(_), status)) => return Err(InjectError::UnexpectedStop { tid, status }),
+            Some((Stop::Call | Stop::Other(_), status)) => {
+                return Err(InjectError::UnexpectedStop { tid, status });
+            }
         }
         if !interrupted && target.blocked().is_some_and(|b| b.number == number) {
             ptrace::interrupt(tid).map_err(step)?;

@@ -18,6 +18,11 @@ const NT_X86_XSTATE: usize = 0x202;
 /// More than any xstate of today (AMX: 11 KiB).
 const XSTATE_MAX_BYTES: usize = 64 * 1024;
 
+/// Tells stops at system calls from signals; and if we die in one, what the kernel then sends is no signal at
+/// all, where it would be SIGTRAP otherwise (`ptrace_report_syscall` in include/linux/ptrace.h, Linux 6.18).
+pub const MARK_CALLS: i32 = libc::PTRACE_O_TRACESYSGOOD;
+const CALL_STOP: i32 = libc::SIGTRAP | 0x80;
+
 const PTRACE_GETSIGMASK: u32 = 0x420a;
 const PTRACE_SETSIGMASK: u32 = 0x420b;
 
@@ -28,6 +33,8 @@ pub enum Stop {
     Event(i32),
     /// About to have this signal delivered.
     Signal(i32),
+    /// At the entry or the exit of a system call, by [`cont_to_call`] with [`MARK_CALLS`].
+    Call,
     /// Another ptrace event.
     Other(i32),
     /// Exited or killed.
@@ -49,6 +56,11 @@ pub fn seize(tid: Tid, options: i32) -> Result<(), Errno> {
 /// Changes the PTRACE_O_* options of a stopped thread.
 pub fn set_options(tid: Tid, options: i32) -> Result<(), Errno> {
     request(libc::PTRACE_SETOPTIONS, tid, 0, usize::try_from(options).unwrap_or(0)).map(drop)
+}
+
+/// Goes on to the next entry or exit of a system call. The thread must have been seized with [`MARK_CALLS`].
+pub fn cont_to_call(tid: Tid) -> Result<(), Errno> {
+    request(libc::PTRACE_SYSCALL, tid, 0, 0).map(drop)
 }
 
 /// Asks a seized thread to stop; wait for it with [`wait`] or [`poll`].
@@ -114,6 +126,7 @@ pub fn set_sigmask(tid: Tid, mask: u64) -> Result<(), Errno> {
 fn decode(status: i32) -> Stop {
     if libc::WIFSTOPPED(status) {
         match (status >> 16, libc::WSTOPSIG(status)) {
+            (0, CALL_STOP) => Stop::Call,
             (0, signal) => Stop::Signal(signal),
             (EVENT_STOP, signal) => Stop::Event(signal),
             (event, _) => Stop::Other(event),

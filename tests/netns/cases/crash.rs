@@ -3,10 +3,10 @@
 
 use std::time::{Duration, Instant};
 
-use migrate::testbed::{Host, Job, Lan, Outcome, Service, TestbedError, wait_for};
+use migrate::testbed::{Host, Job, Lan, Outcome, Service, Spawn, TestbedError, wait_for};
 
 use crate::case::{Case, Choices, Result};
-use crate::workload::Workload;
+use crate::workload::{Workload, build};
 
 const INSTANTS: usize = 20;
 const MOVE: Duration = Duration::from_secs(120);
@@ -25,6 +25,9 @@ enum Blow {
 pub(crate) fn cases() -> Vec<Case> {
     vec![
         Case::new("crash/source_killed", |lan| at_random_instants(lan, Blow::KillSource, "source")),
+        Case::new("crash/source_killed_all_signals_handled", |lan| {
+            at_random_instants(lan, Blow::KillSource, "handled")
+        }),
         Case::new("crash/service_killed", |lan| at_random_instants(lan, Blow::KillService, "service")),
         Case::new("crash/link_cut", |lan| at_random_instants(lan, Blow::CutLink, "link")),
     ]
@@ -32,7 +35,11 @@ pub(crate) fn cases() -> Vec<Case> {
 
 fn at_random_instants(lan: &Lan, blow: Blow, name: &str) -> Result {
     let mut choices = Choices::new(name);
-    let mut workload = Workload::start(&lan.a, "writer", &["2", "64", "/run/shared/writer", "4"])?;
+    let mut program = Spawn::new([&build("writer")?, "2", "64", "/run/shared/writer", "4"]);
+    if name == "handled" {
+        program = program.env("HANDLE_ALL_SIGNALS", "1");
+    }
+    let mut workload = Workload::spawn(&lan.a, &program)?;
     lan.share_identity()?;
     let mut services = [lan.serve(&lan.a)?, lan.serve(&lan.b)?];
     let mut here = &lan.a;

@@ -8,6 +8,7 @@ mod hooks;
 mod hosts;
 mod kinds;
 mod limbo;
+mod live;
 mod lock;
 mod moves;
 mod network;
@@ -31,6 +32,7 @@ pub(crate) fn all() -> Vec<Case> {
         segments::cases(),
         servers::cases(),
         tcp::cases(),
+        live::cases(),
         network::cases(),
         operator::cases(),
         hooks::cases(),

@@ -40,6 +40,12 @@ pub(crate) fn cases() -> Vec<Case> {
             serve::<Memcached>(lan, &memcached::server(), memcached::PORT, KEYS, Some("auto"))
         })
         .needs(memcached()),
+        Case::new("servers/redis_connected", |lan| connected::<Redis>(lan, &redis::server(), redis::PORT))
+            .needs(redis()),
+        Case::new("servers/memcached_connected", |lan| {
+            connected::<Memcached>(lan, &memcached::server(), memcached::PORT)
+        })
+        .needs(memcached()),
         limited("auto").needs(redis()),
         limited("postcopy").needs(redis()),
     ]
@@ -54,8 +60,26 @@ fn limited(mode: &'static str) -> Case {
     })
 }
 
-/// Under a writer, and moved in a mode if one is given.
+/// Under a writer, and moved in a mode if one is given: the writer has to connect again.
 fn serve<S: Store + 'static>(lan: &Lan, server: &Spawn, port: u16, keys: u64, mode: Option<&str>) -> Result {
+    let options = mode.map(|mode| ["--tcp-close", "--mode", mode]);
+    let options = options.as_ref().map(<[_; 3]>::as_slice);
+    under_writer::<S>(lan, server, port, keys, options, u64::from(mode.is_some()))
+}
+
+/// The writer keeps its connection.
+fn connected<S: Store + 'static>(lan: &Lan, server: &Spawn, port: u16) -> Result {
+    under_writer::<S>(lan, server, port, KEYS, Some(&["--tcp-established"]), 0)
+}
+
+fn under_writer<S: Store + 'static>(
+    lan: &Lan,
+    server: &Spawn,
+    port: u16,
+    keys: u64,
+    options: Option<&[&str]>,
+    reconnects: u64,
+) -> Result {
     let address = SocketAddr::new(Lan::SERVICE.parse()?, port);
     let job = lan.a.spawn(server)?;
     in_client(lan, "connect", move || {
@@ -71,13 +95,13 @@ fn serve<S: Store + 'static>(lan: &Lan, server: &Spawn, port: u16, keys: u64, mo
         (load, activity)
     })?;
     // Whatever fails from here on, the writer is told to stop.
-    let outcome = under_load(lan, job.pid, mode, &writes);
+    let outcome = under_load(lan, job.pid, options, &writes);
     stop.store(true, Ordering::Relaxed);
     let (load, activity) = writer.join().map_err(|_| "the writer panicked")??;
     outcome?;
     let wrong = in_client(lan, "verify", move || load.verify::<S>(address))??;
     ensure(wrong.is_empty(), || format!("acknowledged writes are missing: {}", wrong.join("; ")))?;
-    ensure(activity.reconnects == u64::from(mode.is_some()), || format!("{activity:?}"))?;
+    ensure(activity.reconnects == reconnects, || format!("{activity:?}"))?;
     println!(
         "    {} writes, longest pause {:.1} ms",
         activity.writes,
@@ -86,13 +110,13 @@ fn serve<S: Store + 'static>(lan: &Lan, server: &Spawn, port: u16, keys: u64, mo
     Ok(())
 }
 
-fn under_load(lan: &Lan, pid: i32, mode: Option<&str>, writes: &AtomicU64) -> Result {
+fn under_load(lan: &Lan, pid: i32, options: Option<&[&str]>, writes: &AtomicU64) -> Result {
     more_writes(writes)?;
-    if let Some(mode) = mode {
+    if let Some(options) = options {
         lan.share_identity()?;
         let service = lan.serve(&lan.b)?;
-        let options = ["--tcp-close", "--move-ip", Lan::MOVE_IP, "--mode", mode];
-        let outcome = lan.move_to(&lan.a, &service, pid, &options, MOVE)?.expect_moved()?;
+        let all = [options, &["--move-ip", Lan::MOVE_IP]].concat();
+        let outcome = lan.move_to(&lan.a, &service, pid, &all, MOVE)?.expect_moved()?;
         for field in ["migration_id", "downtime_ms", "rounds", "pages_data", "bytes_wire", "phases"] {
             ensure(!outcome.report[field].is_null(), || {
                 format!("the report has no {field}: {}", outcome.report)
@@ -105,9 +129,10 @@ fn under_load(lan: &Lan, pid: i32, mode: Option<&str>, writes: &AtomicU64) -> Re
             outcome.report["pages_postcopy"],
             outcome.report["pages_faulted"]
         );
-        ensure(mode != "postcopy" || outcome.report["pages_postcopy"].as_u64() > Some(0), || {
-            format!("nothing followed after the resume: {}", outcome.report)
-        })?;
+        ensure(
+            !options.contains(&"postcopy") || outcome.report["pages_postcopy"].as_u64() > Some(0),
+            || format!("nothing followed after the resume: {}", outcome.report),
+        )?;
         ensure(lan.b.proc(pid).exists() && !lan.a.proc(pid).exists(), || {
             "it is on the wrong host".to_owned()
         })?;

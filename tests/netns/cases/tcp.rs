@@ -8,20 +8,29 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use nix::sys::resource::{Resource, setrlimit};
+
 use migrate::testbed::{Host, Lan, Outcome, SHARED, Service, Spawn, redis, wait_for};
 
 use super::crash::{SETTLE, settled};
 use super::limbo::at_state;
 use crate::case::{Case, Choices, Need, Result, ensure};
-use crate::workload::Workload;
+use crate::workload::{Workload, build};
 
 const PORT: u16 = 7;
+const DESCRIPTORS: u64 = 8192;
 const MOVE: Duration = Duration::from_secs(120);
 /// No client waits longer than this for anything: it has lost its connection then.
 const PATIENCE: Duration = Duration::from_secs(30);
-const BUSY: usize = 4;
-const CALLS: usize = 2;
-const IDLE: usize = 100;
+/// Connections of each kind: streams, one request after the other, and such that wait.
+#[derive(Clone, Copy)]
+struct Crowd {
+    streams: usize,
+    calls: usize,
+    idle: usize,
+}
+const FEW: Crowd = Crowd { streams: 4, calls: 2, idle: 100 };
+const MANY: Crowd = Crowd { streams: 0, calls: 200, idle: 2000 };
 /// What a stream has sent and not got back, at most.
 const UNDER_WAY: u64 = 4 << 20;
 /// Blows of the kill cases.
@@ -33,9 +42,10 @@ const OPTIONS: [&str; 3] = ["--tcp-established", "--move-ip", Lan::MOVE_IP];
 
 pub(crate) fn cases() -> Vec<Case> {
     let modes = ["precopy", "postcopy", "auto"]
-        .map(|mode| Case::new(format!("tcp/echo_{mode}"), move |lan| echo(lan, 1, mode)));
+        .map(|mode| Case::new(format!("tcp/echo_{mode}"), move |lan| echo(lan, 1, mode, FEW)));
     let mut cases: Vec<Case> = modes.into();
-    cases.push(Case::new("tcp/echo_10_times", |lan| echo(lan, 10, "auto")));
+    cases.push(Case::new("tcp/echo_30_times", |lan| echo(lan, 30, "auto", FEW)));
+    cases.push(Case::new("tcp/echo_2200_connections", |lan| echo(lan, 2, "auto", MANY)));
     cases.push(Case::new("tcp/source_killed", |lan| source_killed(lan, Blow::Anywhere)));
     cases.push(Case::new("tcp/source_killed_reading", |lan| source_killed(lan, Blow::Reading)));
     cases.push(Case::new("tcp/address_on_both_hosts", address_on_both_hosts));
@@ -47,11 +57,15 @@ pub(crate) fn cases() -> Vec<Case> {
     cases
 }
 
-fn echo(lan: &Lan, moves: usize, mode: &str) -> Result {
-    let mut workload = Workload::start(&lan.a, "tcp_echo", &[&PORT.to_string()])?;
+fn echo(lan: &Lan, moves: usize, mode: &str, crowd: Crowd) -> Result {
+    // The server's and ours.
+    setrlimit(Resource::RLIMIT_NOFILE, DESCRIPTORS, DESCRIPTORS)?;
+    let (limit, port) = (format!("--nofile={DESCRIPTORS}"), PORT.to_string());
+    let server = Spawn::new(["prlimit", &limit, &build("tcp_echo")?, &port]);
+    let mut workload = Workload::spawn(&lan.a, &server)?;
     lan.share_identity()?;
     let services = [lan.serve(&lan.a)?, lan.serve(&lan.b)?];
-    let clients = Clients::start(lan, Lan::SERVICE)?;
+    let clients = Clients::start(lan, Lan::SERVICE, crowd)?;
     let (mut here, mut downtimes) = (&lan.a, Vec::new());
     for round in 1..=moves {
         clients.get_on()?;
@@ -85,7 +99,7 @@ fn source_killed(lan: &Lan, blow: Blow) -> Result {
     let mut workload = Workload::start(&lan.a, "tcp_echo", &[&PORT.to_string()])?;
     lan.share_identity()?;
     let services = [lan.serve(&lan.a)?, lan.serve(&lan.b)?];
-    let clients = Clients::start(lan, Lan::SERVICE)?;
+    let clients = Clients::start(lan, Lan::SERVICE, FEW)?;
     let mut here = &lan.a;
     let begin = Instant::now();
     lan.move_to(here, service_of_other(lan, here, &services), workload.pid(), &OPTIONS, MOVE)?
@@ -152,7 +166,7 @@ fn address_on_both_hosts(lan: &Lan) -> Result {
     );
     let hook = ["--hook", &hook];
     let services = [lan.serve_with(&lan.a, &hook)?, lan.serve_with(&lan.b, &hook)?];
-    let clients = Clients::start(lan, ADDRESS)?;
+    let clients = Clients::start(lan, ADDRESS, FEW)?;
     let repeated = || tcp_counter(&lan.middle.net(&["cat", "/proc/net/snmp"])?, "RetransSegs");
     let repeat = || -> Result {
         let before = repeated()?;
@@ -244,7 +258,7 @@ fn sockets(lan: &Lan) -> String {
     [&lan.a, &lan.b, &lan.middle].map(list).concat()
 }
 
-fn service_of_other<'s>(lan: &Lan, here: &Host, services: &'s [Service; 2]) -> &'s Service {
+pub(super) fn service_of_other<'s>(lan: &Lan, here: &Host, services: &'s [Service; 2]) -> &'s Service {
     if here.name() == lan.a.name() { &services[1] } else { &services[0] }
 }
 
@@ -262,7 +276,7 @@ fn tcp_counter(text: &str, name: &str) -> Result<u64> {
 
 /// Resets sent by each host, and those that the clients suffered. (A source that lets go of a connection in
 /// silence counts it as reset.)
-fn resets(lan: &Lan) -> Result<[u64; 4]> {
+pub(super) fn resets(lan: &Lan) -> Result<[u64; 4]> {
     let count = |host: &Host, name| tcp_counter(&host.net(&["cat", "/proc/net/snmp"])?, name);
     let clients = &lan.middle;
     Ok([
@@ -273,7 +287,7 @@ fn resets(lan: &Lan) -> Result<[u64; 4]> {
     ])
 }
 
-fn no_resets_since(lan: &Lan, before: [u64; 4]) -> Result {
+pub(super) fn no_resets_since(lan: &Lan, before: [u64; 4]) -> Result {
     let now = resets(lan)?;
     ensure(now == before, || {
         format!("resets by a, by b, by the clients, suffered by them: {before:?}, {now:?}")
@@ -304,10 +318,10 @@ impl Progress {
 }
 
 impl Clients {
-    fn start(lan: &Lan, address: &str) -> Result<Self> {
+    fn start(lan: &Lan, address: &str, crowd: Crowd) -> Result<Self> {
         let address = SocketAddr::new(address.parse()?, PORT);
         let dial = move || -> io::Result<Vec<TcpStream>> {
-            (0..BUSY + CALLS + IDLE)
+            (0..crowd.streams + crowd.calls + crowd.idle)
                 .map(|_| {
                     let stream = TcpStream::connect(address)?;
                     stream.set_read_timeout(Some(PATIENCE))?;
@@ -320,11 +334,11 @@ impl Clients {
         let mut idle = lan.client("dial", dial)?.join().map_err(|_| "the client panicked")???;
         let stop = Arc::new(AtomicBool::new(false));
         let (mut progress, mut threads) = (Vec::new(), Vec::new());
-        for (number, stream) in idle.drain(..BUSY + CALLS).enumerate() {
+        for (number, stream) in idle.drain(..crowd.streams + crowd.calls).enumerate() {
             let (counted, stop) = (Arc::<Progress>::default(), Arc::clone(&stop));
             progress.push(Arc::clone(&counted));
             threads.push(std::thread::spawn(move || {
-                let done = if number < BUSY {
+                let done = if number < crowd.streams {
                     streaming(&stream, number, &stop, &counted)
                 } else {
                     calling(&stream, number, &stop, &counted)

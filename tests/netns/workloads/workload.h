@@ -58,6 +58,31 @@ static inline void on_ask(int signal)
     asked = 1;
 }
 
+static void on_any(int signal)
+{
+    fail("signal %d that nobody has sent", signal);
+}
+
+/* With HANDLE_ALL_SIGNALS in its environment a program begins with handlers for all signals, as Go's runtime
+ * does, but for those that a child, a timer or a test may bring. */
+__attribute__((constructor)) static void handle_all_signals(void)
+{
+    struct sigaction action = {.sa_handler = on_any, .sa_flags = SA_RESTART};
+    if (!getenv("HANDLE_ALL_SIGNALS"))
+        return;
+    for (int signal = 1; signal < NSIG; signal++) {
+        struct sigaction now;
+        if (signal == SIGTERM || signal == SIGINT || sigaction(signal, NULL, &now) != 0)
+            continue;
+        if (signal == SIGCHLD)
+            now.sa_handler = on_ask;
+        else
+            now = action;
+        if (signal != SIGKILL && signal != SIGSTOP)
+            CHECK(sigaction(signal, &now, NULL) == 0, "sigaction");
+    }
+}
+
 /* Says ready and then verifies until killed: `often` all the time, `fully` when asked. */
 __attribute__((noreturn)) static inline void verify_forever(void (*often)(void), void (*fully)(void))
 {
