@@ -50,6 +50,9 @@ const WINDOW_START: usize = 16;
 /// The bit of the receive buffer in `SO_BUF_LOCK`.
 const RECEIVE_LOCKED: c_int = 2;
 
+/// The largest window without scaling.
+const UNSCALED_WINDOW: u32 = 65_535;
+
 /// `TCPI_OPT_*`
 const TIMESTAMPS: u32 = 1;
 const SELECTIVE: u32 = 2;
@@ -275,6 +278,11 @@ pub(super) fn make(image: &TcpConnection, flags: c_int, new: &NewSocket) -> Resu
 pub(super) fn complete(fd: BorrowedFd<'_>, image: &TcpConnection) -> Result<bool, Trouble> {
     let step = Trouble::step;
     let (remote, port): (IpAddr, u16) = address_of(&image.remote, image.remote_port)?;
+    if image.negotiated & SCALING == 0 {
+        // With room for more the kernel would choose a factor here, and apply it although none was agreed on.
+        socket::set_option(fd, IPPROTO_TCP, libc::TCP_WINDOW_CLAMP, &UNSCALED_WINDOW.to_ne_bytes())
+            .map_err(step("limiting a TCP connection's window"))?;
+    }
     match tcp::connect(fd, remote, port) {
         Ok(()) => {}
         Err(Errno::ENETUNREACH | Errno::EHOSTUNREACH | Errno::EADDRNOTAVAIL) => return Ok(false),

@@ -1,0 +1,21 @@
+//! What the two ends have agreed on, and what is derived from that.
+
+use super::*;
+
+/// Without window scaling the window that is offered is meant as it reads.
+#[test]
+fn a_window_without_scaling() {
+    with_network(|network| {
+        network.in_client(|| std::fs::write("/proc/sys/net/ipv4/tcp_window_scaling", "0").unwrap());
+        let (s, fd, mut client) = connected(network, 0);
+        let d = moved(network, s);
+        let info = socket::option(d.take(fd).as_fd(), IPPROTO_TCP, libc::TCP_INFO).unwrap();
+        assert_eq!((info[5] & 4, info[6]), (0, 0), "no scaling");
+        let up = pattern(40_000, 11);
+        client.write_all(&up).unwrap();
+        wait_unread(&d.take(fd), up.len());
+        let mut server = end(&d, fd);
+        expect(&mut server, &up);
+        goes_on(&mut server, &mut client);
+    });
+}
