@@ -3,6 +3,7 @@
 mod clocks;
 mod crash;
 mod drain;
+mod grid;
 mod grounds;
 mod hooks;
 mod hosts;
@@ -31,6 +32,7 @@ pub(crate) fn all() -> Vec<Case> {
         segments::cases(),
         servers::cases(),
         tcp::cases(),
+        grid::cases(),
         network::cases(),
         operator::cases(),
         hooks::cases(),
