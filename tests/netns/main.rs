@@ -8,6 +8,7 @@
 
 mod case;
 mod cases;
+mod grid;
 mod memcached;
 mod plain;
 mod relay;

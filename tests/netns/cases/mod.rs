@@ -3,6 +3,7 @@
 mod clocks;
 mod crash;
 mod drain;
+mod grid;
 mod grounds;
 mod hooks;
 mod hosts;
@@ -33,6 +34,7 @@ pub(crate) fn all() -> Vec<Case> {
         servers::cases(),
         tcp::cases(),
         live::cases(),
+        grid::cases(),
         network::cases(),
         operator::cases(),
         hooks::cases(),

@@ -50,6 +50,12 @@ const WINDOW_START: usize = 16;
 /// The bit of the receive buffer in `SO_BUF_LOCK`.
 const RECEIVE_LOCKED: c_int = 2;
 
+/// What `TCP_MAXSEG` takes.
+const LEAST_SEGMENT: u32 = 88;
+const LARGEST_SEGMENT: u32 = 32_767;
+/// The largest window without scaling.
+const UNSCALED_WINDOW: u32 = 65_535;
+
 /// `TCPI_OPT_*`
 const TIMESTAMPS: u32 = 1;
 const SELECTIVE: u32 = 2;
@@ -275,11 +281,19 @@ pub(super) fn make(image: &TcpConnection, flags: c_int, new: &NewSocket) -> Resu
 pub(super) fn complete(fd: BorrowedFd<'_>, image: &TcpConnection) -> Result<bool, Trouble> {
     let step = Trouble::step;
     let (remote, port): (IpAddr, u16) = address_of(&image.remote, image.remote_port)?;
+    if image.negotiated & SCALING == 0 {
+        // With room for more the kernel would choose a factor here, and apply it although none was agreed on.
+        socket::set_option(fd, IPPROTO_TCP, libc::TCP_WINDOW_CLAMP, &UNSCALED_WINDOW.to_ne_bytes())
+            .map_err(step("limiting a TCP connection's window"))?;
+    }
+    // What is agreed on below changes the limit, but not the size that was derived from it when connecting.
+    limit_segments(fd, image.segment_limit)?;
     match tcp::connect(fd, remote, port) {
         Ok(()) => {}
         Err(Errno::ENETUNREACH | Errno::EHOSTUNREACH | Errno::EADDRNOTAVAIL) => return Ok(false),
         Err(errno) => return Err(Trouble::Step("connecting in TCP_REPAIR", errno)),
     }
+    limit_segments(fd, 0)?;
     let mut agreed = Vec::with_capacity(32);
     let mut agree = |code: u32, value: u32| {
         agreed.extend(code.to_ne_bytes());
@@ -311,6 +325,16 @@ pub(super) fn complete(fd: BorrowedFd<'_>, image: &TcpConnection) -> Result<bool
         super::shut(fd, nix::sys::socket::Shutdown::Read)?;
     }
     Ok(true)
+}
+
+/// Limits the segments of a connection yet to be made, as far as that is allowed to be asked for; 0 lifts it.
+fn limit_segments(fd: BorrowedFd<'_>, bytes: u32) -> Result<(), Trouble> {
+    if (1..LEAST_SEGMENT).contains(&bytes) {
+        return Ok(());
+    }
+    let bytes = bytes.min(LARGEST_SEGMENT);
+    socket::set_option(fd, IPPROTO_TCP, libc::TCP_MAXSEG, &bytes.to_ne_bytes())
+        .map_err(Trouble::step("limiting a TCP connection's segments"))
 }
 
 /// First a low clamp, then the one it had: raising it is what makes the kernel offer as much as was offered.

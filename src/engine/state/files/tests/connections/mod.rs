@@ -1,5 +1,6 @@
 //! Live TCP connections, moved under a client of another host.
 
+mod agreed;
 mod paths;
 mod queues;
 mod refused;

@@ -1,0 +1,288 @@
+//! The wire of the grid: a device on each host, whose other end is a packet socket of ours. What the hosts
+//! send comes here and nowhere else; what they get, we have made.
+
+use std::collections::HashMap;
+use std::net::Ipv4Addr;
+use std::ops::Deref;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::process::Command;
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+use std::time::Instant;
+
+use migrate::testbed::{Host, Lan};
+use nix::errno::Errno;
+use nix::ifaddrs::getifaddrs;
+use nix::mount::{MsFlags, mount};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sched::{CloneFlags, unshare};
+use nix::sys::socket::sockopt::RcvBufForce;
+use nix::sys::socket::{
+    AddressFamily, LinkAddr, MsgFlags, SockFlag, SockProtocol, SockType, recvfrom, sendto, setsockopt, socket,
+};
+
+use super::packet::{Place, RST, Segment};
+use crate::case::Result;
+
+/// The name of the device on both hosts.
+const DEVICE: &str = "wire0";
+/// Where we are, to the hosts.
+const OURS: Place = Place { mac: [2, 0, 0, 0, 8, 9], ip: Ipv4Addr::new(10, 88, 0, 9) };
+/// The address that moves.
+const SERVICE: Ipv4Addr = Ipv4Addr::new(10, 88, 0, 1);
+/// [`SERVICE`] in the form that `--move-ip` takes.
+pub(crate) const MOVE_IP: &str = "10.88.0.1/24@wire0";
+/// How long the thread waits for a frame before it looks whether it should go on.
+const TURN_MS: u16 = 5;
+
+/// One of the two hosts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Side {
+    A,
+    B,
+}
+
+impl Side {
+    pub(crate) fn other(self) -> Self {
+        match self {
+            Self::A => Self::B,
+            Self::B => Self::A,
+        }
+    }
+
+    fn mac(self) -> [u8; 6] {
+        [2, 0, 0, 0, 8, 1 + self as u8]
+    }
+}
+
+/// A segment that has come.
+#[derive(Debug, Clone)]
+pub(crate) struct Arrival {
+    pub(crate) side: Side,
+    pub(crate) at: Instant,
+    pub(crate) segment: Segment,
+}
+
+/// The wire, to be shared by all that have an end of a connection.
+pub(crate) struct Wire {
+    socket: OwnedFd,
+    ends: [LinkAddr; 2],
+    inboxes: Mutex<HashMap<u16, Sender<Arrival>>>,
+    may_speak: AtomicU8,
+    wrong: Mutex<Vec<String>>,
+    asked: AtomicU64,
+    settled: AtomicU64,
+    stop: AtomicBool,
+}
+
+/// The wire and its thread, which ends when this is dropped.
+pub(crate) struct Running {
+    wire: Arc<Wire>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Deref for Running {
+    type Target = Wire;
+
+    fn deref(&self) -> &Wire {
+        &self.wire
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.wire.stop.store(true, Ordering::Relaxed);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Running {
+    /// Plugs both hosts in; the service address is on `a` or `on_both`.
+    pub(crate) fn start(lan: &Lan, on_both: bool) -> Result<Self> {
+        let inits = [lan.a.init(), lan.b.init()];
+        let (ready, made) = channel();
+        let thread = std::thread::Builder::new().name("wire".to_owned()).spawn(move || {
+            match Wire::new(inits) {
+                Ok(wire) => {
+                    let wire = Arc::new(wire);
+                    let _ = ready.send(Ok(Arc::clone(&wire)));
+                    wire.carry();
+                }
+                Err(error) => {
+                    let _ = ready.send(Err(error.to_string()));
+                }
+            };
+        })?;
+        let wire = made.recv()??;
+        let running = Self { wire, thread: Some(thread) };
+        for (side, host) in [(Side::A, &lan.a), (Side::B, &lan.b)] {
+            set_up(side, host)?;
+        }
+        for host in if on_both { vec![&lan.a, &lan.b] } else { vec![&lan.a] } {
+            host.net(&["ip", "address", "add", &format!("{SERVICE}/24"), "dev", DEVICE])?;
+        }
+        Ok(running)
+    }
+}
+
+fn set_up(side: Side, host: &Host) -> Result {
+    let mac = |bytes: [u8; 6]| bytes.map(|b| format!("{b:02x}")).join(":");
+    let own = format!("10.88.0.{}/24", 11 + side as u8);
+    host.net(&["ip", "address", "add", &own, "dev", DEVICE])?;
+    // One segment a frame, however much the stack would like to hand over at once.
+    host.net(&["ip", "link", "set", DEVICE, "address", &mac(side.mac()), "gso_max_segs", "1", "up"])?;
+    let ours = OURS.ip.to_string();
+    host.net(&[
+        "ip",
+        "neighbour",
+        "replace",
+        &ours,
+        "lladdr",
+        &mac(OURS.mac),
+        "dev",
+        DEVICE,
+        "nud",
+        "permanent",
+    ])?;
+    // Before the move no timer of a host's is to come into it; after it, a new connection has another one.
+    let route = format!("{ours}/32");
+    host.net(&["ip", "route", "add", &route, "dev", DEVICE, "scope", "link", "rto_min", "20s"])?;
+    // What one connection has learned must not change the next, and each segment is to be answered.
+    for (name, value) in [("tcp_no_metrics_save", 1), ("tcp_invalid_ratelimit", 0)] {
+        host.net(&["sh", "-c", &format!("echo {value} > /proc/sys/net/ipv4/{name}")])?;
+    }
+    Ok(())
+}
+
+impl Wire {
+    /// To be called in the thread that will carry: it gets a network of its own.
+    fn new(inits: [i32; 2]) -> Result<Self> {
+        unshare(CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWNS)?;
+        let none: Option<&str> = None;
+        mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none)?;
+        mount(Some("sysfs"), "/sys", Some("sysfs"), MsFlags::empty(), none)?;
+        for (name, init) in ["wire-a", "wire-b"].into_iter().zip(inits) {
+            ip(&format!("link add name {name} type veth peer name {DEVICE}"))?;
+            for end in [name, DEVICE] {
+                // All in one queue of one processor: several would put segments out of order.
+                std::fs::write(format!("/sys/class/net/{end}/queues/rx-0/rps_cpus"), "1")?;
+            }
+            ip(&format!("link set {DEVICE} netns {init}"))?;
+            ip(&format!("link set {name} up"))?;
+        }
+        let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+        let socket = socket(AddressFamily::Packet, SockType::Raw, flags, SockProtocol::EthAll)?;
+        setsockopt(&socket, RcvBufForce, &(64 << 20))?;
+        let end = |name: &str| {
+            getifaddrs()?
+                .filter(|interface| interface.interface_name == name)
+                .find_map(|interface| interface.address?.as_link_addr().copied())
+                .ok_or(Errno::ENODEV)
+        };
+        Ok(Self {
+            socket,
+            ends: [end("wire-a")?, end("wire-b")?],
+            inboxes: Mutex::default(),
+            may_speak: AtomicU8::new(0),
+            wrong: Mutex::default(),
+            asked: AtomicU64::new(0),
+            settled: AtomicU64::new(0),
+            stop: AtomicBool::new(false),
+        })
+    }
+
+    /// Brings what comes to those whom it is for, until told to stop.
+    fn carry(&self) {
+        let mut frame = vec![0; 1 << 16];
+        while !self.stop.load(Ordering::Relaxed) {
+            let asked = self.asked.load(Ordering::SeqCst);
+            let mut ready = [PollFd::new(self.socket.as_fd(), PollFlags::POLLIN)];
+            if poll(&mut ready, PollTimeout::from(TURN_MS)) == Ok(0) {
+                // All that had come before somebody asked has been brought.
+                self.settled.store(asked, Ordering::SeqCst);
+                continue;
+            }
+            match recvfrom::<LinkAddr>(self.socket.as_raw_fd(), &mut frame) {
+                Ok((length, Some(from))) => self.bring(&frame[..length], from.ifindex()),
+                Ok(_) | Err(Errno::EAGAIN | Errno::EINTR) => {}
+                Err(errno) => self.complain(format!("the wire is broken: {errno}")),
+            }
+        }
+    }
+
+    fn bring(&self, frame: &[u8], index: usize) {
+        let side = if index == self.ends[0].ifindex() { Side::A } else { Side::B };
+        let Some(segment) = Segment::parse(frame) else { return };
+        let named = || format!("{side:?} {}->{} {:#x}", segment.from, segment.to, segment.flags);
+        if segment.has(RST) {
+            self.complain(format!("a reset: {}", named()));
+        }
+        if self.may_speak.load(Ordering::SeqCst) & bit(side) == 0 {
+            self.complain(format!("not its turn to speak: {} {} bytes", named(), segment.payload.len()));
+        }
+        let inboxes = self.inboxes.lock().unwrap();
+        match inboxes.get(&segment.to) {
+            // Whoever has ended has no more to look for than the two above.
+            Some(inbox) => drop(inbox.send(Arrival { side, at: Instant::now(), segment })),
+            None => self.complain(format!("for nobody: {}", named())),
+        }
+    }
+
+    fn complain(&self, what: String) {
+        let mut wrong = self.wrong.lock().unwrap();
+        if wrong.len() < 50 {
+            wrong.push(what);
+        }
+    }
+
+    /// What was wrong with what the hosts have sent, so far.
+    pub(crate) fn complaints(&self) -> Vec<String> {
+        std::mem::take(&mut self.wrong.lock().unwrap())
+    }
+
+    /// What comes for this port of ours from now on.
+    pub(crate) fn open(&self, port: u16) -> Receiver<Arrival> {
+        let (sender, inbox) = channel();
+        self.inboxes.lock().unwrap().insert(port, sender);
+        inbox
+    }
+
+    /// Gives a host a segment.
+    pub(crate) fn send(&self, to: Side, segment: &Segment) -> std::result::Result<(), String> {
+        let frame = segment.frame(OURS, Place { mac: to.mac(), ip: SERVICE });
+        let end = &self.ends[to as usize];
+        match sendto(self.socket.as_raw_fd(), &frame, end, MsgFlags::empty()) {
+            Ok(_) => Ok(()),
+            Err(errno) => Err(format!("sending a frame: {errno}")),
+        }
+    }
+
+    /// Only these hosts may send anything from now on. To be called when what they have sent is here.
+    pub(crate) fn allow(&self, sides: &[Side]) {
+        self.may_speak.store(sides.iter().fold(0, |all, side| all | bit(*side)), Ordering::SeqCst);
+    }
+
+    /// Waits until all that the hosts have sent so far has been brought.
+    pub(crate) fn settle(&self) {
+        let ticket = self.asked.fetch_add(1, Ordering::SeqCst) + 1;
+        while self.settled.load(Ordering::SeqCst) < ticket {
+            std::thread::yield_now();
+        }
+    }
+}
+
+fn bit(side: Side) -> u8 {
+    1 << side as u8
+}
+
+fn ip(words: &str) -> Result {
+    let output = Command::new("ip").args(words.split(' ')).output()?;
+    if output.status.success() {
+        return Ok(());
+    }
+    Err(format!("ip {words}: {}", String::from_utf8_lossy(&output.stderr)).into())
+}
