@@ -75,6 +75,9 @@ fn echo(lan: &Lan, moves: usize, mode: &str, crowd: Crowd) -> Result {
             .and_then(Outcome::expect_moved)
             .map_err(|error| format!("move {round}: {error}{}", clients.story()))?;
         downtimes.push(outcome.report["downtime_ms"].to_string());
+        if std::env::var_os("REPORTS").is_some() {
+            println!("    {}", outcome.report["phases"]);
+        }
         here = lan.other(here);
         workload.check(here)?;
         clients.get_on().map_err(|error| format!("after move {round}: {error}"))?;

@@ -57,14 +57,18 @@ pub(super) fn capture(table: &Table, open: &Open) -> Result<Epoll, Stop> {
 
 /// The description that a registration watches: most often the one its number still leads to.
 fn find(table: &Table, epoll: &Open, line: &Line, nth: u32) -> Result<Option<usize>, Stop> {
-    use std::os::unix::fs::MetadataExt;
+    use std::os::unix::fs::{FileTypeExt, MetadataExt};
     let is_it = |number: i32| {
         fds::kcmp_epoll(table.pid, number, epoll.number, line.number, nth)
             .map_err(Stop::failed("comparing an epoll registration (kcmp)"))
     };
     let number = i32::try_from(line.number).unwrap_or(-1);
+    // A socket has an inode of its own and is never opened again: the same inode is the same description. (The
+    // kernel looks through all registrations to answer kcmp, which takes long where there are thousands.)
+    let same = |open: &Open| open.stat.file_type().is_socket() && open.stat.ino() == line.inode;
     if let Ok(at) = table.opens.binary_search_by_key(&number, |o| o.number)
-        && is_it(number)?
+        && let Some(open) = table.opens.get(at)
+        && (same(open) || is_it(number)?)
     {
         return Ok(table.description_of.get(at).copied());
     }
