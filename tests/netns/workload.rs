@@ -48,6 +48,18 @@ pub(crate) fn build(name: &str) -> Result<String> {
     Ok(program.to_string_lossy().into_owned())
 }
 
+/// Compiles `workloads/NAME.java`; the folder of its classes.
+pub(crate) fn java(name: &str) -> Result<String> {
+    let classes = Path::new(env!("CARGO_TARGET_TMPDIR")).join("workloads/classes");
+    std::fs::create_dir_all(&classes)?;
+    let source = sources().join(format!("{name}.java"));
+    let output = Command::new("javac").arg("-d").arg(&classes).arg(source).output()?;
+    if !output.status.success() {
+        return fail(format!("javac {name}.java: {}", String::from_utf8_lossy(&output.stderr)));
+    }
+    Ok(classes.to_string_lossy().into_owned())
+}
+
 /// A running program from `workloads/`, on whichever host it is now.
 pub(crate) struct Workload {
     /// Its process and its output.

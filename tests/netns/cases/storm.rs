@@ -49,11 +49,11 @@ pub(crate) fn cases() -> Vec<Case> {
         all.push(Case::new(format!("storm/{kind}"), move |lan: &Lan| ends(lan, kind, exit)));
     }
     all.push(Case::new("storm/orphan", orphan));
-    for (name, need) in [("python", Need::Program("python3")), ("node", Need::Program("node"))] {
+    for (name, program) in [("python", "python3"), ("node", "node"), ("java", "javac")] {
         for mode in ["still", "postcopy", "auto"] {
             all.push(
                 Case::new(format!("storm/{name}_{mode}"), move |lan: &Lan| objects(lan, name, mode))
-                    .needs(need),
+                    .needs(Need::Program(program)),
             );
         }
     }
@@ -167,6 +167,11 @@ fn objects(lan: &Lan, name: &str, mode: &str) -> Result {
     let script = |file: &str| workload::sources().join(file).to_string_lossy().into_owned();
     let mut workload = match name {
         "python" => Workload::python(&lan.a, "graph", &[])?,
+        "java" => {
+            let classes = workload::java("Graph")?;
+            let words = ["java", "-Xmx128m", "-XX:+UseG1GC", "-cp", &classes, "Graph"];
+            Workload::spawn(&lan.a, &Spawn::new(words))?
+        }
         _ => Workload::spawn(&lan.a, &Spawn::new(["node", "--expose-gc", &script("graph.js")]))?,
     };
     workload.check_going_on(&lan.a)?;
