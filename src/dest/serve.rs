@@ -20,6 +20,7 @@ use crate::engine::address::AddressSet;
 use crate::engine::clocks::{self, Shift};
 use crate::engine::hook::Hooks;
 use crate::engine::kernel::Host;
+use crate::engine::own_files;
 use crate::engine::remote::Tid;
 use crate::engine::state::files::{SilentConnections, UnixNames};
 use crate::engine::sys::heap;
@@ -91,6 +92,7 @@ pub(super) struct Service {
 /// See [`ServeError`].
 pub fn serve(config: ServeConfig) -> Result<(), ServeError> {
     let io = |step| move |source| ServeError::Io { step, source };
+    own_files::make_room();
     let node = Arc::new(Node::open(&config.state_dir)?);
     let host = Arc::new(Host::probe()?);
     let hooks = Hooks::start(&config.hooks).map_err(io("starting the thread of hooks"))?;

@@ -20,6 +20,7 @@ pub mod kernel;
 pub mod late;
 pub mod lock;
 pub mod memory;
+pub mod own_files;
 pub mod pids;
 pub mod preflight;
 pub mod priority;

@@ -35,6 +35,7 @@ use crate::config::SourceConfig;
 use crate::engine::alive;
 use crate::engine::hook::Hooks;
 use crate::engine::kernel::{Host, HostError};
+use crate::engine::own_files;
 use crate::engine::reason::{Reason, chain};
 use crate::identity::{IdentityError, Node};
 use crate::journal::JournalError;
@@ -73,6 +74,7 @@ pub enum SourceError {
 /// # Errors
 /// [`SourceError`] before anything was even looked at.
 pub fn run(config: &SourceConfig) -> Result<Report, SourceError> {
+    own_files::make_room();
     let orders = watch_signals();
     let started = Instant::now();
     let hooks = Hooks::start(&config.hooks).map_err(SourceError::Hooks)?;
