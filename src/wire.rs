@@ -17,7 +17,9 @@
 //!   | == last round, State ===================>  |
 //!   | <---------------------------- Prepared --  |   all state applied, threads stopped
 //!   | -- Commit ------------------------------>  |   the right to run goes over, and late signals
+//!   | -- Strays ------------------------------>  |   segments that came for the process since the freeze
 //!   | <--------------------------- Committed --  |   recorded there; the process runs there
+//!   | -- Strays ------------------------------>  |   and those that came since then, if any
 //!   | -- Confirm ----------------------------->  |   the source has let go
 //!
 //! at any time before Commit:   -- Abort --> or <-- Abort --   both forget the migration
@@ -48,7 +50,7 @@ pub use crate::proto::control::control::Message as Body;
 pub use crate::proto::control::{Control, Hello};
 
 /// The protocol version that this build speaks.
-pub const PROTOCOL_VERSION: u32 = 2;
+pub const PROTOCOL_VERSION: u32 = 3;
 /// Largest control message.
 pub const MAX_CONTROL_BYTES: usize = 64 << 20;
 /// Largest first message: nothing is known about the peer's software yet.
@@ -211,7 +213,7 @@ mod tests {
         let hello = |version| Body::Hello(Hello { version, ..Hello::default() }).into();
         assert!(check_hello(hello(PROTOCOL_VERSION)).is_ok());
         let text = check_hello(hello(7)).unwrap_err().to_string();
-        assert!(text.contains("version 2 here, 7 there"), "{text}");
+        assert!(text.contains("version 3 here, 7 there"), "{text}");
         assert_eq!(check_hello(abort()), Err(WireError::NoHello));
     }
 

@@ -15,6 +15,7 @@ use super::drain::Drain;
 use super::machine::DestMachine;
 use super::protocol::{Action, Event, LinkId, Message, Outcome, Tell};
 use super::steps::{ActionError, parse_remaps, step_name};
+use super::strays::Waiting;
 use super::wire::{Extras, late_signals, to_control, to_message};
 use super::{reaper, recover};
 use crate::engine::address::AddressSet;
@@ -93,6 +94,7 @@ pub(super) struct Driver {
     pub remaps: Vec<Remap>,
     /// Keeps connections quiet until the process runs. After the skeleton: its sockets go first.
     pub lock: Option<Lock>,
+    pub strays: Waiting,
     /// The operator's, and what they are told of this service.
     pub hooks: Hooks,
     pub listen: SocketAddr,
@@ -214,7 +216,8 @@ impl Driver {
             let Some(link) = self.link.as_mut() else { continue };
             match link.recv_timeout(left.min(INBOX_POLL)) {
                 None => {}
-                Some(transport::Incoming::Control(mut message)) => {
+                Some(transport::Incoming::Control(message)) => {
+                    let Some(mut message) = self.without_strays(message) else { continue };
                     self.late.extend(late_signals(&mut message));
                     match to_message(*message) {
                         Ok(message) => return Event::Message(OWN_LINK, message),

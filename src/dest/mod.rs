@@ -15,6 +15,7 @@ mod reaper;
 mod recover;
 mod serve;
 mod steps;
+mod strays;
 mod wire;
 
 pub use serve::{ServeError, serve};

@@ -73,9 +73,11 @@ impl Driver {
     /// already, the peers reach it.
     pub(super) fn prepare_sockets(&mut self, files: &mut Files) -> Result<(), ActionError> {
         remap::apply(files, &self.remaps);
+        let sockets = lock::of_image(files);
         if let Some(lock) = self.lock.as_mut() {
-            lock.close_on(&lock::of_image(files))?;
+            lock.close_on(&sockets)?;
         }
+        self.keep_strays(sockets);
         Ok(())
     }
 
@@ -105,6 +107,7 @@ impl Driver {
         for reason in lost {
             tracing::error!(%reason, "a connection is lost");
         }
+        self.put_own_strays_in();
     }
 
     /// The process runs.

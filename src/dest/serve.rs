@@ -14,6 +14,7 @@ use super::machine::{DestMachine, answer_unknown};
 use super::protocol::{Message, Outcome};
 use super::recover;
 use super::steps::in_words;
+use super::strays::Waiting;
 use super::wire::{Extras, migration_of, to_control, to_message};
 use crate::config::ServeConfig;
 use crate::engine::address::AddressSet;
@@ -258,6 +259,7 @@ impl Service {
             lost_datagrams: 0,
             remaps: Vec::new(),
             lock: None,
+            strays: Waiting::default(),
             hooks: self.hooks.clone(),
             listen: self.config.listen,
             consented: false,

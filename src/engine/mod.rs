@@ -34,6 +34,7 @@ mod rseq;
 pub mod skeleton;
 pub mod sleep;
 pub mod state;
+pub mod strays;
 pub mod sys;
 pub mod undertaker;
 mod vdso;

@@ -28,6 +28,8 @@ const LISTEN: u32 = 10;
 const CLOSING: u32 = 11;
 const CONNECTED: [u32; 8] =
     [ESTABLISHED, SYN_SENT, SYN_RECEIVED, FIN_WAIT1, FIN_WAIT2, CLOSE_WAIT, LAST_ACK, CLOSING];
+/// Those whose handshake is complete.
+const OPEN: [u32; 6] = [ESTABLISHED, FIN_WAIT1, FIN_WAIT2, CLOSE_WAIT, LAST_ACK, CLOSING];
 /// What a connection can be in that nobody has accepted.
 const UNACCEPTED: [u32; 3] = [ESTABLISHED, SYN_RECEIVED, CLOSE_WAIT];
 
@@ -39,21 +41,32 @@ struct Socket {
     /// 0: no process has it, for it waits to be accepted, or was closed and is on its way out.
     inode: u64,
     v6only: bool,
+    /// The device that it is bound to; 0 for none.
+    device: u32,
 }
 
-/// Where these sockets listen. One that listens on all addresses of both versions of IP is there twice.
+impl Socket {
+    /// Where it listens: twice, if on all addresses of both versions of IP.
+    fn places(&self) -> impl Iterator<Item = Connection> + use<> {
+        let local = canonical(self.local);
+        let both = local.is_ipv6() && local.ip().is_unspecified() && !self.v6only;
+        let everywhere = both.then(|| SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), local.port()));
+        [Some(local), everywhere].into_iter().flatten().map(|local| Connection { local, remote: None })
+    }
+
+    fn connection(&self) -> Connection {
+        Connection { local: canonical(self.local), remote: Some(canonical(self.remote)) }
+    }
+}
+
+/// Where these sockets listen.
 pub(super) fn listeners(inodes: &HashSet<u64>) -> Result<Vec<Connection>, Errno> {
     let mut found = Vec::new();
     list(&[LISTEN], &mut |socket| {
         if !inodes.contains(&socket.inode) {
             return;
         }
-        let local = canonical(socket.local);
-        found.push(Connection { local, remote: None });
-        if local.is_ipv6() && local.ip().is_unspecified() && !socket.v6only {
-            let everywhere = SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), local.port());
-            found.push(Connection { local: everywhere, remote: None });
-        }
+        found.extend(socket.places());
     })?;
     // Several sockets may listen at one place (SO_REUSEPORT).
     found.sort_unstable();
@@ -66,7 +79,7 @@ pub(super) fn connections(inodes: &HashSet<u64>, listeners: &[Connection]) -> Re
     let places: HashSet<SocketAddr> = listeners.iter().map(|l| l.local).collect();
     let mut found = Vec::new();
     list(&CONNECTED, &mut |socket| {
-        let (local, remote) = (canonical(socket.local), canonical(socket.remote));
+        let local = canonical(socket.local);
         let waits = || {
             let everywhere: IpAddr = match local {
                 SocketAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
@@ -77,7 +90,21 @@ pub(super) fn connections(inodes: &HashSet<u64>, listeners: &[Connection]) -> Re
                 && (places.contains(&local) || places.contains(&SocketAddr::new(everywhere, local.port())))
         };
         if inodes.contains(&socket.inode) || waits() {
-            found.push(Connection { local, remote: Some(remote) });
+            found.push(socket.connection());
+        }
+    })?;
+    Ok(found)
+}
+
+/// Those of `wanted` that a segment reaches, by whichever device it comes.
+pub(super) fn reachable(wanted: &HashSet<Connection>) -> Result<HashSet<Connection>, Errno> {
+    let mut found = HashSet::new();
+    list(&[&OPEN[..], &[LISTEN]].concat(), &mut |socket| {
+        if socket.device != 0 {
+        } else if socket.state == LISTEN {
+            found.extend(socket.places().filter(|place| wanted.contains(place)));
+        } else {
+            found.extend(Some(socket.connection()).filter(|connection| wanted.contains(connection)));
         }
     })?;
     Ok(found)
@@ -104,7 +131,7 @@ fn list(states: &[u32], take: &mut dyn FnMut(Socket)) -> Result<(), Errno> {
     Ok(())
 }
 
-/// struct inet_diag_msg: family, state, timer, retransmits; ports and addresses; expiry, two queues, user,
+/// struct inet_diag_msg: family, state, timer, retransmits; ports and addresses, device, cookie; expiry, two queues, user,
 /// inode; then attributes.
 fn parse(answer: &[u8]) -> Option<Socket> {
     let v6 = i32::from(*answer.first()?) == libc::AF_INET6;
@@ -119,8 +146,9 @@ fn parse(answer: &[u8]) -> Option<Socket> {
         Some(SocketAddr::new(ip, port))
     };
     let (local, remote) = (end(4, 8)?, end(6, 24)?);
+    let device = u32_at(answer, 40)?;
     let inode = u64::from(u32_at(answer, 68)?);
     let v6only = attributes(answer.get(ANSWER_BYTES..)?)
         .any(|(kind, value)| kind == V6ONLY && value.first().is_some_and(|on| *on != 0));
-    Some(Socket { state, local, remote, inode, v6only })
+    Some(Socket { state, local, remote, inode, v6only, device })
 }

@@ -223,6 +223,14 @@ pub fn connections(inodes: &HashSet<u64>) -> Result<Vec<Connection>, LockError> 
     Ok(all)
 }
 
+/// Those of `wanted` that this host has, open or listening, and bound to no device.
+///
+/// # Errors
+/// If the kernel does not tell.
+pub fn reachable(wanted: &HashSet<Connection>) -> Result<HashSet<Connection>, LockError> {
+    diag::reachable(wanted).map_err(LockError::List)
+}
+
 /// The inodes of all sockets that a process has open.
 ///
 /// # Errors

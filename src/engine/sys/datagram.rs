@@ -119,6 +119,15 @@ pub struct Looked {
 /// Looks at the next message with its sender and what travels with it, without consuming it. Never blocks.
 /// Only for sockets that cannot receive descriptors: those would be made ours.
 pub fn look(fd: BorrowedFd<'_>, buffer: &mut [u8]) -> Result<Looked, Errno> {
+    receive(fd, buffer, libc::MSG_PEEK)
+}
+
+/// Likewise, and consumes it.
+pub fn take(fd: BorrowedFd<'_>, buffer: &mut [u8]) -> Result<Looked, Errno> {
+    receive(fd, buffer, 0)
+}
+
+fn receive(fd: BorrowedFd<'_>, buffer: &mut [u8], flags: c_int) -> Result<Looked, Errno> {
     let mut name = [0u8; NAME_BYTES];
     let mut control = [0u64; CONTROL_BYTES / 8];
     let mut iov = libc::iovec { iov_base: buffer.as_mut_ptr().cast(), iov_len: buffer.len() };
@@ -130,7 +139,7 @@ pub fn look(fd: BorrowedFd<'_>, buffer: &mut [u8]) -> Result<Looked, Errno> {
     header.msg_iovlen = 1;
     header.msg_control = control.as_mut_ptr().cast();
     header.msg_controllen = CONTROL_BYTES;
-    let flags = libc::MSG_PEEK | libc::MSG_DONTWAIT | libc::MSG_TRUNC;
+    let flags = flags | libc::MSG_DONTWAIT | libc::MSG_TRUNC;
     // SAFETY: `header`, `name`, `iov`, `buffer` and `control` live for the whole call and are writable for
     // the lengths in `header`.
     let rc = unsafe { libc::recvmsg(fd.as_raw_fd(), &raw mut header, flags) };

@@ -39,6 +39,7 @@ impl Driver<'_> {
         let lock = self.state.lock.as_mut().ok_or(ActionError::Order)?;
         let locked = lock.close_on_process(&descriptors.socket_inodes())?;
         tracing::debug!(count = locked.len(), "connections are locked");
+        self.expect_strays(locked);
         Ok(descriptors)
     }
 

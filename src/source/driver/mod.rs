@@ -7,6 +7,7 @@ mod backlog;
 mod late;
 mod network;
 mod perform;
+mod strays;
 
 use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
@@ -135,6 +136,8 @@ pub(super) struct Held {
     descriptors: Option<Descriptors>,
     /// Keeps connections that are carried quiet, from the freeze on.
     lock: Option<Lock>,
+    /// What comes for the process meanwhile.
+    kept: strays::Kept,
     /// The hooks for taking the network away were run, or some of them: they are to be told when it is back.
     unlock_due: bool,
     /// The hooks that are told of the resume.
@@ -273,6 +276,7 @@ impl Driver<'_> {
                     self.report.downtime = since.elapsed();
                 }
                 clock.end();
+                self.pass_strays();
             }
             Message::Resumed => {
                 self.state.urgent_port = extras.urgent_port;

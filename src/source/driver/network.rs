@@ -17,6 +17,7 @@ impl Driver<'_> {
             clock.begin("hooks");
             self.hooks.run(Stage::PreFreeze, &self.about())?;
         }
+        self.prepare_strays();
         Ok(())
     }
 
@@ -32,6 +33,7 @@ impl Driver<'_> {
             self.state.was_stopped = self.state.frozen.as_ref().ok_or(ActionError::Order)?.stop_is_due()?;
         }
         self.record(OutgoingState::Taking)?;
+        self.keep_strays();
         if let Some(addresses) = self.state.addresses.as_mut() {
             addresses.remove()?;
             self.state.taken = true;
@@ -76,6 +78,7 @@ impl Driver<'_> {
             // The end of its socket lifts it as well.
             tracing::warn!(error = &error as &dyn std::error::Error, "the lock");
         }
+        self.give_strays_back();
     }
 
     /// Removes the lock, which takes longer than lifting it. Not while somebody waits.
@@ -91,6 +94,7 @@ impl Driver<'_> {
     /// whose connections were given up. May be called again.
     pub(super) fn leave_network(&mut self) {
         files::drop_silently(std::mem::take(&mut self.state.carried));
+        self.forget_strays();
         self.forget_lock();
         files::close_peers(std::mem::take(&mut self.state.closing));
         if self.state.resumed.is_none() {

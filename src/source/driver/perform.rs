@@ -52,7 +52,12 @@ impl Driver<'_> {
                 if tell == Tell::Commit {
                     self.posting.phase(Phase::Committing);
                 }
-                Ok(self.send(tell))
+                let commits = tell == Tell::Commit;
+                let lost = self.send(tell);
+                if commits && lost.is_none() {
+                    self.pass_strays();
+                }
+                Ok(lost)
             }
             Action::StartSentinel => self.start_sentinel().map(|()| None),
             Action::StartRound(round) => self.round(round, machine, limits, clock).map(Some),
@@ -92,6 +97,10 @@ impl Driver<'_> {
             Action::Thaw(_right) => {
                 self.state.serving = None;
                 self.state.precopy = None;
+                // What the process closes must be closed: an epoll tells of sockets that we hold open.
+                self.state.descriptors = None;
+                self.state.carried.clear();
+                self.state.closing.clear();
                 if let Some(frozen) = self.state.frozen.take()
                     && let Err(error) = frozen.thaw()
                 {

@@ -17,6 +17,7 @@ mod operator;
 mod refusals;
 mod segments;
 mod servers;
+mod stall;
 mod storm;
 mod tcp;
 
@@ -35,6 +36,7 @@ pub(crate) fn all() -> Vec<Case> {
         tcp::cases(),
         live::cases(),
         grid::cases(),
+        stall::cases(),
         network::cases(),
         operator::cases(),
         hooks::cases(),

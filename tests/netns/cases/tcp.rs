@@ -17,7 +17,7 @@ use super::limbo::at_state;
 use crate::case::{Case, Choices, Need, Result, ensure};
 use crate::workload::{Workload, build};
 
-const PORT: u16 = 7;
+pub(super) const PORT: u16 = 7;
 const DESCRIPTORS: u64 = 8192;
 const MOVE: Duration = Duration::from_secs(120);
 /// No client waits longer than this for anything: it has lost its connection then.
@@ -38,7 +38,7 @@ const INSTANTS: usize = 12;
 const INSTANTS_READING: usize = 6;
 /// How long the connections take to be read, from the record on.
 const READING_US: u64 = 20_000;
-const OPTIONS: [&str; 3] = ["--tcp-established", "--move-ip", Lan::MOVE_IP];
+pub(super) const OPTIONS: [&str; 3] = ["--tcp-established", "--move-ip", Lan::MOVE_IP];
 
 pub(crate) fn cases() -> Vec<Case> {
     let modes = ["precopy", "postcopy", "auto"]
@@ -270,7 +270,7 @@ fn received(host: &Host) -> Result<u64> {
     tcp_counter(&host.net(&["cat", "/proc/net/snmp"])?, "InSegs")
 }
 
-fn tcp_counter(text: &str, name: &str) -> Result<u64> {
+pub(super) fn tcp_counter(text: &str, name: &str) -> Result<u64> {
     let mut lines = text.lines().filter(|line| line.starts_with("Tcp:"));
     let (names, values) = (lines.next().ok_or("no TCP")?, lines.next().ok_or("no TCP")?);
     let at = names.split(' ').position(|word| word == name).ok_or("no such counter")?;

@@ -1,0 +1,78 @@
+//! The packet filter that picks out TCP for some ports, so that other traffic costs no room.
+
+use std::collections::BTreeSet;
+
+use super::Version;
+use super::segment::TCP;
+
+/// More are not told apart: a filter has 4096 instructions.
+const MAX_PORTS: usize = 1000;
+
+const LOAD_WORD: u16 = 0x20;
+const LOAD_HALF: u16 = 0x28;
+const LOAD_BYTE: u16 = 0x30;
+const IF_EQUAL: u16 = 0x15;
+const RETURN: u16 = 0x06;
+/// What the kernel knows beside the packet (`SKF_AD_OFF`): whom it is for, the kind of its device.
+const PACKET_TYPE: u32 = 0xffff_f000 + 4;
+const DEVICE_TYPE: u32 = 0xffff_f000 + 28;
+const TO_THIS_HOST: u32 = 0;
+/// `ARPHRD_LOOPBACK`.
+const LOOPBACK: u32 = 772;
+
+/// The instructions for a packet socket without link headers; none if there are no ports. The loopback device is
+/// left out: there we put packets in.
+pub(super) fn program(version: Version, ports: &BTreeSet<u16>) -> Option<Vec<u8>> {
+    if ports.is_empty() {
+        return None;
+    }
+    let (protocol, port) = match version {
+        Version::V4 => (9, 20 + 2),
+        Version::V6 => (6, 40 + 2),
+    };
+    let mut program = Program::default();
+    program.push(LOAD_WORD, PACKET_TYPE);
+    program.unless(TO_THIS_HOST, 0);
+    program.push(LOAD_WORD, DEVICE_TYPE);
+    program.when(LOOPBACK, 0);
+    program.push(LOAD_BYTE, protocol);
+    program.unless(TCP.into(), 0);
+    if ports.len() <= MAX_PORTS {
+        program.push(LOAD_HALF, port);
+        for port in ports {
+            program.when((*port).into(), u32::MAX);
+        }
+        program.push(RETURN, 0);
+    } else {
+        program.push(RETURN, u32::MAX);
+    }
+    Some(program.0)
+}
+
+#[derive(Default)]
+struct Program(Vec<u8>);
+
+impl Program {
+    fn push(&mut self, code: u16, value: u32) {
+        self.jump(code, [0, 0], value);
+    }
+
+    /// struct sock_filter: code, how many to skip if true and if not, value.
+    fn jump(&mut self, code: u16, skip: [u8; 2], value: u32) {
+        self.0.extend(code.to_ne_bytes());
+        self.0.extend(skip);
+        self.0.extend(value.to_ne_bytes());
+    }
+
+    /// Ends with `result` if what was loaded is `value`.
+    fn when(&mut self, value: u32, result: u32) {
+        self.jump(IF_EQUAL, [0, 1], value);
+        self.push(RETURN, result);
+    }
+
+    /// Ends with `result` if it is anything else.
+    fn unless(&mut self, value: u32, result: u32) {
+        self.jump(IF_EQUAL, [1, 0], value);
+        self.push(RETURN, result);
+    }
+}

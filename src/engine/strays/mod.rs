@@ -1,0 +1,225 @@
+//! Strays: segments that come for a process's connections while no kernel answers for them, because the process is
+//! on its way. They would be lost, and their senders would repeat them, but not before 200 ms (a request for a new
+//! connection: one second). So they are kept and put in again where the process runs then.
+//!
+//! A packet socket sees what comes in before the lock drops it ([`crate::engine::lock`]), whether or not the
+//! address is here; its queue in the kernel is all that keeps. Putting in is sending on a raw socket to our own
+//! address, with the header as it was. Losing strays is harmless, and so is a segment that comes twice.
+
+mod filter;
+mod segment;
+
+use std::collections::HashSet;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+
+use nix::errno::Errno;
+use nix::sys::socket::{MsgFlags, SockaddrStorage, sendto};
+
+use self::segment::Segment;
+use crate::engine::lock::{self, Connection, LockError};
+use crate::engine::sys::{datagram, socket};
+
+/// Most packets that are kept of one migration at one host, and their bytes.
+pub const MAX_PACKETS: usize = 2048;
+/// See [`MAX_PACKETS`].
+pub const MAX_BYTES: usize = 1 << 20;
+/// How many frames are looked at for that, at one time.
+const MOST_LOOKS: usize = 4 * MAX_PACKETS;
+/// Room in the kernel; it counts more than the bytes.
+const QUEUE_BYTES: i32 = 4 << 20;
+/// The longest packet there is.
+const PACKET_BYTES: usize = 40 + u16::MAX as usize;
+
+const SOL_PACKET: i32 = 263;
+const PACKET_AUXDATA: i32 = 8;
+/// `TP_STATUS_CSUMNOTREADY`, `TP_STATUS_CSUM_VALID`: the checksum is not made yet, or need not be looked at.
+const NEEDS_NO_LOOK: u32 = 1 << 3 | 1 << 7;
+
+/// Why strays cannot be kept, or not be put in.
+#[derive(Debug, thiserror::Error)]
+pub enum StraysError {
+    /// The kernel refused.
+    #[error("{step}")]
+    Sys {
+        /// What was being done.
+        step: &'static str,
+        /// The kernel's answer.
+        #[source]
+        errno: Errno,
+    },
+    /// The sockets that they are for cannot be listed.
+    #[error(transparent)]
+    Lock(#[from] LockError),
+}
+
+fn step(step: &'static str) -> impl Fn(Errno) -> StraysError {
+    move |errno| StraysError::Sys { step, errno }
+}
+
+/// Keeps what comes, from [`Strays::listen`] on. Dropping it waits for the kernel, on a thread of its own.
+#[derive(Debug)]
+pub struct Strays {
+    /// One for each version of IP that is used.
+    taps: Vec<(OwnedFd, Version)>,
+    packets_left: usize,
+    bytes_left: usize,
+}
+
+/// A version of IP.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Version {
+    V4,
+    V6,
+}
+
+impl Version {
+    fn has(self, address: SocketAddr) -> bool {
+        address.is_ipv4() == (self == Self::V4)
+    }
+
+    fn ether_type(self) -> u16 {
+        if self == Self::V4 { 0x0800 } else { 0x86dd }
+    }
+}
+
+impl Strays {
+    /// Makes ready for what comes to the ports of these; nothing is kept yet. Cheap if there are none.
+    ///
+    /// # Errors
+    /// If we may not have packet sockets.
+    pub fn prepare(ends: &[Connection]) -> Result<Self, StraysError> {
+        let mut taps = Vec::new();
+        for version in [Version::V4, Version::V6] {
+            let ports =
+                ends.iter().filter(|end| version.has(end.local)).map(|end| end.local.port()).collect();
+            let Some(filter) = filter::program(version, &ports) else { continue };
+            // It names no protocol, so it receives nothing.
+            let fd = socket::socket(libc::AF_PACKET, libc::SOCK_DGRAM | libc::SOCK_NONBLOCK, 0)
+                .map_err(step("opening a packet socket"))?;
+            datagram::attach_filter(fd.as_fd(), &filter).map_err(step("filtering a packet socket"))?;
+            socket::set_int_option(fd.as_fd(), SOL_PACKET, PACKET_AUXDATA, 1)
+                .map_err(step("asking a packet socket for checksums"))?;
+            // Less room keeps less.
+            let _ = socket::set_int_option(fd.as_fd(), libc::SOL_SOCKET, libc::SO_RCVBUFFORCE, QUEUE_BYTES);
+            taps.push((fd, version));
+        }
+        Ok(Self { taps, packets_left: MAX_PACKETS, bytes_left: MAX_BYTES })
+    }
+
+    /// From here on it is kept.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn listen(&self) -> Result<(), StraysError> {
+        for (fd, version) in &self.taps {
+            // struct sockaddr_ll: family, protocol, and no device.
+            let mut name = [0u8; 20];
+            name[..2].copy_from_slice(&PACKET.to_ne_bytes());
+            name[2..4].copy_from_slice(&version.ether_type().to_be_bytes());
+            datagram::bind_raw(fd.as_fd(), &name).map_err(step("listening on a packet socket"))?;
+        }
+        Ok(())
+    }
+
+    /// What has come for `wanted` since the last time, in its order, whole and with right checksums.
+    pub fn take(&mut self, wanted: &[Connection]) -> Vec<Vec<u8>> {
+        let mut taken = Vec::new();
+        let mut buffer = Vec::new();
+        let mut known = HashSet::new();
+        for (fd, _) in &self.taps {
+            for _ in 0..MOST_LOOKS {
+                buffer.resize(PACKET_BYTES, 0);
+                let Ok(looked) = datagram::take(fd.as_fd(), &mut buffer) else { break };
+                if known.is_empty() {
+                    known = wanted.iter().copied().collect();
+                }
+                let Some(packet) = buffer.get_mut(..looked.len) else { continue };
+                let Some(segment) = Segment::of(packet).filter(|s| s.is_for(&known)) else { continue };
+                if status(&looked.control) & NEEDS_NO_LOOK != 0 {
+                    segment.complete(packet);
+                } else if !segment.is_whole(packet) {
+                    continue;
+                }
+                if self.packets_left == 0 || segment.len > self.bytes_left {
+                    break;
+                }
+                self.packets_left -= 1;
+                self.bytes_left -= segment.len;
+                taken.extend(packet.get(..segment.len).map(<[u8]>::to_vec));
+            }
+        }
+        taken
+    }
+}
+
+impl Drop for Strays {
+    fn drop(&mut self) {
+        let taps = std::mem::take(&mut self.taps);
+        if !taps.is_empty() {
+            // Its last close waits until no processor looks at it any more.
+            let _ = std::thread::Builder::new().name("strays".into()).spawn(move || drop(taps));
+        }
+    }
+}
+
+/// `AF_PACKET` as the structure wants it.
+const PACKET: u16 = 17;
+const _: () = assert!(PACKET as i32 == libc::AF_PACKET);
+
+/// The first word of struct tpacket_auxdata.
+fn status(control: &[(i32, i32, Vec<u8>)]) -> u32 {
+    let value = control.iter().find(|(level, kind, _)| (*level, *kind) == (SOL_PACKET, PACKET_AUXDATA));
+    value.and_then(|(_, _, value)| value.first_chunk()).map_or(0, |word| u32::from_ne_bytes(*word))
+}
+
+impl Segment {
+    /// Whether it belongs to one of these, or asks for a connection at one of these.
+    fn is_for(&self, these: &HashSet<Connection>) -> bool {
+        if !self.opening {
+            return these.contains(&Connection { local: self.local, remote: Some(self.remote) });
+        }
+        let everywhere: IpAddr = match self.local {
+            SocketAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
+            SocketAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
+        };
+        let places = [self.local, SocketAddr::new(everywhere, self.local.port())];
+        places.into_iter().any(|local| these.contains(&Connection { local, remote: None }))
+    }
+}
+
+/// Puts packets in, as if they came now. Only those for sockets of `wanted` that this host has: for others the
+/// kernel would answer with a reset. Returns how many.
+///
+/// # Errors
+/// If the sockets cannot be listed, or we may not have raw ones.
+pub fn put_in(packets: &[Vec<u8>], wanted: &[Connection]) -> Result<usize, StraysError> {
+    let wanted: HashSet<Connection> = wanted.iter().copied().collect();
+    let meant = |packet| Segment::of(packet).filter(|segment| segment.is_for(&wanted));
+    let chosen: Vec<_> = packets.iter().filter_map(|packet| Some((meant(packet)?, packet))).collect();
+    if chosen.is_empty() {
+        return Ok(0);
+    }
+    let here = lock::reachable(&wanted)?;
+    let (mut v4, mut v6) = (None, None);
+    let mut count = 0;
+    for (segment, packet) in chosen.into_iter().filter(|(segment, _)| segment.is_for(&here)) {
+        let (slot, family) =
+            if segment.local.is_ipv4() { (&mut v4, libc::AF_INET) } else { (&mut v6, libc::AF_INET6) };
+        let fd = match slot {
+            Some(fd) => fd,
+            // This protocol has the header written by us.
+            None => slot.insert(
+                socket::socket(family, libc::SOCK_RAW, libc::IPPROTO_RAW)
+                    .map_err(step("opening a raw socket"))?,
+            ),
+        };
+        let to = SockaddrStorage::from(SocketAddr::new(segment.local.ip(), 0));
+        let whole = packet.get(..segment.len).unwrap_or(packet);
+        match sendto(fd.as_raw_fd(), whole, &to, MsgFlags::MSG_DONTWAIT) {
+            Ok(_) => count += 1,
+            Err(errno) => tracing::debug!(%errno, "a stray is lost"),
+        }
+    }
+    Ok(count)
+}

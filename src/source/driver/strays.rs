@@ -1,0 +1,97 @@
+//! What comes for the process while it is on its way: kept here, passed on after the commit, or given back.
+
+use super::Driver;
+use crate::engine::lock::{self, Connection};
+use crate::engine::reason::{Reason, chain};
+use crate::engine::strays::{self, Strays, StraysError};
+use crate::proto::control;
+use crate::wire::{Body, Control};
+
+/// What is kept.
+#[derive(Default)]
+pub(super) struct Kept {
+    tap: Option<Strays>,
+    /// What it is kept for.
+    wanted: Vec<Connection>,
+    packets: Vec<Vec<u8>>,
+    /// How many of them the destination has.
+    passed: usize,
+}
+
+impl Driver<'_> {
+    /// While the process runs. Without it the peers repeat what they have sent.
+    pub(super) fn prepare_strays(&mut self) {
+        let with_connections = self.config.tcp_established;
+        if !with_connections && self.config.move_ips.is_empty() {
+            return;
+        }
+        let prepare = || -> Result<Kept, StraysError> {
+            let mut wanted = lock::connections(&lock::socket_inodes(self.config.pid)?)?;
+            wanted.retain(|end| with_connections || end.remote.is_none());
+            let tap = Strays::prepare(&wanted)?;
+            Ok(Kept { tap: Some(tap), wanted, ..Kept::default() })
+        };
+        match prepare() {
+            Ok(kept) => self.state.kept = kept,
+            Err(error) => self.cannot_keep(&error),
+        }
+    }
+
+    /// To be called before anything is taken away.
+    pub(super) fn keep_strays(&mut self) {
+        if let Some(Err(error)) = self.state.kept.tap.as_ref().map(Strays::listen) {
+            self.state.kept.tap = None;
+            self.cannot_keep(&error);
+        }
+    }
+
+    fn cannot_keep(&mut self, error: &StraysError) {
+        let why = format!("what comes while the process moves is not kept, and sent again: {}", chain(error));
+        self.report.notes.push(Reason::new("TCP connections", why, ""));
+    }
+
+    /// These are locked: the connections of the process, and where it listens.
+    pub(super) fn expect_strays(&mut self, locked: Vec<Connection>) {
+        self.state.kept.wanted = locked;
+    }
+
+    fn take_strays(&mut self) {
+        let kept = &mut self.state.kept;
+        if let Some(tap) = kept.tap.as_mut() {
+            kept.packets.extend(tap.take(&kept.wanted));
+        }
+    }
+
+    /// The process is the destination's, or will be. A connection that is lost shows elsewhere.
+    pub(super) fn pass_strays(&mut self) {
+        self.take_strays();
+        let kept = &mut self.state.kept;
+        let packets = kept.packets.get(kept.passed..).unwrap_or_default().to_vec();
+        if packets.is_empty() {
+            return;
+        }
+        kept.passed = kept.packets.len();
+        tracing::debug!(count = packets.len(), "passing strays on");
+        let message = Control {
+            message: Some(Body::Strays(control::Strays { migration_id: self.id.to_string(), packets })),
+        };
+        if let Some(link) = &self.link {
+            let _ = link.send_control(&message);
+        }
+    }
+
+    /// The process goes on here, and is reached again.
+    pub(super) fn give_strays_back(&mut self) {
+        self.take_strays();
+        let kept = std::mem::take(&mut self.state.kept);
+        match strays::put_in(&kept.packets, &kept.wanted) {
+            Ok(count) => tracing::debug!(count, of = kept.packets.len(), "strays are back"),
+            Err(error) => tracing::warn!(error = chain(&error), "strays are lost"),
+        }
+    }
+
+    /// Nobody needs them any more.
+    pub(super) fn forget_strays(&mut self) {
+        self.state.kept = Kept::default();
+    }
+}
