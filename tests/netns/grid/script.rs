@@ -346,14 +346,24 @@ impl<'w> Script<'_, 'w> {
     fn repair(&mut self, p: &mut Peer<'w>) -> Outcome {
         let (acked, sent) = (p.acked, p.sent);
         let since = Instant::now();
+        // See below: what was kept on its way may not be taken then.
+        let outdated = u64::from(self.cell.written()) > self.cell.first_window();
         match self.cell.fault {
+            // It was kept, and nobody has to send it again.
+            Fault::UpFrozenAtSource | Fault::UpFrozenAtDestination | Fault::UpReorderedFrozen
+                if !outdated =>
+            {
+                p.until_acked(sent)
+            }
             Fault::UpLostBefore | Fault::UpFrozenAtSource | Fault::UpFrozenAtDestination => {
                 p.say(acked, sent, false, Fate::Arrives)?;
                 p.until_acked(sent)
             }
             Fault::UpReorderedBefore | Fault::UpReorderedFrozen => {
+                // It may have come by now, or half of it.
+                let acked = sent - LAST;
                 // Of one that acknowledges less than a window ago, a stack need not take anything (RFC 5961).
-                if u64::from(self.cell.written()) > self.cell.first_window() {
+                if outdated {
                     p.say(acked, acked + CUT, false, Fate::Arrives)?;
                 } else {
                     self.again(p, p.side)?;
