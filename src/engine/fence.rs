@@ -165,11 +165,16 @@ pub fn another_stop_waits(pid: u32) -> bool {
 /// Whether a fence, or some other stop, holds a process that nobody traces any more, or is about to.
 pub fn is_up(pid: u32) -> bool {
     let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
-    let mut statuses = tasks.filter_map(|task| std::fs::read(task.path().join("status")).ok());
-    statuses.any(|text| {
-        let stopped = text.split(|b| *b == b'\n').any(|line| line.starts_with(b"State:\tT"));
-        let waits = procfs::parse_status(&text).is_ok_and(|s| s.pending & signal_bit(libc::SIGSTOP) != 0);
-        stopped || waits
+    tasks.map(|task| task.path().join("status")).any(|path| {
+        let look = || std::fs::read(&path).unwrap_or_default();
+        let waits = |text: &[u8]| {
+            procfs::parse_status(text).is_ok_and(|s| s.pending & signal_bit(libc::SIGSTOP) != 0)
+        };
+        let stopped = |text: &[u8]| text.split(|b| *b == b'\n').any(|line| line.starts_with(b"State:\tT"));
+        // The state stands before the signals in that file, and is taken down before them: a thread that takes
+        // its SIGSTOP in between shows neither. It takes it and stops in one step (do_signal_stop in
+        // kernel/signal.c, Linux 6.18), so a second look shows the stop.
+        waits(&look()) || stopped(&look())
     })
 }
 

@@ -137,7 +137,10 @@ fn source_killed(lan: &Lan, blow: Blow) -> Result {
         })?;
         moved += usize::from(runner.name() != here.name());
         here = runner;
-        workload.check(here)?;
+        workload.check(here).map_err(|error| {
+            let what = format!("instant {round}, {micros} of {} µs", whole.as_micros());
+            format!("{what}: {error}{}", story(lan, workload.pid(), &services))
+        })?;
         wait_for("the service address", SETTLE, || Ok(lan.has_service(here)?.then_some(())))?;
         clients.get_on().map_err(|error| {
             let what = format!("instant {round}, {micros} of {} µs", whole.as_micros());
