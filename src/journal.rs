@@ -58,6 +58,9 @@ pub struct Outgoing {
     pub owes: bool,
     /// It was stopped (SIGSTOP) before we came, and must be left so.
     pub was_stopped: bool,
+    /// What each thread blocks, `(TID, kernel sigset)`: a fence is lifted with all signals blocked.
+    #[serde(default)]
+    pub masks: Vec<(i32, u64)>,
     /// Addresses taken from this host.
     pub addresses: Vec<Address>,
     /// Live TCP connections move along.
@@ -316,6 +319,7 @@ mod tests {
             state,
             owes: false,
             was_stopped: false,
+            masks: vec![],
             addresses: vec![],
             connections: false,
             hooks: vec![],

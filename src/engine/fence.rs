@@ -178,6 +178,47 @@ pub fn is_up(pid: u32) -> bool {
     })
 }
 
+/// Gives the threads of a process that nobody traces any more their masks back, if who lifted its fence died over
+/// it: such a thread blocks all signals. It stays stopped if it is.
+///
+/// # Errors
+/// The first thread's for which it failed; the others are done all the same.
+pub fn restore_masks(masks: &[(Tid, u64)]) -> Result<(), InjectError> {
+    let left = |tid: Tid| {
+        let status = std::fs::read(format!("/proc/{tid}/status")).unwrap_or_default();
+        procfs::parse_status(&status).is_ok_and(|s| s.blocked == EVERYTHING)
+    };
+    let mut result = Ok(());
+    for &(tid, mask) in masks {
+        if mask != EVERYTHING && left(tid) {
+            result = result.and(restore_mask(tid, mask));
+        }
+    }
+    result
+}
+
+/// What a thread blocks that was told to block everything.
+const EVERYTHING: u64 = !(1 << (libc::SIGKILL - 1) | 1 << (libc::SIGSTOP - 1));
+
+fn restore_mask(tid: Tid, mask: u64) -> Result<(), InjectError> {
+    let step = |step| move |errno| sys(step, tid, errno);
+    ptrace::seize(tid, 0).map_err(step("seizing"))?;
+    ptrace::interrupt(tid).map_err(step("interrupting"))?;
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        match ptrace::poll(tid).map_err(step("waiting"))? {
+            Some((Stop::Event(_), _)) => break,
+            Some((Stop::Gone, _)) => return Err(InjectError::Gone(tid)),
+            Some((Stop::Signal(signal), _)) => ptrace::cont(tid, signal).map_err(step("going on"))?,
+            Some(_) => ptrace::cont(tid, 0).map_err(step("going on"))?,
+            None if Instant::now() > deadline => return Err(step("waiting")(Errno::ETIMEDOUT)),
+            None => std::thread::yield_now(),
+        }
+    }
+    ptrace::set_sigmask(tid, mask).map_err(step("restoring the mask"))?;
+    ptrace::detach(tid, 0).map_err(step("letting go"))
+}
+
 /// Lets the thread run into the delivery of our SIGSTOP, if that still waits for it; what it had before.
 fn start(tid: Tid) -> Result<Option<(ptrace::Regs, u64)>, InjectError> {
     let step = |step| move |errno| sys(step, tid, errno);

@@ -304,6 +304,11 @@ impl Frozen {
         result
     }
 
+    /// What each thread blocks, `(TID, kernel sigset)`.
+    pub fn masks(&self) -> Vec<(Tid, u64)> {
+        self.threads.iter().map(|thread| (thread.tid, thread.mask)).collect()
+    }
+
     /// For tests that play the destination inside a frozen process.
     #[cfg(test)]
     pub(super) fn parts(&mut self) -> Option<(&mut Injector, &mut [StoppedThread])> {

@@ -105,6 +105,7 @@ mod tests {
             state: OutgoingState::Limbo,
             owes: false,
             was_stopped: false,
+            masks: vec![],
             addresses: vec![],
             connections: false,
             hooks: vec![],

@@ -226,6 +226,11 @@ mod tests {
     #[test]
     fn of_a_process_that_sleeps() {
         let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
+        // It runs until it sleeps: clock_nanosleep is call 230.
+        let call = format!("/proc/{}/syscall", child.id());
+        while !std::fs::read_to_string(&call).unwrap().starts_with("230 ") {
+            std::thread::yield_now();
+        }
         let pacer = Pacer::new(Tid::try_from(child.id()).unwrap());
         assert!(pacer.before.abs() < f64::EPSILON);
         child.kill().unwrap();

@@ -40,6 +40,8 @@ const LAST_PAUSE: Duration = Duration::from_secs(10);
 pub enum Step {
     /// Add the addresses again that the source had taken.
     ReturnAddresses,
+    /// Threads whose fence was being lifted block what they blocked before.
+    RestoreMasks,
     /// SIGCONT, unless the process was stopped before, or somebody else has stopped it since.
     LowerFence,
     /// Write [`OutgoingState::Serving`], with ourselves as the owner; the rest follows from that record.
@@ -70,6 +72,7 @@ pub fn steps_for(state: OutgoingState) -> Option<&'static [Step]> {
             Step::ReturnAddresses,
             Step::Hook(Stage::NetworkUnlock),
             Step::Unlock,
+            Step::RestoreMasks,
             Step::LowerFence,
             Step::Hook(Stage::Failed),
             Step::Forget,
@@ -92,6 +95,7 @@ pub fn steps_after(fate: Fate, owes: bool) -> &'static [Step] {
             Step::ReturnAddresses,
             Step::Hook(Stage::NetworkUnlock),
             Step::Unlock,
+            Step::RestoreMasks,
             Step::LowerFence,
             Step::Hook(Stage::Failed),
             Step::Forget,
@@ -279,6 +283,13 @@ fn perform(
                 }
             }
             Step::ReturnAddresses => addresses = return_addresses(record),
+            Step::RestoreMasks => {
+                if process.is_some()
+                    && let Err(error) = fence::restore_masks(&record.masks)
+                {
+                    tracing::error!(error = &error as &dyn std::error::Error, "restoring signal masks");
+                }
+            }
             // There was one only while connections were read.
             Step::LowerFence
                 if record.state == OutgoingState::Taking

@@ -276,6 +276,7 @@ mod tests {
             state,
             owes: false,
             was_stopped: false,
+            masks: vec![],
             addresses: vec![],
             connections: false,
             hooks: vec![],

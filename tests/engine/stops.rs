@@ -5,12 +5,13 @@ use std::os::fd::AsFd;
 use std::process::{Child, ChildStdout, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use migrate::engine::fence::another_stop_waits;
+use migrate::engine::fence::{another_stop_waits, restore_masks};
 use migrate::engine::freeze::Frozen;
 use migrate::engine::late::Seen;
 use migrate::engine::procfs::{parse_stat, parse_status};
 use migrate::engine::remote::{Batch, RemoteCalls};
 use migrate::engine::skeleton::{ReservedPid, Skeleton};
+use migrate::engine::sys::ptrace;
 use migrate::proto::control::LateSignal;
 use migrate::proto::image::Layout;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -271,6 +272,35 @@ fn a_fence_holds_when_its_tracer_is_gone() {
         let status = parse_status(&status).unwrap();
         assert_eq!(status.pending | status.shared_pending, 0);
     }
+}
+
+/// Who lifted the fence died while threads blocked all signals for it.
+#[test]
+fn masks_that_a_lifted_fence_has_left_are_restored() {
+    let program = Program::start();
+    let pid = program.pid();
+    let blocked = || {
+        let status = std::fs::read(format!("/proc/{pid}/status")).unwrap();
+        parse_status(&status).unwrap().blocked
+    };
+    let mut frozen = program.freeze();
+    let masks = frozen.masks();
+    inject(&mut frozen);
+    frozen.thaw().unwrap();
+    assert_eq!(blocked(), masks[0].1);
+    restore_masks(&[(pid, 1 << 20)]).unwrap();
+    assert_eq!(blocked(), masks[0].1, "it did not block everything");
+    ptrace::seize(pid, 0).unwrap();
+    ptrace::interrupt(pid).unwrap();
+    ptrace::wait(pid).unwrap();
+    ptrace::set_sigmask(pid, u64::MAX).unwrap();
+    ptrace::detach(pid, 0).unwrap();
+    let mut program = program;
+    program.send(Signal::SIGUSR1);
+    assert_ne!(blocked(), masks[0].1);
+    restore_masks(&masks).unwrap();
+    program.says("asked");
+    assert_eq!(blocked(), masks[0].1);
 }
 
 #[test]

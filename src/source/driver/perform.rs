@@ -330,6 +330,7 @@ impl Driver<'_> {
             state,
             owes: self.state.owes,
             was_stopped: self.state.was_stopped,
+            masks: self.state.frozen.as_ref().map(Frozen::masks).unwrap_or_default(),
             addresses: self.state.addresses.as_ref().map(AddressSet::records).unwrap_or_default(),
             connections: self.config.tcp_established,
             hooks: self.config.hooks.clone(),

@@ -86,6 +86,7 @@ fn scene(state: OutgoingState) -> Scene {
         state,
         owes: false,
         was_stopped: false,
+        masks: vec![],
         addresses: vec![],
         connections: false,
         hooks: vec![],
