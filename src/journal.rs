@@ -99,6 +99,9 @@ pub struct Incoming {
     pub misses: bool,
     /// It was stopped (SIGSTOP) at the source, and must be left so.
     pub was_stopped: bool,
+    /// What each thread blocks, as in [`Outgoing::masks`].
+    #[serde(default)]
+    pub masks: Vec<(i32, u64)>,
     /// Addresses to add here.
     pub addresses: Vec<Address>,
 }

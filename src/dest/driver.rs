@@ -82,6 +82,8 @@ pub(super) struct Driver {
     pub skeleton: Option<Skeleton>,
     pub process: Option<ProcessKey>,
     pub stopped: bool,
+    /// What its threads block.
+    pub masks: Vec<(Tid, u64)>,
     /// Signals that the source got after the capture: they come with the commit.
     pub late: Vec<LateSignal>,
     pub addresses: Option<AddressSet>,
@@ -308,6 +310,7 @@ impl Driver {
         restored?;
         self.clock.end();
         self.stopped = process.stopped;
+        self.masks = process.threads.iter().map(|t| (t.tid.cast_signed(), t.sigmask)).collect();
         let start_ticks = alive::start_ticks(process.pid)?.ok_or(ActionError::Order)?;
         self.skeleton = Some(skeleton);
         let key = ProcessKey { pid: process.pid, start_ticks };
@@ -351,7 +354,7 @@ impl Driver {
                         tracing::error!(error = &error as &dyn std::error::Error, "resuming the process");
                         reaper::adopt(right.process().pid);
                     }
-                    None => recover::lower_fence(right.process(), self.stopped),
+                    None => recover::lower_fence(right.process(), self.stopped, &self.masks),
                 }
                 self.clock.end();
                 self.network_is_open();
@@ -438,6 +441,7 @@ impl Driver {
             state,
             misses: self.drain.is_active() && !self.drained_told,
             was_stopped: self.stopped,
+            masks: self.masks.clone(),
             addresses: self.addresses.as_ref().map(AddressSet::records).unwrap_or_default(),
         })
     }

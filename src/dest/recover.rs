@@ -20,7 +20,8 @@ use crate::engine::alive;
 use crate::engine::fence;
 use crate::engine::hook::{self, Hooks, Stage};
 use crate::engine::procfs;
-use crate::engine::reason::Reason;
+use crate::engine::reason::{Reason, chain};
+use crate::engine::remote::Tid;
 use crate::engine::state::files;
 use crate::engine::sys::pidfd::PidFd;
 use crate::journal::{self, Incoming, IncomingState, Journal, JournalError};
@@ -177,7 +178,7 @@ impl Recovered {
                 }
                 Action::Resume(_) if self.record.misses => self.kill(),
                 Action::Resume(right) => {
-                    lower_fence(right.process(), self.record.was_stopped);
+                    lower_fence(right.process(), self.record.was_stopped, &self.record.masks);
                     drop(self.hooks.begin(Stage::PostResume, &self.about()));
                 }
                 Action::Forget => {
@@ -274,20 +275,25 @@ pub(super) fn wake_connections(process: ProcessKey) {
     }
 }
 
-/// The old service died between acceptance and resume: the fence still holds the process.
-pub(super) fn lower_fence(process: ProcessKey, was_stopped: bool) {
+/// The old service died between acceptance and resume: the fence still holds the process, or is half lifted.
+pub(super) fn lower_fence(process: ProcessKey, was_stopped: bool, masks: &[(Tid, u64)]) {
+    let failed = |error: &dyn std::error::Error| {
+        tracing::error!(pid = process.pid, error = chain(error), "lowering the fence");
+    };
+    let open = match alive::open(process.pid, process.start_ticks) {
+        Ok(Some(open)) => open,
+        Ok(None) => return,
+        Err(error) => return failed(&error),
+    };
+    if let Err(error) = fence::restore_masks(masks) {
+        failed(&error);
+    }
     let stat = std::fs::read(format!("/proc/{}/stat", process.pid)).unwrap_or_default();
     let stopped = procfs::parse_stat(&stat).is_ok_and(|s| s.state == b'T');
     if !stopped || was_stopped || fence::another_stop_waits(process.pid) {
         return;
     }
-    match alive::open(process.pid, process.start_ticks) {
-        Ok(Some(open)) => {
-            if let Err(errno) = open.signal(Signal::SIGCONT) {
-                tracing::error!(pid = process.pid, %errno, "lowering the fence");
-            }
-        }
-        Ok(None) => {}
-        Err(error) => tracing::error!(error = &error as &dyn std::error::Error, "lowering the fence"),
+    if let Err(errno) = open.signal(Signal::SIGCONT) {
+        failed(&errno);
     }
 }

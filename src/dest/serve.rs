@@ -252,6 +252,7 @@ impl Service {
             skeleton: None,
             process: None,
             stopped: false,
+            masks: Vec::new(),
             late: Vec::new(),
             addresses: None,
             connections: SilentConnections::default(),
@@ -301,6 +302,7 @@ impl Service {
         let mut driver = self.driver(id, About::of(record), record.peer.clone(), asks, drain);
         (driver.process, driver.accepted) = (Some(record.process), true);
         driver.stopped = record.was_stopped;
+        driver.masks.clone_from(&record.masks);
         driver.addresses = AddressSet::of(&record.addresses).ok();
         let (machine, actions) = DestMachine::recovered(record.process, true, true);
         let service = self.clone();

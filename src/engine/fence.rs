@@ -13,6 +13,7 @@
 //! A thread whose SIGSTOP is gone is not let run at all; if a SIGCONT takes it away at the very moment, the
 //! kernel makes the traced thread report that before anything else, and it does not run either.
 
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -29,6 +30,8 @@ use super::sys::queue::send_to_thread;
 
 /// How long a thread may take to reach the delivery of its SIGSTOP.
 const PATIENCE: Duration = Duration::from_secs(2);
+/// A thread that has run for so long has met whatever waited for it, nanoseconds.
+const RAN_NS: u64 = 1_000_000;
 /// Entries of a queue that are asked for at a time.
 const PER_LOOK: u16 = 64;
 
@@ -162,20 +165,39 @@ pub fn another_stop_waits(pid: u32) -> bool {
     procfs::parse_status(&status).is_ok_and(|s| s.shared_pending & signal_bit(libc::SIGSTOP) != 0)
 }
 
-/// Whether a fence, or some other stop, holds a process that nobody traces any more, or is about to.
+/// Whether a fence, or some other stop, holds a process that nobody traces any more, or is about to. Where it is not
+/// clear yet, waits until it is.
 pub fn is_up(pid: u32) -> bool {
     let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
-    tasks.map(|task| task.path().join("status")).any(|path| {
-        let look = || std::fs::read(&path).unwrap_or_default();
-        let waits = |text: &[u8]| {
-            procfs::parse_status(text).is_ok_and(|s| s.pending & signal_bit(libc::SIGSTOP) != 0)
-        };
-        let stopped = |text: &[u8]| text.split(|b| *b == b'\n').any(|line| line.starts_with(b"State:\tT"));
-        // The state stands before the signals in that file, and is taken down before them: a thread that takes
-        // its SIGSTOP in between shows neither. It takes it and stops in one step (do_signal_stop in
-        // kernel/signal.c, Linux 6.18), so a second look shows the stop.
-        waits(&look()) || stopped(&look())
-    })
+    tasks.map(|task| task.path()).any(|task| is_held(&task))
+}
+
+/// The tracer of a thread may have died when the thread was about to have SIGSTOP delivered: it is not in the queue any
+/// more then, and the thread stops as soon as it has a processor. So one that is ready to run has decided nothing
+/// before it has run for a while.
+fn is_held(task: &Path) -> bool {
+    let look = || std::fs::read(task.join("status")).unwrap_or_default();
+    let ran_ns = || -> u64 {
+        let times = std::fs::read_to_string(task.join("schedstat")).unwrap_or_default();
+        times.split(' ').next().and_then(|ran| ran.parse().ok()).unwrap_or(0)
+    };
+    let (begin, deadline) = (ran_ns(), Instant::now() + PATIENCE);
+    loop {
+        if procfs::parse_status(&look()).is_ok_and(|s| s.pending & signal_bit(libc::SIGSTOP) != 0) {
+            return true;
+        }
+        // By another look: in one, the state is taken down before the signals, and the thread takes its SIGSTOP
+        // and stops in one step (do_signal_stop in kernel/signal.c, Linux 6.18).
+        let text = look();
+        let state = text.split(|b| *b == b'\n').find_map(|line| line.strip_prefix(b"State:\t"));
+        match state.and_then(<[u8]>::first) {
+            Some(b'T') => return true,
+            Some(b'R' | b't') if ran_ns() < begin + RAN_NS && Instant::now() < deadline => {
+                std::thread::yield_now();
+            }
+            _ => return false,
+        }
+    }
 }
 
 /// Gives the threads of a process that nobody traces any more their masks back, if who lifted its fence died over

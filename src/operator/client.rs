@@ -402,6 +402,7 @@ mod tests {
                 state: IncomingState::Accepted,
                 misses: false,
                 was_stopped: false,
+                masks: vec![],
                 addresses: vec![],
             })
             .unwrap();
