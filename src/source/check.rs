@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use super::looks::Looks;
 use super::{SourceError, ask, connect, new_id, plan};
 use crate::config::{CheckConfig, Destination};
 use crate::engine::kernel::Host;
@@ -27,6 +28,17 @@ pub struct Verdict {
 /// [`SourceError`] before anything was even looked at.
 pub fn check(config: &CheckConfig, pid: Tid) -> Result<Verdict, SourceError> {
     let host = Host::probe()?;
+    let mut looks = Looks::default();
+    loop {
+        let (verdict, reached) = look(config, pid, &host)?;
+        if verdict.reasons.is_empty() || !reached || looks.stand(&verdict.reasons) {
+            return Ok(verdict);
+        }
+    }
+}
+
+/// One look; true unless there is a destination that was not reached.
+fn look(config: &CheckConfig, pid: Tid, host: &Host) -> Result<(Verdict, bool), SourceError> {
     let subject = plan::Subject {
         pid,
         tcp_established: config.tcp_established,
@@ -36,24 +48,25 @@ pub fn check(config: &CheckConfig, pid: Tid) -> Result<Verdict, SourceError> {
         tcp_remaps: &config.tcp_remaps,
         has_hooks: !config.hooks.is_empty(),
     };
-    let mut plan = plan::survey(new_id()?, &subject, &host);
+    let mut plan = plan::survey(new_id()?, &subject, host);
+    let mut reached = true;
     if let Some(to) = &config.to {
         plan.begin.check_only = true;
-        plan.reasons.extend(destination_says(config, to, plan.begin)?);
+        let said = destination_says(config, to, plan.begin)?;
+        reached = said.is_ok();
+        plan.reasons.extend(said.unwrap_or_else(|unreached| vec![unreached]));
     }
-    Ok(Verdict { pid, reasons: plan.reasons, notes: plan.notes })
+    Ok((Verdict { pid, reasons: plan.reasons, notes: plan.notes }, reached))
 }
 
 fn destination_says(
     config: &CheckConfig,
     to: &Destination,
     begin: crate::proto::control::Begin,
-) -> Result<Vec<Reason>, SourceError> {
+) -> Result<Result<Vec<Reason>, Reason>, SourceError> {
     let node = Arc::new(Node::open(&config.state_dir)?);
-    Ok(match connect(node, to, crate::hello::hello(), Settings::default()) {
-        Ok(mut link) => ask_strictly(&mut link, begin),
-        Err(reason) => vec![reason],
-    })
+    let link = connect(node, to, crate::hello::hello(), Settings::default());
+    Ok(link.map(|mut link| ask_strictly(&mut link, begin)))
 }
 
 /// Silence is no consent, where the answer is all that was wanted.

@@ -8,6 +8,7 @@ mod check;
 mod driver;
 mod hooks;
 mod leftovers;
+mod looks;
 pub mod machine;
 mod outcome;
 mod owed;
@@ -41,10 +42,12 @@ use crate::identity::{IdentityError, Node};
 use crate::journal::JournalError;
 use crate::migration::{MigrationId, ProcessKey};
 use crate::operator::protocol::Side;
-use crate::operator::{self, About, Board, End, Listener, Orders};
+use crate::operator::{self, About, Board, Listener, Orders};
 use crate::report::{Outcome, Report};
 use crate::transport::{self, Incoming, Link, Settings};
 use crate::wire::{Body, Control};
+
+use looks::Looks;
 
 /// How long the destination may take to examine a plan that is refused here already.
 const CHECK_PATIENCE: Duration = Duration::from_secs(30);
@@ -80,92 +83,134 @@ pub fn run(config: &SourceConfig) -> Result<Report, SourceError> {
     let hooks = Hooks::start(&config.hooks).map_err(SourceError::Hooks)?;
     let node = Arc::new(Node::open(&config.state_dir)?);
     let host = Host::probe()?;
-    let id = new_id()?;
-    let mut report = Report::new(id.to_string(), config.pid, config.to.to_string());
     let board = Arc::new(Board::default());
-    let about = About {
-        id,
-        side: Side::Source,
-        pid: config.pid,
-        command: operator::client::command_of(config.pid.unsigned_abs()),
-        peer: config.to.to_string(),
-    };
-    let posting = board.post(about, orders);
     // Dropped after the posting has ended: an order that waits for that is still answered.
-    let _listener = Listener::start(&config.state_dir, board);
-    let settings =
-        Settings { bandwidth: config.bandwidth.map(|b| b.bytes_per_second()), ..Settings::default() };
-    let hello = crate::hello::hello();
-
-    // The process and the destination are looked at at the same time.
-    let dial = {
-        let (node, to, hello, settings) = (node.clone(), config.to.clone(), hello.clone(), settings.clone());
-        std::thread::spawn(move || connect(node, &to, hello, settings))
-    };
-    let start_ticks = || alive::start_ticks(config.pid.unsigned_abs()).ok().flatten();
-    let process = start_ticks().map(|start_ticks| ProcessKey { pid: config.pid.unsigned_abs(), start_ticks });
-    let leftovers = leftovers::clear(&config.state_dir, process).map_err(SourceError::Journal)?;
-    let subject = plan::Subject {
-        pid: config.pid,
-        tcp_established: config.tcp_established,
-        tcp_close: config.tcp_close,
-        shell_job: config.shell_job,
-        move_ips: &config.move_ips,
-        tcp_remaps: &config.tcp_remaps,
-        has_hooks: !config.hooks.is_empty(),
-    };
-    let mut plan = plan::survey(id, &subject, &host);
-    plan.reasons.extend(leftovers);
-    let link = dial.join().unwrap_or_else(|_| Err(Reason::new("destination", "cannot be reached", "")));
-    report.memory_bytes = plan.begin.memory_bytes;
-    report.notes = std::mem::take(&mut plan.notes);
-    let key = start_ticks();
-    let mut link = match link {
-        Ok(link) => Some(link),
-        Err(reason) => {
-            plan.reasons.push(reason);
-            None
-        }
-    };
-    if !plan.reasons.is_empty() || key.is_none() || link.is_none() {
-        // Whatever the destination has against it is to be known in the same go.
-        plan.begin.check_only = true;
-        if let Some(link) = link.as_mut()
-            && let Answer::Against(reasons) = ask(link, plan.begin)
-        {
-            plan.reasons.extend(reasons);
-        }
-        if plan.reasons.is_empty() {
-            plan.reasons.push(Reason::new(format!("pid {}", config.pid), "has ended", ""));
-        }
-        report.reasons = plan.reasons;
+    let _listener = Listener::start(&config.state_dir, board.clone());
+    let mut looks = Looks::default();
+    loop {
+        let attempt = Attempt { config, started, orders: &orders, hooks: &hooks, node: &node, host: &host };
+        let mut report = match attempt.make(&board)? {
+            End::Refused(report) if !looks.stand(&report.reasons) && !orders.cancelled() => {
+                tracing::info!(reasons = report.reasons.len(), "refused: looking again, it may have passed");
+                continue;
+            }
+            End::Refused(report) | End::Final(report) => report,
+        };
         report.total = started.elapsed();
-        posting.end(End::NotMoved);
+        if report.outcome == Outcome::Moved {
+            tracing::info!(pid = config.pid, "moved");
+        }
         return Ok(report);
     }
-    let process = ProcessKey { pid: config.pid.unsigned_abs(), start_ticks: key.unwrap_or(0) };
-    let driver = driver::Driver {
-        config,
-        id,
-        process,
-        node,
-        hello,
-        settings,
-        begin: plan.begin,
-        link,
-        posting,
-        began: started,
-        report,
-        scanned: plan.scanned,
-        hooks,
-        state: driver::Held::default(),
-    };
-    let mut report = driver.run();
-    report.total = started.elapsed();
-    if report.outcome == Outcome::Moved {
-        tracing::info!(pid = config.pid, "moved");
+}
+
+/// What all attempts of one command have in common.
+struct Attempt<'a> {
+    config: &'a SourceConfig,
+    started: Instant,
+    orders: &'a Arc<Orders>,
+    hooks: &'a Hooks,
+    node: &'a Arc<Node>,
+    host: &'a Host,
+}
+
+/// How an attempt ended.
+enum End {
+    /// The preflight of either side has found something that may pass by itself; the process was not touched.
+    Refused(Report),
+    /// Anything else.
+    Final(Report),
+}
+
+impl Attempt<'_> {
+    fn make(&self, board: &Arc<Board>) -> Result<End, SourceError> {
+        let config = self.config;
+        let id = new_id()?;
+        let mut report = Report::new(id.to_string(), config.pid, config.to.to_string());
+        let about = About {
+            id,
+            side: Side::Source,
+            pid: config.pid,
+            command: operator::client::command_of(config.pid.unsigned_abs()),
+            peer: config.to.to_string(),
+        };
+        let posting = board.post(about, self.orders.clone());
+        let settings =
+            Settings { bandwidth: config.bandwidth.map(|b| b.bytes_per_second()), ..Settings::default() };
+        let hello = crate::hello::hello();
+
+        // The process and the destination are looked at at the same time.
+        let dial = {
+            let (node, to, hello, settings) =
+                (self.node.clone(), config.to.clone(), hello.clone(), settings.clone());
+            std::thread::spawn(move || connect(node, &to, hello, settings))
+        };
+        let start_ticks = || alive::start_ticks(config.pid.unsigned_abs()).ok().flatten();
+        let process =
+            start_ticks().map(|start_ticks| ProcessKey { pid: config.pid.unsigned_abs(), start_ticks });
+        let leftovers = leftovers::clear(&config.state_dir, process).map_err(SourceError::Journal)?;
+        let subject = plan::Subject {
+            pid: config.pid,
+            tcp_established: config.tcp_established,
+            tcp_close: config.tcp_close,
+            shell_job: config.shell_job,
+            move_ips: &config.move_ips,
+            tcp_remaps: &config.tcp_remaps,
+            has_hooks: !config.hooks.is_empty(),
+        };
+        let mut plan = plan::survey(id, &subject, self.host);
+        plan.reasons.extend(leftovers);
+        let link = dial.join().unwrap_or_else(|_| Err(Reason::new("destination", "cannot be reached", "")));
+        report.memory_bytes = plan.begin.memory_bytes;
+        report.notes = std::mem::take(&mut plan.notes);
+        let key = start_ticks();
+        let mut link = match link {
+            Ok(link) => Some(link),
+            Err(reason) => {
+                plan.reasons.push(reason);
+                None
+            }
+        };
+        if !plan.reasons.is_empty() || key.is_none() || link.is_none() {
+            // Whatever the destination has against it is to be known in the same go.
+            plan.begin.check_only = true;
+            if let Some(link) = link.as_mut()
+                && let Answer::Against(reasons) = ask(link, plan.begin)
+            {
+                plan.reasons.extend(reasons);
+            }
+            if plan.reasons.is_empty() {
+                plan.reasons.push(Reason::new(format!("pid {}", config.pid), "has ended", ""));
+            }
+            report.reasons = plan.reasons;
+            posting.end(operator::End::NotMoved);
+            // Nobody wants to wait twice for a destination that does not answer.
+            return Ok(if link.is_some() && key.is_some() {
+                End::Refused(report)
+            } else {
+                End::Final(report)
+            });
+        }
+        let process = ProcessKey { pid: config.pid.unsigned_abs(), start_ticks: key.unwrap_or(0) };
+        let driver = driver::Driver {
+            config,
+            id,
+            process,
+            node: self.node.clone(),
+            hello,
+            settings,
+            begin: plan.begin,
+            link,
+            posting,
+            began: self.started,
+            report,
+            scanned: plan.scanned,
+            hooks: self.hooks.clone(),
+            state: driver::Held::default(),
+        };
+        let (report, refused) = driver.run();
+        Ok(if refused { End::Refused(report) } else { End::Final(report) })
     }
-    Ok(report)
 }
 
 fn connect(

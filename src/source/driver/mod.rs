@@ -169,8 +169,9 @@ impl Driver<'_> {
         self.config.pid
     }
 
-    /// Runs the machine to its end and completes the report.
-    pub(super) fn run(mut self) -> Report {
+    /// Runs the machine to its end and completes the report. True: the destination's preflight refused, and the
+    /// process was not touched.
+    pub(super) fn run(mut self) -> (Report, bool) {
         let limits = Limits {
             mode: self.config.mode,
             max_downtime: self.config.max_downtime,
@@ -206,7 +207,8 @@ impl Driver<'_> {
                 }
             }
             if let Some(outcome) = outcome.take() {
-                return self.conclude(outcome, clock, started);
+                let refused = matches!(outcome, Outcome::NotMoved(Cause::Refused(_)));
+                return (self.conclude(outcome, clock, started), refused);
             }
             let event = match events.pop_front() {
                 Some(event) => event,

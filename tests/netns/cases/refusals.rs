@@ -2,9 +2,12 @@
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
+use std::os::fd::AsFd;
 use std::time::Duration;
 
 use migrate::testbed::{Host, Lan, Outcome, PRIVATE, Spawn};
+use nix::poll::{PollFd, PollFlags, poll};
+use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 
 use crate::case::{Case, Need, Result, ensure};
 use crate::workload::Workload;
@@ -55,6 +58,7 @@ pub(crate) fn cases() -> Vec<Case> {
         Case::new("refusals/port_bound", port_bound),
         Case::new("refusals/tcp_address_stays", tcp_address_stays),
         Case::new("refusals/file_differs", file_differs),
+        Case::new("refusals/not_for_what_has_passed", not_for_what_has_passed),
         Case::new("refusals/unreachable", unreachable),
         Case::new("refusals/usage", usage),
     ];
@@ -160,6 +164,25 @@ fn file_differs(lan: &Lan) -> Result {
     let name = format!("{PRIVATE}/only-here-{}", workload.pid());
     std::fs::write(lan.b.outside(&name), "Contents")?;
     refused(lan, workload, &[], &["only-here"])
+}
+
+/// A file that the process had open when it was looked at, and not any more when the destination looks for it, is
+/// no reason.
+fn not_for_what_has_passed(lan: &Lan) -> Result {
+    let mut workload = Workload::start(&lan.a, "fleeting", &[])?;
+    let pid = workload.pid();
+    lan.share_identity()?;
+    let service = lan.serve(&lan.b)?;
+    let looks = Inotify::init(InitFlags::IN_CLOEXEC)?;
+    let name = lan.a.outside(format!("{PRIVATE}/fleeting-{pid}"));
+    looks.add_watch(&name, AddWatchFlags::IN_CLOSE_NOWRITE)?;
+    let job = lan.start_move(&lan.a, &service.address, pid, &[])?;
+    let mut looked = [PollFd::new(looks.as_fd(), PollFlags::POLLIN)];
+    ensure(poll(&mut looked, 30_000_u16)? == 1, || "nobody looked at its file".to_owned())?;
+    lan.a.signal(pid, libc::SIGUSR2)?;
+    let outcome = lan.finish_move(&lan.a, &job, REFUSAL)?;
+    ensure(outcome.moved(), || format!("{:?} {}", outcome.exit, outcome.report))?;
+    workload.check_going_on(&lan.b)
 }
 
 fn unreachable(lan: &Lan) -> Result {
