@@ -57,6 +57,6 @@ impl Driver<'_> {
         let frozen = Frozen::freeze(self.pid(), FREEZE_PATIENCE)?;
         self.state.sleeps.note(frozen.threads());
         self.state.frozen = Some(frozen);
-        Ok(())
+        self.record_taking()
     }
 }

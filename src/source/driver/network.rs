@@ -28,11 +28,7 @@ impl Driver<'_> {
             return Ok(());
         }
         clock.begin("addresses");
-        if self.state.lock.is_some() {
-            // For whoever finds a fence around it: see `engine::capture`.
-            self.state.was_stopped = self.state.frozen.as_ref().ok_or(ActionError::Order)?.stop_is_due()?;
-        }
-        self.record(OutgoingState::Taking)?;
+        self.record_taking()?;
         self.keep_strays();
         if let Some(addresses) = self.state.addresses.as_mut() {
             addresses.remove()?;
@@ -50,6 +46,15 @@ impl Driver<'_> {
             tracing::debug!(took = ?asked.elapsed(), "network-lock hooks");
         }
         Ok(())
+    }
+
+    /// To be repeated when the process has run meanwhile: signal masks are in it.
+    pub(super) fn record_taking(&mut self) -> Result<(), ActionError> {
+        if self.state.lock.is_some() {
+            // For whoever finds a fence around it: see `engine::capture`.
+            self.state.was_stopped = self.state.frozen.as_ref().ok_or(ActionError::Order)?.stop_is_due()?;
+        }
+        Ok(self.record(OutgoingState::Taking)?)
     }
 
     /// The process goes on here, with all that it had. What fails is reported and changes nothing.
