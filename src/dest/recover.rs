@@ -288,9 +288,7 @@ pub(super) fn lower_fence(process: ProcessKey, was_stopped: bool, masks: &[(Tid,
     if let Err(error) = fence::restore_masks(masks) {
         failed(&error);
     }
-    let stat = std::fs::read(format!("/proc/{}/stat", process.pid)).unwrap_or_default();
-    let stopped = procfs::parse_stat(&stat).is_ok_and(|s| s.state == b'T');
-    if !stopped || was_stopped || fence::another_stop_waits(process.pid) {
+    if was_stopped || !fence::is_up(process.pid) || fence::another_stop_waits(process.pid) {
         return;
     }
     if let Err(errno) = open.signal(Signal::SIGCONT) {

@@ -131,7 +131,7 @@ impl World {
             Step::ReturnAddresses => self.address_here = true,
             Step::LowerFence if self.here == Here::Stopped => self.here = Here::Running,
             // Their order is held by the tests of `resolve`.
-            Step::LowerFence | Step::RestoreMasks | Step::Hook(_) | Step::Unlock => {}
+            Step::LowerFence | Step::Hook(_) | Step::Unlock => {}
             Step::RecordServing => {
                 self.outgoing = Some(OutgoingState::Serving);
                 for (other, resolver) in self.resolvers.iter_mut().enumerate() {

@@ -40,9 +40,7 @@ const LAST_PAUSE: Duration = Duration::from_secs(10);
 pub enum Step {
     /// Add the addresses again that the source had taken.
     ReturnAddresses,
-    /// Threads whose fence was being lifted block what they blocked before.
-    RestoreMasks,
-    /// SIGCONT, unless the process was stopped before, or somebody else has stopped it since.
+    /// Threads whose fence was being lifted block what they blocked before; then SIGCONT, unless the process was stopped before, or somebody else has stopped it since.
     LowerFence,
     /// Write [`OutgoingState::Serving`], with ourselves as the owner; the rest follows from that record.
     RecordServing,
@@ -67,16 +65,7 @@ pub enum Step {
 /// What a record demands without its source; `None` if the destination must be asked or served first.
 pub fn steps_for(state: OutgoingState) -> Option<&'static [Step]> {
     match state {
-        OutgoingState::Taking => Some(&[
-            Step::LeaveRepair,
-            Step::ReturnAddresses,
-            Step::Hook(Stage::NetworkUnlock),
-            Step::Unlock,
-            Step::RestoreMasks,
-            Step::LowerFence,
-            Step::Hook(Stage::Failed),
-            Step::Forget,
-        ]),
+        OutgoingState::Taking => Some(WHEN_IT_STAYS),
         OutgoingState::Limbo | OutgoingState::Serving => None,
         OutgoingState::Moved => {
             Some(&[Step::DropConnections, Step::Unlock, Step::Kill, Step::Confirm, Step::Forget])
@@ -90,16 +79,7 @@ pub fn steps_after(fate: Fate, owes: bool) -> &'static [Step] {
         Fate::Accepted if owes => {
             &[Step::DropConnections, Step::RecordServing, Step::Unlock, Step::Hook(Stage::PostResume)]
         }
-        // The process is to find its addresses when it runs.
-        Fate::NotAccepted => &[
-            Step::ReturnAddresses,
-            Step::Hook(Stage::NetworkUnlock),
-            Step::Unlock,
-            Step::RestoreMasks,
-            Step::LowerFence,
-            Step::Hook(Stage::Failed),
-            Step::Forget,
-        ],
+        Fate::NotAccepted => WHEN_IT_STAYS,
         // Recorded before Confirm: a destination that has forgotten would answer "not accepted", and the
         // next resolver would give the addresses back.
         Fate::Accepted => &[
@@ -113,6 +93,17 @@ pub fn steps_after(fate: Fate, owes: bool) -> &'static [Step] {
         ],
     }
 }
+
+/// What is done for a process that goes on here. It is to find its connections and addresses when it runs.
+pub const WHEN_IT_STAYS: &[Step] = &[
+    Step::LeaveRepair,
+    Step::ReturnAddresses,
+    Step::Hook(Stage::NetworkUnlock),
+    Step::Unlock,
+    Step::LowerFence,
+    Step::Hook(Stage::Failed),
+    Step::Forget,
+];
 
 /// What is done once the destination misses no page any more.
 pub const WHEN_SERVED: &[Step] =
@@ -283,19 +274,15 @@ fn perform(
                 }
             }
             Step::ReturnAddresses => addresses = return_addresses(record),
-            Step::RestoreMasks => {
-                if process.is_some()
-                    && let Err(error) = fence::restore_masks(&record.masks)
-                {
+            Step::LowerFence if process.is_none() => {}
+            Step::LowerFence => {
+                if let Err(error) = fence::restore_masks(&record.masks) {
                     tracing::error!(error = &error as &dyn std::error::Error, "restoring signal masks");
                 }
+                if is_held_by_us(record) {
+                    signal(Signal::SIGCONT)?;
+                }
             }
-            // There was one only while connections were read.
-            Step::LowerFence
-                if record.state == OutgoingState::Taking
-                    && !(record.connections && fence::is_up(record.process.pid)) => {}
-            Step::LowerFence if record.was_stopped || fence::another_stop_waits(record.process.pid) => {}
-            Step::LowerFence => signal(Signal::SIGCONT)?,
             Step::RecordServing => {
                 let (owner, state) = (own_key()?, OutgoingState::Serving);
                 journal.write(&Outgoing { owner, state, ..record.clone() })?;
@@ -316,6 +303,13 @@ fn perform(
         }
     }
     addresses
+}
+
+/// Whether the fence is up, and nothing else keeps the process from running.
+fn is_held_by_us(record: &Outgoing) -> bool {
+    // Before limbo there was one only while connections were read.
+    let up = record.state != OutgoingState::Taking || record.connections && fence::is_up(record.process.pid);
+    up && !record.was_stopped && !fence::another_stop_waits(record.process.pid)
 }
 
 /// A failure is no reason to leave the rest undone: at worst a peer hears of an end.
