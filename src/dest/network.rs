@@ -1,7 +1,7 @@
 //! The network of a process that comes: which addresses it needs here, the lock on its connections until it runs,
 //! and the operator's hooks.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::IpAddr;
 
 use super::driver::Driver;
 use super::recover;
@@ -17,14 +17,10 @@ use crate::proto::files::Files;
 /// Addresses that the process will have connections or sockets with, and that are neither here nor come with it.
 pub(super) fn missing(begin: &Begin, coming: &[Address], remaps: &[Remap]) -> Vec<Reason> {
     let comes = |ip: &IpAddr| coming.iter().any(|address| address.spec.address == *ip);
-    let mut needed = Vec::with_capacity(begin.needed_ips.len());
-    for bytes in &begin.needed_ips {
-        let v4 = <[u8; 4]>::try_from(bytes.as_slice()).map(|a| IpAddr::from(Ipv4Addr::from(a)));
-        match v4.or_else(|_| <[u8; 16]>::try_from(bytes.as_slice()).map(|a| Ipv6Addr::from(a).into())) {
-            Ok(ip) => needed.push(ip),
-            Err(_) => return vec![Reason::new("plan", "names an address that makes no sense", "")],
-        }
-    }
+    let needed: Option<Vec<IpAddr>> = begin.needed_ips.iter().map(|bytes| address::ip_of(bytes)).collect();
+    let Some(needed) = needed else {
+        return vec![Reason::new("plan", "names an address that makes no sense", "")];
+    };
     let targets: Vec<IpAddr> = remaps.iter().map(|remap| remap.new).collect();
     let absent = |ips: &[IpAddr]| {
         address::absent_here(ips).map(|ips| ips.into_iter().filter(|ip| !comes(ip)).collect())

@@ -176,23 +176,18 @@ pub fn is_up(pid: u32) -> bool {
 /// more then, and the thread stops as soon as it has a processor. So one that is ready to run has decided nothing
 /// before it has run for a while.
 fn is_held(task: &Path) -> bool {
-    let look = || std::fs::read(task.join("status")).unwrap_or_default();
-    let ran_ns = || -> u64 {
-        let times = std::fs::read_to_string(task.join("schedstat")).unwrap_or_default();
-        times.split(' ').next().and_then(|ran| ran.parse().ok()).unwrap_or(0)
-    };
+    let look = |file| std::fs::read(task.join(file)).unwrap_or_default();
+    let ran_ns = || procfs::parse_schedstat(&look("schedstat")).unwrap_or_default().ran_ns;
     let (begin, deadline) = (ran_ns(), Instant::now() + PATIENCE);
     loop {
-        if procfs::parse_status(&look()).is_ok_and(|s| s.pending & signal_bit(libc::SIGSTOP) != 0) {
+        if procfs::parse_status(&look("status")).is_ok_and(|s| s.pending & signal_bit(libc::SIGSTOP) != 0) {
             return true;
         }
         // By another look: in one, the state is taken down before the signals, and the thread takes its SIGSTOP
         // and stops in one step (do_signal_stop in kernel/signal.c, Linux 6.18).
-        let text = look();
-        let state = text.split(|b| *b == b'\n').find_map(|line| line.strip_prefix(b"State:\t"));
-        match state.and_then(<[u8]>::first) {
-            Some(b'T') => return true,
-            Some(b'R' | b't') if ran_ns() < begin + RAN_NS && Instant::now() < deadline => {
+        match procfs::parse_stat(&look("stat")).map(|stat| stat.state) {
+            Ok(b'T') => return true,
+            Ok(b'R' | b't') if ran_ns() < begin + RAN_NS && Instant::now() < deadline => {
                 std::thread::yield_now();
             }
             _ => return false,

@@ -125,6 +125,22 @@ pub fn parse_smaps_flags(text: &[u8]) -> Result<Vec<MappingFlags>, ProcfsError> 
     Ok(all)
 }
 
+/// Times of a thread since it began (/proc/PID/task/TID/schedstat; Documentation/scheduler/sched-stats.rst).
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct SchedTimes {
+    /// That it ran, nanoseconds.
+    pub ran_ns: u64,
+    /// That it was ready and waited for a processor, nanoseconds.
+    pub waited_ns: u64,
+}
+
+/// Parses a line of `ran waited timeslices`; `None` if it is not one.
+#[must_use]
+pub fn parse_schedstat(line: &[u8]) -> Option<SchedTimes> {
+    let mut words = std::str::from_utf8(line).ok()?.split_ascii_whitespace();
+    Some(SchedTimes { ran_ns: words.next()?.parse().ok()?, waited_ns: words.next()?.parse().ok()? })
+}
+
 /// /proc/PID/stat, the fields that matter here (proc_pid_stat(5)).
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Stat {
@@ -214,6 +230,12 @@ fn parse_stat_line(text: &[u8]) -> Option<Stat> {
 mod tests {
     use super::*;
     use proptest::prelude::*;
+
+    #[test]
+    fn times_of_a_thread() {
+        assert_eq!(parse_schedstat(b"900 100 7\n"), Some(SchedTimes { ran_ns: 900, waited_ns: 100 }));
+        assert!([&b""[..], b"9", b"x y z", b"-1 2 3"].iter().all(|line| parse_schedstat(line).is_none()));
+    }
 
     #[test]
     fn reads_our_own() {

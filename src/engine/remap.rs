@@ -5,9 +5,10 @@
 
 use std::collections::HashSet;
 use std::fmt;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, SocketAddr};
 use std::str::FromStr;
 
+use crate::engine::address::{end_of, ip_of, octets};
 use crate::engine::reason::Reason;
 use crate::proto::files::description::Kind;
 use crate::proto::files::{Description, Files, TcpConnection};
@@ -99,25 +100,13 @@ fn all_ends(files: &Files) -> HashSet<(SocketAddr, SocketAddr)> {
 }
 
 fn ends(socket: &TcpConnection) -> Option<(SocketAddr, SocketAddr)> {
-    Some((end(&socket.local, socket.local_port)?, end(&socket.remote, socket.remote_port)?))
-}
-
-fn end(address: &[u8], port: u32) -> Option<SocketAddr> {
-    Some(SocketAddr::new(parse(address)?.to_canonical(), u16::try_from(port).ok()?))
-}
-
-fn parse(address: &[u8]) -> Option<IpAddr> {
-    let v4 = <[u8; 4]>::try_from(address).map(|a| Ipv4Addr::from(a).into());
-    v4.or_else(|_| <[u8; 16]>::try_from(address).map(|a| Ipv6Addr::from(a).into())).ok()
+    Some((end_of(&socket.local, socket.local_port)?, end_of(&socket.remote, socket.remote_port)?))
 }
 
 /// Changes an address of 4 or 16 bytes.
 pub fn apply_to(address: &mut Vec<u8>, remaps: &[Remap]) {
-    let Some(ip) = parse(address) else { return };
-    *address = match of(ip, remaps) {
-        IpAddr::V4(ip) => ip.octets().to_vec(),
-        IpAddr::V6(ip) => ip.octets().to_vec(),
-    };
+    let Some(ip) = ip_of(address) else { return };
+    *address = octets(of(ip, remaps));
 }
 
 #[cfg(test)]
@@ -187,14 +176,13 @@ mod tests {
     fn local_ends_change_in_the_form_they_have() {
         let remaps: Vec<Remap> =
             ["10.0.0.5=10.0.1.5", "fd00::5=fd01::5"].iter().map(|t| t.parse().unwrap()).collect();
-        let v4 = |text: &str| text.parse::<Ipv4Addr>().unwrap();
-        let v6 = |text: &str| text.parse::<Ipv6Addr>().unwrap().octets().to_vec();
+        let bytes = |text: &str| octets(text.parse().unwrap());
         for (old, new) in [
-            (v4("10.0.0.5").octets().to_vec(), v4("10.0.1.5").octets().to_vec()),
-            (v4("10.0.0.6").octets().to_vec(), v4("10.0.0.6").octets().to_vec()),
-            (v4("0.0.0.0").octets().to_vec(), v4("0.0.0.0").octets().to_vec()),
-            (v6("fd00::5"), v6("fd01::5")),
-            (v6("::ffff:10.0.0.5"), v6("::ffff:10.0.1.5")),
+            (bytes("10.0.0.5"), bytes("10.0.1.5")),
+            (bytes("10.0.0.6"), bytes("10.0.0.6")),
+            (bytes("0.0.0.0"), bytes("0.0.0.0")),
+            (bytes("fd00::5"), bytes("fd01::5")),
+            (bytes("::ffff:10.0.0.5"), bytes("::ffff:10.0.1.5")),
             (vec![], vec![]),
             (vec![1, 2, 3], vec![1, 2, 3]),
         ] {

@@ -83,8 +83,8 @@ pub(super) fn advising(pid: Option<Tid>) -> Vec<Advising> {
 
 /// How long a thread has run, in nanoseconds.
 fn cpu_time(task: &str) -> u64 {
-    let text = std::fs::read_to_string(format!("{task}/schedstat")).unwrap_or_default();
-    text.split(' ').next().and_then(|word| word.parse().ok()).unwrap_or(0)
+    let text = std::fs::read(format!("{task}/schedstat")).unwrap_or_default();
+    procfs::parse_schedstat(&text).unwrap_or_default().ran_ns
 }
 
 /// Whether a thread of `pid` (of any process, if it is not known) has told of an event and waits.

@@ -11,6 +11,7 @@ use std::os::unix::fs::FileExt;
 use std::time::{Duration, Instant};
 
 use crate::engine::freeze::thread_ids;
+use crate::engine::procfs::{SchedTimes, parse_schedstat};
 use crate::engine::remote::Tid;
 
 /// Time between two looks at the process.
@@ -24,9 +25,9 @@ const WEIGHT: f64 = 0.25;
 /// So long is worked between two rests.
 const WORK: Duration = Duration::from_millis(1);
 /// What the process may lose.
-const LOSS: f64 = 0.06;
+const LOSS: f64 = 0.02;
 /// Rest for each time of work, at most: a copy that never ends helps nobody.
-const MOST_REST: f64 = 3.0;
+const MOST_REST: f64 = 8.0;
 /// Threads that are looked at.
 const MOST_THREADS: usize = 64;
 /// A process that is ready for less than this part of a window tells nothing.
@@ -34,18 +35,11 @@ const LEAST_READY: f64 = 0.1;
 /// One line of numbers.
 const LINE_BYTES: usize = 128;
 
-/// Time that the threads of a process ran, and waited for a processor.
-#[derive(Debug, Clone, Copy, Default)]
-struct Times {
-    ran: u64,
-    waited: u64,
-}
-
 /// Watches one process while it is copied.
 #[derive(Debug)]
 pub(super) struct Pacer {
     threads: Vec<File>,
-    window: (Instant, Times),
+    window: (Instant, SchedTimes),
     /// The part of its ready time that the process waits without us, and lately.
     before: f64,
     lately: f64,
@@ -114,10 +108,10 @@ impl Pacer {
 }
 
 /// The part of its ready time that a process waited, if it was ready for long enough to say.
-fn waiting(from: Times, to: Times, over: Duration) -> Option<f64> {
+fn waiting(from: SchedTimes, to: SchedTimes, over: Duration) -> Option<f64> {
     #[allow(clippy::cast_precision_loss, reason = "a ratio")]
     let [ran, waited] =
-        [to.ran.saturating_sub(from.ran) as f64, to.waited.saturating_sub(from.waited) as f64];
+        [to.ran_ns.saturating_sub(from.ran_ns) as f64, to.waited_ns.saturating_sub(from.waited_ns) as f64];
     let ready = ran + waited;
     (ready > LEAST_READY * over.as_secs_f64() * 1e9).then(|| waited / ready)
 }
@@ -139,24 +133,18 @@ fn eased(rest: f64) -> f64 {
     (rest * 0.9 - 0.02).max(0.0)
 }
 
-fn times(threads: &[File]) -> Times {
-    let mut sum = Times::default();
+fn times(threads: &[File]) -> SchedTimes {
+    let mut sum = SchedTimes::default();
     for thread in threads {
         let mut line = [0; LINE_BYTES];
         // A thread that has ended says nothing more.
         let length = thread.read_at(&mut line, 0).unwrap_or(0);
-        if let Some(times) = line.get(..length).and_then(parse) {
-            sum.ran = sum.ran.saturating_add(times.ran);
-            sum.waited = sum.waited.saturating_add(times.waited);
+        if let Some(times) = line.get(..length).and_then(parse_schedstat) {
+            sum.ran_ns = sum.ran_ns.saturating_add(times.ran_ns);
+            sum.waited_ns = sum.waited_ns.saturating_add(times.waited_ns);
         }
     }
     sum
-}
-
-/// `ran waited timeslices`.
-fn parse(line: &[u8]) -> Option<Times> {
-    let mut words = std::str::from_utf8(line).ok()?.split_ascii_whitespace();
-    Some(Times { ran: words.next()?.parse().ok()?, waited: words.next()?.parse().ok()? })
 }
 
 #[cfg(test)]
@@ -165,11 +153,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn counters() {
-        let times = parse(b"900 100 7\n").unwrap();
-        assert_eq!((times.ran, times.waited), (900, 100));
-        assert!(parse(b"").is_none() && parse(b"9").is_none() && parse(b"x y z").is_none());
-        let (from, to) = (Times::default(), Times { ran: 9_000_000, waited: 3_000_000 });
+    fn waiting_is_a_part_of_being_ready() {
+        let (from, to) = (SchedTimes::default(), SchedTimes { ran_ns: 9_000_000, waited_ns: 3_000_000 });
         assert_eq!(waiting(from, to, Duration::from_millis(20)), Some(0.25));
         // Mostly asleep.
         assert_eq!(waiting(from, to, Duration::from_millis(200)), None);
@@ -215,7 +200,7 @@ mod tests {
         let mut pacer = Pacer::new(pid);
         // It was looked at for the whole time, since it never sleeps.
         let looked = pacer.window.1;
-        assert!(looked.ran + looked.waited > 40_000_000, "{looked:?}");
+        assert!(looked.ran_ns + looked.waited_ns > 40_000_000, "{looked:?}");
         child.kill().unwrap();
         child.wait().unwrap();
         // It has ended: nobody to rest for.

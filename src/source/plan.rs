@@ -153,14 +153,7 @@ fn needed_addresses(subject: &Subject<'_>) -> Result<Vec<Vec<u8>>, LockError> {
     let ips: BTreeSet<IpAddr> =
         connected.map(|connection| remap::of(connection.local.ip(), subject.tcp_remaps)).collect();
     let comes = |ip: &IpAddr| ip.is_loopback() || subject.move_ips.iter().any(|spec| spec.address == *ip);
-    Ok(ips
-        .into_iter()
-        .filter(|ip| !comes(ip))
-        .map(|ip| match ip {
-            IpAddr::V4(ip) => ip.octets().to_vec(),
-            IpAddr::V6(ip) => ip.octets().to_vec(),
-        })
-        .collect())
+    Ok(ips.into_iter().filter(|ip| !comes(ip)).map(address::octets).collect())
 }
 
 /// Credentials, limits, timers and scheduling: what the destination must be able to give.

@@ -6,10 +6,13 @@
 //! the freeze.
 
 mod announce;
+mod octets;
 mod route;
 #[cfg(test)]
 #[allow(clippy::unwrap_used, clippy::expect_used)]
 mod tests;
+
+pub use octets::{end_of, ip_of, octets};
 
 use std::fmt;
 use std::net::IpAddr;

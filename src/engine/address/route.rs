@@ -1,10 +1,11 @@
 //! What the kernel knows of devices, addresses and routes, and how it is changed.
 
 use std::collections::HashSet;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr};
 
 use nix::errno::Errno;
 
+use super::octets::{ip_of, octets};
 use crate::engine::address::{Address, AddressError, MoveIp, no_device};
 use crate::engine::reason::Reason;
 use crate::engine::sys::netlink::{CREATE, Netlink, attributes, push_attribute, u32_at};
@@ -254,9 +255,9 @@ fn parse_address(body: &[u8]) -> Option<Found> {
     let (mut broadcast, mut label, mut lifetimes, mut metric) = (None, None, (u32::MAX, u32::MAX), 0);
     for (kind, value) in attributes(body.get(IFADDRMSG..)?) {
         match kind {
-            IFA_ADDRESS => address = ip(value),
-            IFA_LOCAL => local = ip(value),
-            IFA_BROADCAST => broadcast = ip(value),
+            IFA_ADDRESS => address = ip_of(value),
+            IFA_LOCAL => local = ip_of(value),
+            IFA_BROADCAST => broadcast = ip_of(value),
             IFA_LABEL => label = String::from_utf8(value.split(|b| *b == 0).next()?.to_vec()).ok(),
             IFA_FLAGS => found_flags = u32_at(value, 0)?,
             IFA_CACHEINFO => lifetimes = (u32_at(value, 0)?, u32_at(value, 4)?),
@@ -297,20 +298,6 @@ fn duplicates(specs: &[MoveIp]) -> Vec<Reason> {
     let mut seen = HashSet::new();
     let twice = specs.iter().filter(|spec| !seen.insert(spec.address));
     twice.map(|spec| Reason::new(format!("--move-ip {spec}"), "is given twice", "")).collect()
-}
-
-fn octets(address: IpAddr) -> Vec<u8> {
-    match address {
-        IpAddr::V4(ip) => ip.octets().to_vec(),
-        IpAddr::V6(ip) => ip.octets().to_vec(),
-    }
-}
-
-fn ip(value: &[u8]) -> Option<IpAddr> {
-    if let Ok(octets) = <[u8; 4]>::try_from(value) {
-        return Some(Ipv4Addr::from(octets).into());
-    }
-    <[u8; 16]>::try_from(value).ok().map(|octets| Ipv6Addr::from(octets).into())
 }
 
 fn network(ip: Ipv4Addr, prefix: u8) -> u32 {

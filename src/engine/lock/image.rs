@@ -1,8 +1,9 @@
 //! What is to be locked where a process is made again: its sockets, by the description of its descriptors.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::{Ipv4Addr, SocketAddr};
 
 use super::Connection;
+use crate::engine::address::end_of;
 use crate::proto::files::description::Kind;
 use crate::proto::files::{Files, TcpConnection, TcpSocket};
 
@@ -24,7 +25,9 @@ pub fn of_image(files: &Files) -> Vec<Connection> {
 
 /// One that listens on all addresses of both versions of IP is there twice.
 fn listener(image: &TcpSocket) -> Vec<Connection> {
-    let Some(local) = end(&image.address, image.port).filter(|_| image.listening) else { return Vec::new() };
+    let Some(local) = end_of(&image.address, image.port).filter(|_| image.listening) else {
+        return Vec::new();
+    };
     let v6only = image.options.iter().any(|o| {
         (o.level, o.name) == (libc::IPPROTO_IPV6, libc::IPV6_V6ONLY) && o.value.iter().any(|b| *b != 0)
     });
@@ -37,21 +40,15 @@ fn listener(image: &TcpSocket) -> Vec<Connection> {
 }
 
 fn connection(image: &TcpConnection) -> Option<Connection> {
-    let remote = Some(end(&image.remote, image.remote_port)?);
-    Some(Connection { local: end(&image.local, image.local_port)?, remote })
-}
-
-/// Address and port as on the wire.
-fn end(address: &[u8], port: u32) -> Option<SocketAddr> {
-    let v4 = <[u8; 4]>::try_from(address).map(|a| IpAddr::from(Ipv4Addr::from(a)));
-    let ip = v4.or_else(|_| <[u8; 16]>::try_from(address).map(|a| IpAddr::from(Ipv6Addr::from(a)))).ok()?;
-    Some(SocketAddr::new(ip.to_canonical(), u16::try_from(port).ok()?))
+    let remote = Some(end_of(&image.remote, image.remote_port)?);
+    Some(Connection { local: end_of(&image.local, image.local_port)?, remote })
 }
 
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
+    use crate::engine::address::octets;
     use crate::proto::files::{Description, SocketOption};
 
     #[test]
@@ -62,10 +59,7 @@ mod tests {
             value: vec![on, 0, 0, 0],
         };
         let socket = |address: &str, listening, options| TcpSocket {
-            address: match address.parse().unwrap() {
-                IpAddr::V4(ip) => ip.octets().to_vec(),
-                IpAddr::V6(ip) => ip.octets().to_vec(),
-            },
+            address: octets(address.parse().unwrap()),
             port: 80,
             listening,
             options,
@@ -84,7 +78,7 @@ mod tests {
         assert_eq!(locked(socket("::ffff:10.0.0.1", true, vec![v6only(0)])), ["10.0.0.1:80"]);
         assert_eq!(locked(socket("::", true, vec![v6only(0)])), ["0.0.0.0:80", "[::]:80"]);
         assert_eq!(locked(socket("::", true, vec![v6only(1)])), ["[::]:80"]);
-        let mapped = "::ffff:10.0.0.1".parse::<Ipv6Addr>().unwrap().octets().to_vec();
+        let mapped = octets("::ffff:10.0.0.1".parse().unwrap());
         let image = TcpConnection {
             local: mapped,
             local_port: 80,

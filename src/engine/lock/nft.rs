@@ -5,9 +5,10 @@
 //! the kernel little.
 
 use std::collections::BTreeMap;
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 
 use super::Connection;
+use crate::engine::address::octets;
 use crate::engine::sys::netlink::{Body, push_attribute, push_nested};
 
 /// `NFNL_MSG_BATCH_BEGIN`, `NFNL_MSG_BATCH_END`.
@@ -336,10 +337,7 @@ fn elements_of(table: &str, set: &str) -> Body {
 
 /// Address and port as the registers have them: the port takes 4 bytes.
 fn end(end: SocketAddr) -> Vec<u8> {
-    let mut key = match end.ip() {
-        IpAddr::V4(ip) => ip.octets().to_vec(),
-        IpAddr::V6(ip) => ip.octets().to_vec(),
-    };
+    let mut key = octets(end.ip());
     key.extend(port(end));
     key
 }

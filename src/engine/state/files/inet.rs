@@ -9,6 +9,7 @@ use nix::errno::Errno;
 use nix::net::if_::{if_indextoname, if_nametoindex};
 
 use super::{Stop, Trouble};
+use crate::engine::address;
 use crate::engine::sys::{datagram, socket};
 use crate::proto::files::{DeviceOption, Endpoint};
 
@@ -116,17 +117,9 @@ const DEVICES: [(c_int, c_int, Names); 4] = [
 /// Longest device name.
 const DEVICE_BYTES: usize = libc::IFNAMSIZ;
 
-pub(super) fn octets(address: IpAddr) -> Vec<u8> {
-    match address {
-        IpAddr::V4(a) => a.octets().to_vec(),
-        IpAddr::V6(a) => a.octets().to_vec(),
-    }
-}
-
 /// An address that a peer sent.
 pub(super) fn ip_of(bytes: &[u8]) -> Result<IpAddr, Trouble> {
-    let v4 = <[u8; 4]>::try_from(bytes).map(IpAddr::from);
-    v4.or_else(|_| <[u8; 16]>::try_from(bytes).map(IpAddr::from)).map_err(|_| Trouble::Invalid("an address"))
+    address::ip_of(bytes).ok_or(Trouble::Invalid("an address"))
 }
 
 pub(super) fn device_name(index: u32) -> Result<String, Stop> {
@@ -146,7 +139,7 @@ pub(super) fn endpoint(address: SocketAddr) -> Result<Endpoint, Stop> {
         SocketAddr::V6(v6) if v6.scope_id() != 0 => device_name(v6.scope_id())?,
         _ => String::new(),
     };
-    Ok(Endpoint { address: octets(address.ip()), port: address.port().into(), device })
+    Ok(Endpoint { address: address::octets(address.ip()), port: address.port().into(), device })
 }
 
 pub(super) fn address_of(image: &Endpoint) -> Result<SocketAddr, Trouble> {

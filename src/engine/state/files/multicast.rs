@@ -8,8 +8,9 @@ use std::os::fd::BorrowedFd;
 use libc::{IPPROTO_IP, IPPROTO_IPV6};
 use nix::errno::Errno;
 
-use super::inet::{device_index, device_name, ip_of, octets};
+use super::inet::{device_index, device_name, ip_of};
 use super::{Stop, Trouble};
+use crate::engine::address::octets;
 use crate::engine::sys::{datagram, socket};
 use crate::proto::files::Membership;
 

@@ -23,9 +23,10 @@ use nix::sys::socket::{MsgFlags, recv, send};
 
 use super::super::scan::Open;
 use super::super::{Stop, Trouble};
+use super::address_of;
 use super::list::peer;
 use super::table::{self, NewSocket, value_of};
-use super::{address_of, octets};
+use crate::engine::address::octets;
 use crate::engine::sys::tcp::{self, Queue, REPAIR_OFF_SILENTLY, REPAIR_ON};
 use crate::engine::sys::{fds, socket};
 use crate::proto::files::TcpConnection;

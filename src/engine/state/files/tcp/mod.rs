@@ -23,10 +23,11 @@ use libc::{AF_INET, AF_INET6, IPPROTO_IP, IPPROTO_IPV6, IPPROTO_TCP, SOL_SOCKET}
 use nix::errno::Errno;
 use nix::sys::socket::{MsgFlags, Shutdown, recv, shutdown};
 
-use super::inet::{ip_of, octets};
+use super::inet::ip_of;
 use super::options::{self, COMMON, TCP, TCP_DEAD};
 use super::scan::Open;
 use super::{FilesOptions, Stop, Trouble};
+use crate::engine::address::octets;
 use crate::engine::reason::Reason;
 use crate::engine::sys::tcp::REPAIR_OFF_SILENTLY;
 use crate::engine::sys::{datagram, fds, socket, tcp};
