@@ -176,13 +176,17 @@ impl Assembly {
             Content::Missing(bytes) => {
                 let message = PageRuns::decode(bytes)
                     .map_err(|source| AssembleError::Decode { what: "list of missing pages", source })?;
+                let first = self.missing.is_empty();
                 for (start, end) in runs::decode(&message)?.iter() {
                     // What is here of them is stale, and must be gone before the process can see it.
                     self.drops.push((start, end));
                     self.missing.insert(start, end);
                 }
                 let skeleton = self.skeleton.as_mut().ok_or(AssembleError::NoLayout)?;
-                forbid_huge_pages(skeleton)?;
+                // One more call would cost as much as the drops, in the freeze.
+                if first {
+                    forbid_huge_pages(skeleton)?;
+                }
                 self.drop_pending()?;
                 Ok(Applied::Placed)
             }
