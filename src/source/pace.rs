@@ -2,9 +2,10 @@
 //!
 //! The kernel counts for each thread how long it ran and how long it was ready and waited for a processor
 //! (`/proc/PID/task/TID/schedstat`, nanoseconds; Documentation/scheduler/sched-stats.rst). From both the share
-//! of its progress follows that the process has lost since we began: if that is more than a client would
-//! overlook, we rest between two reads. A nice value would not do: it counts only within our own session or
-//! control group (sched(7), autogroup).
+//! of its progress follows that a thread has lost by us: if that is more than a client would overlook, we rest
+//! between two reads. Threads that are seldom ready lose nothing: they catch up. What a thread would wait
+//! without us is seen by standing still now and then. A nice value would not do: it counts only within our own
+//! session or control group (sched(7), autogroup).
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -20,18 +21,25 @@ const WINDOW: Duration = Duration::from_millis(20);
 /// first of them is not looked at for longer.
 const STILL: Duration = Duration::from_millis(10);
 const STILL_TIMES: u32 = 8;
+/// How often we keep still again while we rest, and how long, after what is under way has gone.
+const STILL_AGAIN: Duration = Duration::from_secs(1);
+const SETTLE: Duration = Duration::from_millis(10);
 /// What one look counts against those before it: single ones vary by more than what they are to show.
 const WEIGHT: f64 = 0.25;
 /// So long is worked between two rests.
 const WORK: Duration = Duration::from_millis(1);
 /// What the process may lose.
-const LOSS: f64 = 0.02;
-/// Rest for each time of work, at most: a copy that never ends helps nobody.
-const MOST_REST: f64 = 8.0;
+const LOSS: f64 = 0.05;
+/// Rest for each time of work, at most: the work of the network, here and perhaps there, comes beside.
+const MOST_REST: f64 = 24.0;
+/// A copy that never ends helps nobody: when so much of the time was rested, less is rested from there on.
+const PATIENCE: Duration = Duration::from_secs(30);
+const LATER_REST: f64 = 3.0;
 /// Threads that are looked at.
 const MOST_THREADS: usize = 64;
-/// A process that is ready for less than this part of a window tells nothing.
-const LEAST_READY: f64 = 0.1;
+/// A thread that is ready for less than this part of a window has time left to catch up. One that is ready for more
+/// may not have: its clients may wait for it as it waits for them.
+const BUSY: f64 = 0.3;
 /// One line of numbers.
 const LINE_BYTES: usize = 128;
 
@@ -39,13 +47,15 @@ const LINE_BYTES: usize = 128;
 #[derive(Debug)]
 pub(super) struct Pacer {
     threads: Vec<File>,
-    window: (Instant, SchedTimes),
-    /// The part of its ready time that the process waits without us, and lately.
+    window: (Instant, Vec<SchedTimes>),
+    /// The part of their ready time that the busy threads wait without us, and lately.
     before: f64,
     lately: f64,
     rest: f64,
     working_since: Instant,
+    still_at: Instant,
     rested: Duration,
+    rested_in_all: Duration,
 }
 
 impl Pacer {
@@ -57,38 +67,32 @@ impl Pacer {
         let threads: Vec<File> =
             thread_ids(pid).unwrap_or_default().into_iter().take(MOST_THREADS).filter_map(open).collect();
         let (began, first) = (Instant::now(), times(&threads));
-        let mut window = (began, first);
+        let mut window = (began, first.clone());
         let mut before = 0.0;
         for _ in 0..STILL_TIMES {
             std::thread::sleep(STILL);
             window = (Instant::now(), times(&threads));
-            let Some(waits) = waiting(first, window.1, window.0 - began) else { break };
+            let Some(waits) = waiting(&first, &window.1, window.0 - began) else { break };
             before = waits;
         }
         Self {
             threads,
-            window,
             before,
             lately: before,
             rest: 0.0,
             working_since: window.0,
+            still_at: window.0,
+            window,
             rested: Duration::ZERO,
+            rested_in_all: Duration::ZERO,
         }
     }
 
     /// To be called between two reads: rests if the process needs it.
     pub(super) fn breathe(&mut self) {
         let now = Instant::now();
-        let since = now - self.window.0;
-        if since >= WINDOW {
-            let times = times(&self.threads);
-            if let Some(waits) = waiting(self.window.1, times, since) {
-                self.lately += WEIGHT * (waits - self.lately);
-                (self.rest, self.before) = adjusted(self.rest, self.before, self.lately);
-            } else {
-                self.rest = eased(self.rest);
-            }
-            self.window = (now, times);
+        if now - self.window.0 >= WINDOW {
+            self.look(now);
         }
         let worked = now - self.working_since;
         if worked < WORK {
@@ -96,9 +100,40 @@ impl Pacer {
         }
         if self.rest > 0.0 {
             std::thread::sleep(worked.min(WINDOW).mul_f64(self.rest));
+            if self.still_at.elapsed() >= STILL_AGAIN {
+                self.keep_still();
+            }
             self.rested += now.elapsed();
+            self.rested_in_all += now.elapsed();
         }
         self.working_since = Instant::now();
+    }
+
+    fn look(&mut self, now: Instant) {
+        let times = times(&self.threads);
+        let most = if self.rested_in_all < PATIENCE { MOST_REST } else { LATER_REST };
+        self.rest = match waiting(&self.window.1, &times, now - self.window.0) {
+            Some(waits) => {
+                self.lately += WEIGHT * (waits - self.lately);
+                adjusted(self.rest, self.before, self.lately).min(most)
+            }
+            None => eased(self.rest),
+        };
+        self.window = (now, times);
+        tracing::trace!(before = self.before, lately = self.lately, rest = self.rest, "pace");
+    }
+
+    /// Sees again how the process does without us.
+    fn keep_still(&mut self) {
+        std::thread::sleep(SETTLE);
+        let (began, first) = (Instant::now(), times(&self.threads));
+        std::thread::sleep(WINDOW);
+        let last = times(&self.threads);
+        self.still_at = Instant::now();
+        if let Some(waits) = waiting(&first, &last, self.still_at - began) {
+            self.before += WEIGHT * (waits - self.before);
+        }
+        self.window = (self.still_at, last);
     }
 
     /// How long it rested since the last time that this was asked.
@@ -107,44 +142,37 @@ impl Pacer {
     }
 }
 
-/// The part of its ready time that a process waited, if it was ready for long enough to say.
-fn waiting(from: SchedTimes, to: SchedTimes, over: Duration) -> Option<f64> {
+/// The part of their ready time that the busy threads of a process waited, if it has any.
+fn waiting(from: &[SchedTimes], to: &[SchedTimes], over: Duration) -> Option<f64> {
     #[allow(clippy::cast_precision_loss, reason = "a ratio")]
-    let [ran, waited] =
-        [to.ran_ns.saturating_sub(from.ran_ns) as f64, to.waited_ns.saturating_sub(from.waited_ns) as f64];
-    let ready = ran + waited;
-    (ready > LEAST_READY * over.as_secs_f64() * 1e9).then(|| waited / ready)
+    let spans = from.iter().zip(to).map(|(from, to)| {
+        let ran = to.ran_ns.saturating_sub(from.ran_ns) as f64;
+        let waited = to.waited_ns.saturating_sub(from.waited_ns) as f64;
+        (ran + waited, waited)
+    });
+    let busy = spans.filter(|(ready, _)| *ready > BUSY * over.as_secs_f64() * 1e9);
+    let (ready, waited) = busy.fold((0.0, 0.0), |sum, span| (sum.0 + span.0, sum.1 + span.1));
+    (ready > 0.0).then(|| waited / ready)
 }
 
-/// The rest from here on, and what to compare with. `waits` and `before` are parts of the ready time.
-fn adjusted(rest: f64, before: f64, waits: f64) -> (f64, f64) {
+/// The rest from here on. `waits` and `before` are parts of the ready time.
+fn adjusted(rest: f64, before: f64, waits: f64) -> f64 {
     let lost = 1.0 - (1.0 - waits) / (1.0 - before).max(0.01);
-    if lost <= LOSS {
-        return (eased(rest), before);
-    }
-    if rest >= MOST_REST {
-        // If resting does not help for long it is not us, or not us alone, for whom the process waits.
-        return (rest, before + (waits - before) / 50.0);
-    }
-    ((rest * 1.5 + 0.25).min(MOST_REST), before)
+    if lost <= LOSS { eased(rest) } else { (rest * 1.25 + 0.25).min(MOST_REST) }
 }
 
 fn eased(rest: f64) -> f64 {
-    (rest * 0.9 - 0.02).max(0.0)
+    (rest * 0.95 - 0.02).max(0.0)
 }
 
-fn times(threads: &[File]) -> SchedTimes {
-    let mut sum = SchedTimes::default();
-    for thread in threads {
+/// Those of each thread; one that has ended has no more.
+fn times(threads: &[File]) -> Vec<SchedTimes> {
+    let times = |thread: &File| {
         let mut line = [0; LINE_BYTES];
-        // A thread that has ended says nothing more.
         let length = thread.read_at(&mut line, 0).unwrap_or(0);
-        if let Some(times) = line.get(..length).and_then(parse_schedstat) {
-            sum.ran_ns = sum.ran_ns.saturating_add(times.ran_ns);
-            sum.waited_ns = sum.waited_ns.saturating_add(times.waited_ns);
-        }
-    }
-    sum
+        line.get(..length).and_then(parse_schedstat).unwrap_or_default()
+    };
+    threads.iter().map(times).collect()
 }
 
 #[cfg(test)]
@@ -152,60 +180,87 @@ fn times(threads: &[File]) -> SchedTimes {
 mod tests {
     use super::*;
 
+    const MS: u64 = 1_000_000;
+
+    fn ms(ran: u64, waited: u64) -> SchedTimes {
+        SchedTimes { ran_ns: ran * MS, waited_ns: waited * MS }
+    }
+
     #[test]
-    fn waiting_is_a_part_of_being_ready() {
-        let (from, to) = (SchedTimes::default(), SchedTimes { ran_ns: 9_000_000, waited_ns: 3_000_000 });
-        assert_eq!(waiting(from, to, Duration::from_millis(20)), Some(0.25));
-        // Mostly asleep.
-        assert_eq!(waiting(from, to, Duration::from_millis(200)), None);
-        // A thread less than before.
-        assert_eq!(waiting(to, from, Duration::from_millis(20)), None);
+    fn only_busy_threads_lose_anything() {
+        let (zero, window) = (SchedTimes::default(), Duration::from_millis(20));
+        assert_eq!(waiting(&[zero], &[ms(15, 5)], window), Some(0.25));
+        // Most of the time it has nothing to do.
+        assert_eq!(waiting(&[zero], &[ms(2, 3)], window), None);
+        assert_eq!(waiting(&[zero, zero], &[ms(2, 3), ms(15, 5)], window), Some(0.25));
+        // It has ended.
+        assert_eq!(waiting(&[ms(15, 5)], &[zero], window), None);
+        assert_eq!(waiting(&[], &[], window), None);
     }
 
     #[test]
     fn rests_only_for_what_it_takes_away() {
         // On a host that was busy before, the process waits without us as well.
         for before in [0.0, 0.5, 0.9] {
-            let (rest, base) = adjusted(0.0, before, before);
-            assert_eq!((rest, base), (0.0, before));
+            assert_eq!(adjusted(0.0, before, before), 0.0);
             let worse = before + (1.0 - before) * 0.2;
-            let (rest, _) = adjusted(0.0, before, worse);
+            let rest = adjusted(0.0, before, worse);
             assert!(rest > 0.0);
-            let (more, _) = adjusted(rest, before, worse);
-            assert!(more > rest);
-            // Once it runs as before, we work on.
-            let mut rest = more;
+            let mut more = rest;
             for _ in 0..100 {
-                (rest, _) = adjusted(rest, before, before);
+                more = adjusted(more, before, worse);
             }
-            assert_eq!(rest, 0.0);
+            assert!(rest < more && more <= MOST_REST);
+            // Once it runs as before, we work on.
+            for _ in 0..100 {
+                more = adjusted(more, before, before);
+            }
+            assert_eq!(more, 0.0);
         }
     }
 
-    #[test]
-    fn resting_that_does_not_help_ends() {
-        let (mut rest, mut before) = (0.0, 0.0);
-        for _ in 0..1000 {
-            let (next, base) = adjusted(rest, before, 0.6);
-            assert!(next <= MOST_REST);
-            (rest, before) = (next, base);
-        }
-        assert!(rest < MOST_REST, "{rest} {before}");
+    fn spinning() -> std::process::Child {
+        std::process::Command::new("sh").args(["-c", "while :; do :; done"]).spawn().unwrap()
     }
 
     #[test]
     fn of_a_real_process() {
-        let mut child = std::process::Command::new("sh").args(["-c", "while :; do :; done"]).spawn().unwrap();
+        let mut child = spinning();
         let pid = Tid::try_from(child.id()).unwrap();
         let mut pacer = Pacer::new(pid);
         // It was looked at for the whole time, since it never sleeps.
-        let looked = pacer.window.1;
-        assert!(looked.ran_ns + looked.waited_ns > 40_000_000, "{looked:?}");
+        let looked = pacer.window.1[0];
+        assert!(looked.ran_ns + looked.waited_ns > 40 * MS, "{looked:?}");
         child.kill().unwrap();
         child.wait().unwrap();
         // It has ended: nobody to rest for.
         pacer.breathe();
         assert_eq!(pacer.take_rested(), Duration::ZERO);
+    }
+
+    #[test]
+    fn what_it_waits_without_us_is_seen_again() {
+        let mut child = spinning();
+        let mut pacer = Pacer::new(Tid::try_from(child.id()).unwrap());
+        // As if somebody else had come to use the host and had gone again.
+        (pacer.before, pacer.rest) = (2.0, 1.0);
+        pacer.keep_still();
+        assert!(pacer.before < 1.8, "{}", pacer.before);
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+
+    #[test]
+    fn nobody_rests_for_ever() {
+        let mut child = spinning();
+        let mut pacer = Pacer::new(Tid::try_from(child.id()).unwrap());
+        (pacer.before, pacer.lately) = (0.0, 1.0);
+        (pacer.rest, pacer.rested_in_all) = (MOST_REST, PATIENCE);
+        std::thread::sleep(STILL);
+        pacer.look(Instant::now());
+        assert!(pacer.rest <= LATER_REST, "{}", pacer.rest);
+        child.kill().unwrap();
+        child.wait().unwrap();
     }
 
     #[test]
