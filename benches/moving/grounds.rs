@@ -65,11 +65,20 @@ impl<'a> Grounds<'a> {
         self.shift_with(&[])
     }
 
-    /// Moves redis to the other host, with more options.
+    /// Moves redis to the other host, with more options. Its connections end.
     pub(crate) fn shift_with(&mut self, more: &[&str]) -> Result<Moved> {
+        self.shift_by(&[&["--tcp-close"], more].concat())
+    }
+
+    /// Moves redis with its connections, with more options.
+    pub(crate) fn shift_connected(&mut self, more: &[&str]) -> Result<Moved> {
+        self.shift_by(&[&["--tcp-established"], more].concat())
+    }
+
+    fn shift_by(&mut self, more: &[&str]) -> Result<Moved> {
         let (from, service) = (hosts(self.lan)[self.at], &self.services[1 - self.at]);
         let started = Instant::now();
-        let options = [&["--tcp-close", "--move-ip", Lan::MOVE_IP], more].concat();
+        let options = [&["--move-ip", Lan::MOVE_IP], more].concat();
         let command = self.lan.start_move(from, &service.address, self.server.pid, &options)?;
         let mut peak_kib = 0;
         while from.exit_of(command.pid).is_none() && started.elapsed() < MOVE {

@@ -2,7 +2,8 @@
 //!
 //! Two hosts in namespaces of this machine, a real redis-server that is moved back and forth between them
 //! while clients use it. `docs/benchmarks.md` explains the tables. As root, with redis-server installed;
-//! words after `--` choose parts: `calls`, `faults`, `downtime`, `rates`, `late`, `throughput`, `link`. Numbers
+//! words after `--` choose parts: `calls`, `faults`, `downtime`, `rates`, `late`, `stall`, `throughput`, `link`.
+//! Numbers
 //! among them are the sizes of `downtime`, in MiB. `MIGRATE_BIN` names another `migrate` than the one built
 //! with this, to compare two of them under the same conditions.
 
@@ -22,6 +23,7 @@ mod grounds;
 mod late;
 mod link;
 mod rates;
+mod stall;
 mod table;
 
 use std::path::Path;
@@ -71,7 +73,7 @@ fn main() -> Result<()> {
     if wanted("faults") {
         faults::run(&tools, MBIT)?;
     }
-    if !["downtime", "rates", "late", "throughput", "link"].into_iter().any(wanted) {
+    if !["downtime", "rates", "late", "stall", "throughput", "link"].into_iter().any(wanted) {
         return Ok(());
     }
     let lan = Lan::start(&tools)?;
@@ -81,6 +83,9 @@ fn main() -> Result<()> {
     warm(largest.max(1024));
     if wanted("downtime") {
         downtime::run(&lan, &services, &sizes)?;
+    }
+    if wanted("stall") {
+        stall::run(&lan, &services)?;
     }
     if wanted("throughput") {
         throughput(&lan, &services)?;

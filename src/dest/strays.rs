@@ -4,7 +4,7 @@
 use super::driver::Driver;
 use crate::engine::lock::Connection;
 use crate::engine::reason::chain;
-use crate::engine::strays::{self, MAX_BYTES, MAX_PACKETS, Strays};
+use crate::engine::strays::{self, Keeps, MAX_BYTES, MAX_PACKETS, Strays};
 use crate::wire::{Body, Control};
 
 /// What may still be put in, and for what.
@@ -25,7 +25,7 @@ impl Driver {
             return;
         }
         self.strays.wanted = sockets;
-        match Strays::prepare(&self.strays.wanted).and_then(|tap| tap.listen().map(|()| tap)) {
+        match Strays::prepare(&self.strays.wanted, Keeps::All).and_then(|tap| tap.listen().map(|()| tap)) {
             Ok(tap) => self.strays.tap = Some(tap),
             Err(error) => tracing::warn!(error = chain(&error), "what comes meanwhile is not kept"),
         }

@@ -36,6 +36,8 @@ const UNACCEPTED: [u32; 3] = [ESTABLISHED, SYN_RECEIVED, CLOSE_WAIT];
 /// One line of the kernel's list.
 struct Socket {
     state: u32,
+    /// How often its last segment was sent again.
+    repeated: u8,
     local: SocketAddr,
     remote: SocketAddr,
     /// 0: no process has it, for it waits to be accepted, or was closed and is on its way out.
@@ -52,6 +54,18 @@ impl Socket {
         let both = local.is_ipv6() && local.ip().is_unspecified() && !self.v6only;
         let everywhere = both.then(|| SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), local.port()));
         [Some(local), everywhere].into_iter().flatten().map(|local| Connection { local, remote: None })
+    }
+
+    /// Whether it is one that waits to be accepted at one of these places, or will.
+    fn is_unaccepted_at(&self, places: &HashSet<SocketAddr>) -> bool {
+        let local = canonical(self.local);
+        let everywhere: IpAddr = match local {
+            SocketAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
+            SocketAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
+        };
+        self.inode == 0
+            && UNACCEPTED.contains(&self.state)
+            && (places.contains(&local) || places.contains(&SocketAddr::new(everywhere, local.port())))
     }
 
     fn connection(&self) -> Connection {
@@ -79,21 +93,22 @@ pub(super) fn connections(inodes: &HashSet<u64>, listeners: &[Connection]) -> Re
     let places: HashSet<SocketAddr> = listeners.iter().map(|l| l.local).collect();
     let mut found = Vec::new();
     list(&CONNECTED, &mut |socket| {
-        let local = canonical(socket.local);
-        let waits = || {
-            let everywhere: IpAddr = match local {
-                SocketAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
-                SocketAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
-            };
-            socket.inode == 0
-                && UNACCEPTED.contains(&socket.state)
-                && (places.contains(&local) || places.contains(&SocketAddr::new(everywhere, local.port())))
-        };
-        if inodes.contains(&socket.inode) || waits() {
+        if inodes.contains(&socket.inode) || socket.is_unaccepted_at(&places) {
             found.push(socket.connection());
         }
     })?;
     Ok(found)
+}
+
+/// How many connections nobody has accepted at these places, but for handshakes that seem to be left.
+pub(super) fn unfinished(listeners: &[Connection]) -> Result<usize, Errno> {
+    let places: HashSet<SocketAddr> = listeners.iter().map(|l| l.local).collect();
+    let mut count = 0;
+    list(&UNACCEPTED, &mut |socket| {
+        let left = socket.state == SYN_RECEIVED && socket.repeated > 0;
+        count += usize::from(!left && socket.is_unaccepted_at(&places));
+    })?;
+    Ok(count)
 }
 
 /// Those of `wanted` that a segment reaches, by whichever device it comes.
@@ -136,6 +151,7 @@ fn list(states: &[u32], take: &mut dyn FnMut(Socket)) -> Result<(), Errno> {
 fn parse(answer: &[u8]) -> Option<Socket> {
     let v6 = i32::from(*answer.first()?) == libc::AF_INET6;
     let state = u32::from(*answer.get(1)?);
+    let repeated = *answer.get(3)?;
     let end = |port_at: usize, address_at: usize| -> Option<SocketAddr> {
         let port = u16::from_be_bytes(*answer.get(port_at..)?.first_chunk()?);
         let ip: IpAddr = if v6 {
@@ -150,5 +166,5 @@ fn parse(answer: &[u8]) -> Option<Socket> {
     let inode = u64::from(u32_at(answer, 68)?);
     let v6only = attributes(answer.get(ANSWER_BYTES..)?)
         .any(|(kind, value)| kind == V6ONLY && value.first().is_some_and(|on| *on != 0));
-    Some(Socket { state, local, remote, inode, v6only, device })
+    Some(Socket { state, repeated, local, remote, inode, v6only, device })
 }

@@ -223,6 +223,23 @@ pub fn connections(inodes: &HashSet<u64>) -> Result<Vec<Connection>, LockError> 
     Ok(all)
 }
 
+/// Where these sockets listen.
+///
+/// # Errors
+/// If the kernel does not tell.
+pub fn listeners(inodes: &HashSet<u64>) -> Result<Vec<Connection>, LockError> {
+    diag::listeners(inodes).map_err(LockError::List)
+}
+
+/// How many connections to these places are not the process's yet, but will be: their handshake goes on, or they wait
+/// to be accepted. A handshake whose answer had to be repeated is not counted: its peer is most likely gone.
+///
+/// # Errors
+/// If the kernel does not tell.
+pub fn unfinished(places: &[Connection]) -> Result<usize, LockError> {
+    diag::unfinished(places).map_err(LockError::List)
+}
+
 /// Those of `wanted` that this host has, open or listening, and bound to no device.
 ///
 /// # Errors

@@ -2,8 +2,8 @@
 
 use std::collections::BTreeSet;
 
-use super::Version;
 use super::segment::TCP;
+use super::{Keeps, Version};
 
 /// More are not told apart: a filter has 4096 instructions.
 const MAX_PORTS: usize = 1000;
@@ -12,7 +12,12 @@ const LOAD_WORD: u16 = 0x20;
 const LOAD_HALF: u16 = 0x28;
 const LOAD_BYTE: u16 = 0x30;
 const IF_EQUAL: u16 = 0x15;
+const AND: u16 = 0x54;
 const RETURN: u16 = 0x06;
+/// Where the TCP header has its flags, and two of them.
+const FLAGS_AT: u32 = 13;
+const SYN: u32 = 0x02;
+const ACK: u32 = 0x10;
 /// What the kernel knows beside the packet (`SKF_AD_OFF`): whom it is for, the kind of its device.
 const PACKET_TYPE: u32 = 0xffff_f000 + 4;
 const DEVICE_TYPE: u32 = 0xffff_f000 + 28;
@@ -22,7 +27,7 @@ const LOOPBACK: u32 = 772;
 
 /// The instructions for a packet socket without link headers; none if there are no ports. The loopback device is
 /// left out: there we put packets in.
-pub(super) fn program(version: Version, ports: &BTreeSet<u16>) -> Option<Vec<u8>> {
+pub(super) fn program(version: Version, keeps: Keeps, ports: &BTreeSet<u16>) -> Option<Vec<u8>> {
     if ports.is_empty() {
         return None;
     }
@@ -37,6 +42,11 @@ pub(super) fn program(version: Version, ports: &BTreeSet<u16>) -> Option<Vec<u8>
     program.when(LOOPBACK, 0);
     program.push(LOAD_BYTE, protocol);
     program.unless(TCP.into(), 0);
+    if keeps == Keeps::Requests {
+        program.push(LOAD_BYTE, port - 2 + FLAGS_AT);
+        program.push(AND, SYN | ACK);
+        program.unless(SYN, 0);
+    }
     if ports.len() <= MAX_PORTS {
         program.push(LOAD_HALF, port);
         for port in ports {

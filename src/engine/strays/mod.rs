@@ -83,17 +83,26 @@ impl Version {
     }
 }
 
+/// What is kept of that which comes to a port.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Keeps {
+    /// Everything.
+    All,
+    /// Requests for new connections: SYN without ACK.
+    Requests,
+}
+
 impl Strays {
     /// Makes ready for what comes to the ports of these; nothing is kept yet. Cheap if there are none.
     ///
     /// # Errors
     /// If we may not have packet sockets.
-    pub fn prepare(ends: &[Connection]) -> Result<Self, StraysError> {
+    pub fn prepare(ends: &[Connection], keeps: Keeps) -> Result<Self, StraysError> {
         let mut taps = Vec::new();
         for version in [Version::V4, Version::V6] {
             let ports =
                 ends.iter().filter(|end| version.has(end.local)).map(|end| end.local.port()).collect();
-            let Some(filter) = filter::program(version, &ports) else { continue };
+            let Some(filter) = filter::program(version, keeps, &ports) else { continue };
             // It names no protocol, so it receives nothing.
             let fd = socket::socket(libc::AF_PACKET, libc::SOCK_DGRAM | libc::SOCK_NONBLOCK, 0)
                 .map_err(step("opening a packet socket"))?;

@@ -4,6 +4,7 @@
 //! `transport`), so frames leave while the next ones are read.
 
 mod backlog;
+mod doors;
 mod late;
 mod network;
 mod perform;

@@ -18,7 +18,7 @@ impl Driver<'_> {
             self.hooks.run(Stage::PreFreeze, &self.about())?;
         }
         self.prepare_strays();
-        Ok(())
+        self.close_doors()
     }
 
     /// Nobody reaches the process from here on. The record comes first: whoever puts things right after us acts

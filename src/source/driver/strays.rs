@@ -1,9 +1,11 @@
 //! What comes for the process while it is on its way: kept here, passed on after the commit, or given back.
 
+use std::collections::HashSet;
+
 use super::Driver;
-use crate::engine::lock::{self, Connection};
+use crate::engine::lock::{self, Connection, LockError};
 use crate::engine::reason::{Reason, chain};
-use crate::engine::strays::{self, Strays, StraysError};
+use crate::engine::strays::{self, Keeps, Strays, StraysError};
 use crate::proto::control;
 use crate::wire::{Body, Control};
 
@@ -11,6 +13,8 @@ use crate::wire::{Body, Control};
 #[derive(Default)]
 pub(super) struct Kept {
     tap: Option<Strays>,
+    /// Keeps requests for connections from the time when the doors were closed.
+    requests: Option<Strays>,
     /// What it is kept for.
     wanted: Vec<Connection>,
     packets: Vec<Vec<u8>>,
@@ -28,13 +32,28 @@ impl Driver<'_> {
         let prepare = || -> Result<Kept, StraysError> {
             let mut wanted = lock::connections(&lock::socket_inodes(self.config.pid)?)?;
             wanted.retain(|end| with_connections || end.remote.is_none());
-            let tap = Strays::prepare(&wanted)?;
+            let tap = Strays::prepare(&wanted, Keeps::All)?;
             Ok(Kept { tap: Some(tap), wanted, ..Kept::default() })
         };
         match prepare() {
             Ok(kept) => self.state.kept = kept,
             Err(error) => self.cannot_keep(&error),
         }
+    }
+
+    /// To be called while the process runs, before it is kept from hearing of requests for connections to where
+    /// these sockets listen.
+    pub(super) fn keep_requests(&mut self, inodes: &HashSet<u64>) -> Result<(), LockError> {
+        let kept = &mut self.state.kept;
+        if kept.tap.is_none() {
+            return Ok(());
+        }
+        let places = lock::listeners(inodes)?;
+        match Strays::prepare(&places, Keeps::Requests).and_then(|tap| tap.listen().map(|()| tap)) {
+            Ok(tap) => kept.requests = Some(tap),
+            Err(error) => self.cannot_keep(&error),
+        }
+        Ok(())
     }
 
     /// To be called before anything is taken away.
@@ -57,9 +76,16 @@ impl Driver<'_> {
 
     fn take_strays(&mut self) {
         let kept = &mut self.state.kept;
-        if let Some(tap) = kept.tap.as_mut() {
-            kept.packets.extend(tap.take(&kept.wanted));
+        let mut requests = Vec::new();
+        if let Some(mut tap) = kept.requests.take() {
+            requests = tap.take(&kept.wanted);
         }
+        if let Some(tap) = kept.tap.as_mut() {
+            // For a moment both have listened.
+            let taken = tap.take(&kept.wanted);
+            kept.packets.extend(taken.into_iter().filter(|packet| !requests.contains(packet)));
+        }
+        kept.packets.extend(requests);
     }
 
     /// The process is the destination's, or will be. A connection that is lost shows elsewhere.

@@ -5,6 +5,7 @@ mod crash;
 mod drain;
 mod grid;
 mod grounds;
+mod handshake;
 mod hooks;
 mod hosts;
 mod kinds;
@@ -37,6 +38,7 @@ pub(crate) fn all() -> Vec<Case> {
         live::cases(),
         grid::cases(),
         stall::cases(),
+        handshake::cases(),
         network::cases(),
         operator::cases(),
         hooks::cases(),

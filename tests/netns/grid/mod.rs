@@ -3,7 +3,7 @@
 //! are, [`script`] what becomes of each.
 
 pub(crate) mod gates;
-mod packet;
+pub(crate) mod packet;
 pub(crate) mod peer;
 pub(crate) mod script;
 pub(crate) mod table;
