@@ -51,8 +51,9 @@ const THREAD_STATUS: &[&str] =
 pub(crate) struct Snapshot {
     /// Everything that must be the same, by what it is.
     facts: BTreeMap<String, String>,
-    /// All resident memory, pages of files too.
+    /// All resident memory, pages of files too; and what of it is no file's.
     resident_kib: u64,
+    own_kib: u64,
 }
 
 impl Snapshot {
@@ -79,9 +80,12 @@ impl Snapshot {
         descriptors(&directory, &mut facts)?;
         let limits = std::fs::read_to_string(directory.join("limits"))?;
         facts.insert("limits".to_owned(), limits);
-        let resident = status.get("VmRSS").and_then(|text| text.split_whitespace().next());
-        let resident_kib = resident.ok_or("no VmRSS")?.parse()?;
-        Ok(Self { facts, resident_kib })
+        let kib = |name: &str| -> Result<u64> {
+            let number = status.get(name).and_then(|text| text.split_whitespace().next());
+            Ok(number.ok_or_else(|| format!("no {name}"))?.parse()?)
+        };
+        let own_kib = kib("RssAnon")? + kib("RssShmem")?;
+        Ok(Self { facts, resident_kib: kib("VmRSS")?, own_kib })
     }
 
     /// An error that lists what differs from an earlier look.
@@ -96,10 +100,15 @@ impl Snapshot {
                 writeln!(text, "{name}:\n{}", difference(was, is))?;
             }
         }
-        // Within 2 %, but a small process may touch a few pages more or less between the two looks.
-        let allowed = (before.resident_kib / 50).max(256);
-        if self.resident_kib.abs_diff(before.resident_kib) > allowed {
-            writeln!(text, "resident: was {} KiB, is {} KiB", before.resident_kib, self.resident_kib)?;
+        // Within 2 %. A small process may touch a few pages more or less between the two looks; and of a file the
+        // kernel maps 64 KiB around each page that is touched, as far as they are in its cache by then.
+        for (name, was, is, few) in [
+            ("memory of its own", before.own_kib, self.own_kib, 128),
+            ("resident memory", before.resident_kib, self.resident_kib, 512),
+        ] {
+            if is.abs_diff(was) > (was / 50).max(few) {
+                writeln!(text, "{name}: was {was} KiB, is {is} KiB")?;
+            }
         }
         ensure(text.is_empty(), || format!("seen from outside, the process changed:\n{text}"))
     }

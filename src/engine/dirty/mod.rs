@@ -84,7 +84,7 @@ pub struct FinalScan {
 }
 
 /// A backend that knows which pages were written.
-pub trait Tracker {
+pub trait Tracker: Send {
     /// Reports what was written in the mappings of `layout` since the last scan, and starts over. Marks
     /// mappings that it has not followed since then as fresh: everything in them is reported, as in those
     /// that are marked so already. The process runs.

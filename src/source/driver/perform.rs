@@ -272,7 +272,7 @@ impl Driver<'_> {
         let mut rest = precopy.final_scan()?;
         self.report.pages_after_freeze = rest.pages();
         let guards = std::mem::take(&mut rest.guards);
-        clock.begin("pages");
+        clock.begin("capture");
         let serving = self.state.serving.as_ref();
         // Without the service nothing may follow.
         let eager_pages = if serving.is_some() { self.state.eager_pages } else { u64::MAX };
@@ -284,9 +284,6 @@ impl Driver<'_> {
             }
         };
         let follow = Following { eager_pages, hot: &hot, owe: &mut owe };
-        self.state.owes = precopy.send_rest(round, rest, follow, &mut sink, &go)?;
-        posting.remaining(0);
-        clock.begin("capture");
         let options = FilesOptions {
             tcp_established: self.config.tcp_established,
             tcp_close: self.config.tcp_close,
@@ -294,7 +291,25 @@ impl Driver<'_> {
         };
         let descriptors = self.state.descriptors.take();
         let sleeps = &self.state.sleeps;
-        let captured = capture::capture(frozen, &options, sleeps, guards, &self.scanned, descriptors)?;
+        let scanned = &self.scanned;
+        // Pages are read from outside, the state is asked for from inside: neither needs to wait for the other.
+        let (sent, captured) = std::thread::scope(|scope| {
+            let work = || {
+                let start = Instant::now();
+                (precopy.send_rest(round, rest, follow, &mut sink, &go), start.elapsed())
+            };
+            let pages = std::thread::Builder::new().name("pages".into()).spawn_scoped(scope, work);
+            let captured = capture::capture(frozen, &options, sleeps, guards, scanned, descriptors);
+            (pages.map(|thread| thread.join()), captured)
+        });
+        let (sent, took) = match sent.map_err(ActionError::Thread)? {
+            Ok(sent) => sent,
+            Err(panic) => std::panic::resume_unwind(panic),
+        };
+        self.report.phases.add("beside_pages", took);
+        self.state.owes = sent?;
+        posting.remaining(0);
+        let captured = captured?;
         (self.state.closing, self.state.carried) = (captured.closing, captured.carried);
         self.state.seen = captured.seen;
         precopy.send_state(round, &captured.process, &mut sink)?;

@@ -24,7 +24,7 @@ pub struct Following<'a> {
     pub hot: &'a [u64],
     /// Told all that is owed, each page by one name, and the mappings of huge pages (start, end, bytes of a
     /// page), before the destination hears of it.
-    pub owe: &'a mut dyn FnMut(Extents, Vec<(u64, u64, u64)>),
+    pub owe: &'a mut (dyn FnMut(Extents, Vec<(u64, u64, u64)>) + Send),
 }
 
 impl Precopy {
