@@ -316,10 +316,29 @@ mod tests {
     const START: u64 = 0x10_0000_0000;
 
     /// Where the process has asked for huge pages, and where the kernel may give them to anybody.
+    fn reserved() -> (u32, ReservedPid) {
+        let reserve = |pid: u32| Some((pid, ReservedPid::take(pid.try_into().ok()?).ok()?));
+        (20_000..30_000).find_map(reserve).unwrap()
+    }
+
+    #[test]
+    fn there_is_room_for_descriptors_before_there_are_threads() {
+        crate::engine::own_files::make_room();
+        for (highest, least) in [(0, 64), (999, 1000), (u32::MAX, 64)] {
+            let (pid, reserved) = reserved();
+            let skeleton = reserved.expect_descriptors(highest).execute(&Layout::default()).unwrap();
+            let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+            let size = status.lines().find_map(|line| line.strip_prefix("FDSize:")).unwrap();
+            assert!(size.trim().parse::<u32>().unwrap() >= least, "{size}");
+            // Only the channel is open.
+            assert_eq!(std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count(), 1);
+            drop(skeleton);
+        }
+    }
+
     #[test]
     fn a_page_that_is_placed_brings_no_missing_one_with_it() {
-        let reserve = |pid: u32| Some((pid, ReservedPid::take(pid.try_into().ok()?).ok()?));
-        let (pid, reserved) = (20_000..30_000).find_map(reserve).unwrap();
+        let (pid, reserved) = reserved();
         let mut vma = Vma {
             start: START,
             end: START + HUGE,

@@ -21,20 +21,17 @@ use crate::proto::image::{Mm, Process, Thread};
 pub enum Stage {
     /// First: needs capabilities (locks, exe link) and descriptor 0 for a moment; all pages are in.
     Memory,
-    /// The limit of open files must not stand in the way of them.
-    Room,
+    /// The limit of open files must not stand in the way of them; and dispositions come before anything can be
+    /// pending: queuing an ignored signal would lose it.
+    Process,
     /// While the process still may open everything, and before its own limits are set.
     Files,
-    /// Dispositions before anything can be pending: queuing an ignored signal would lose it.
-    Process,
     /// Registers that live in the kernel by system call: TLS-related addresses, alternate stacks, names.
     Threads,
     /// Blocked until the end, each thread's own by itself.
     Pending,
-    /// After what they would have limited.
+    /// After what they would have limited. Then timers, as late as possible: they run.
     Limits,
-    /// As late as possible: they run.
-    Timers,
     /// Nothing privileged comes after them, but what has to.
     Credentials,
     /// Our code leaves the process, its own registers come back. Then it is ready.
@@ -109,18 +106,15 @@ pub fn restore(
         .finish_objects()
         .map_err(|source| RestoreError::Skeleton { stage: Stage::Memory, source: source.into() })?;
 
-    let stage = Stage::Room;
-    let mut batch = Batch::new();
-    let named = limits::make_room_calls(&mut batch).map_err(state(stage))?;
-    run(skeleton, stage, &batch, &named)?;
-
-    let (number, channel) = skeleton.channel().map_err(|source| RestoreError::Skeleton { stage, source })?;
-    files::install(skeleton, number, channel.as_fd(), built)?;
-
     let stage = Stage::Process;
     let mut batch = Batch::new();
-    let named = signals::restore_actions(&process.actions, &mut batch).map_err(state(stage))?;
-    run(skeleton, stage, &batch, &named)?;
+    let room = limits::make_room_calls(&mut batch).map_err(state(stage))?;
+    let actions = signals::restore_actions(&process.actions, &mut batch).map_err(state(stage))?;
+    run(skeleton, stage, &batch, &room.and(actions))?;
+
+    let stage = Stage::Files;
+    let (number, channel) = skeleton.channel().map_err(|source| RestoreError::Skeleton { stage, source })?;
+    files::install(skeleton, number, channel.as_fd(), built)?;
 
     // Before the timer slack, which changing the scheduling may reset and a real-time thread does not take.
     for thread in &process.threads {
@@ -135,22 +129,19 @@ pub fn restore(
     signals::restore_pending(skeleton, process).map_err(state(Stage::Pending))?;
 
     let stage = Stage::Limits;
-    let mut batch = Batch::new();
-    let named = limits::restore_calls(attrs, &mut batch).map_err(state(stage))?;
-    run(skeleton, stage, &batch, &named)?;
     limits::restore_outside(skeleton.pid(), attrs).map_err(state(stage))?;
-
-    let stage = Stage::Timers;
     let mut batch = Batch::new();
-    let named = timers::restore_calls(process, elapsed, &mut batch).map_err(state(stage))?;
-    run(skeleton, stage, &batch, &named)?;
+    let bounds = limits::restore_calls(attrs, &mut batch).map_err(state(stage))?;
+    let clocks = timers::restore_calls(process, elapsed, &mut batch).map_err(state(stage))?;
+    run(skeleton, stage, &batch, &bounds.and(clocks))?;
 
     let stage = Stage::Credentials;
     in_threads(skeleton, stage, process, |_, batch| creds::restore_calls(creds, &ours, batch))?;
-    let mut batch = Batch::new();
-    let named = creds::finish_calls(creds, &mut batch);
-    run(skeleton, stage, &batch, &named)?;
-    in_threads(skeleton, stage, process, |thread, batch| Ok(threads::finish_calls(thread, batch)))?;
+    in_threads(skeleton, stage, process, |thread, batch| {
+        // The leader speaks for the process.
+        let whole = if thread.tid == process.pid { creds::finish_calls(creds, batch) } else { Named::new() };
+        Ok(whole.and(threads::finish_calls(thread, batch)))
+    })?;
 
     registers(skeleton, process, elapsed)
 }

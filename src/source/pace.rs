@@ -32,14 +32,17 @@ const WORK: Duration = Duration::from_millis(1);
 const LOSS: f64 = 0.05;
 /// Rest for each time of work, at most: the work of the network, here and perhaps there, comes beside.
 const MOST_REST: f64 = 24.0;
-/// A copy that never ends helps nobody: when so much of the time was rested, less is rested from there on.
+/// A copy that never ends helps nobody: when so much of the time was rested, less is rested from there on, and so it is
+/// for a process that is not busy.
 const PATIENCE: Duration = Duration::from_secs(30);
-const LATER_REST: f64 = 3.0;
+const LITTLE_REST: f64 = 3.0;
 /// Threads that are looked at.
 const MOST_THREADS: usize = 64;
-/// A thread that is ready for less than this part of a window has time left to catch up. One that is ready for more
-/// may not have: its clients may wait for it as it waits for them.
+/// A thread that is ready for less than this part of a window has time left to catch up, and loses only some
+/// milliseconds now and then. One that is ready for more may not have: its clients may wait for it as it waits for them.
 const BUSY: f64 = 0.3;
+/// And less than this part tells nothing.
+const LEAST_READY: f64 = 0.1;
 /// One line of numbers.
 const LINE_BYTES: usize = 128;
 
@@ -73,7 +76,7 @@ impl Pacer {
             std::thread::sleep(STILL);
             window = (Instant::now(), times(&threads));
             let Some(waits) = waiting(&first, &window.1, window.0 - began) else { break };
-            before = waits;
+            before = waits.part;
         }
         Self {
             threads,
@@ -111,10 +114,10 @@ impl Pacer {
 
     fn look(&mut self, now: Instant) {
         let times = times(&self.threads);
-        let most = if self.rested_in_all < PATIENCE { MOST_REST } else { LATER_REST };
         self.rest = match waiting(&self.window.1, &times, now - self.window.0) {
-            Some(waits) => {
-                self.lately += WEIGHT * (waits - self.lately);
+            Some(Waiting { part, busy }) => {
+                self.lately += WEIGHT * (part - self.lately);
+                let most = if busy && self.rested_in_all < PATIENCE { MOST_REST } else { LITTLE_REST };
                 adjusted(self.rest, self.before, self.lately).min(most)
             }
             None => eased(self.rest),
@@ -131,7 +134,7 @@ impl Pacer {
         let last = times(&self.threads);
         self.still_at = Instant::now();
         if let Some(waits) = waiting(&first, &last, self.still_at - began) {
-            self.before += WEIGHT * (waits - self.before);
+            self.before += WEIGHT * (waits.part - self.before);
         }
         self.window = (self.still_at, last);
     }
@@ -142,17 +145,29 @@ impl Pacer {
     }
 }
 
-/// The part of their ready time that the busy threads of a process waited, if it has any.
-fn waiting(from: &[SchedTimes], to: &[SchedTimes], over: Duration) -> Option<f64> {
+/// How the threads of a process have waited for processors.
+#[derive(Debug, Clone, Copy, PartialEq)]
+struct Waiting {
+    /// The part of their ready time.
+    part: f64,
+    /// Whether one of them has no time left to catch up.
+    busy: bool,
+}
+
+/// Of those threads that say anything, if there are any.
+fn waiting(from: &[SchedTimes], to: &[SchedTimes], over: Duration) -> Option<Waiting> {
+    let over = over.as_secs_f64() * 1e9;
     #[allow(clippy::cast_precision_loss, reason = "a ratio")]
     let spans = from.iter().zip(to).map(|(from, to)| {
         let ran = to.ran_ns.saturating_sub(from.ran_ns) as f64;
         let waited = to.waited_ns.saturating_sub(from.waited_ns) as f64;
         (ran + waited, waited)
     });
-    let busy = spans.filter(|(ready, _)| *ready > BUSY * over.as_secs_f64() * 1e9);
-    let (ready, waited) = busy.fold((0.0, 0.0), |sum, span| (sum.0 + span.0, sum.1 + span.1));
-    (ready > 0.0).then(|| waited / ready)
+    let (mut ready, mut waited, mut busy) = (0.0, 0.0, false);
+    for span in spans.filter(|(ready, _)| *ready > LEAST_READY * over) {
+        (ready, waited, busy) = (ready + span.0, waited + span.1, busy || span.0 > BUSY * over);
+    }
+    (ready > 0.0).then(|| Waiting { part: waited / ready, busy })
 }
 
 /// The rest from here on. `waits` and `before` are parts of the ready time.
@@ -187,15 +202,18 @@ mod tests {
     }
 
     #[test]
-    fn only_busy_threads_lose_anything() {
+    fn what_threads_have_lost() {
         let (zero, window) = (SchedTimes::default(), Duration::from_millis(20));
-        assert_eq!(waiting(&[zero], &[ms(15, 5)], window), Some(0.25));
-        // Most of the time it has nothing to do.
-        assert_eq!(waiting(&[zero], &[ms(2, 3)], window), None);
-        assert_eq!(waiting(&[zero, zero], &[ms(2, 3), ms(15, 5)], window), Some(0.25));
+        let waited =
+            |from: &[SchedTimes], to: &[SchedTimes]| waiting(from, to, window).map(|w| (w.part, w.busy));
+        assert_eq!(waited(&[zero], &[ms(15, 5)]), Some((0.25, true)));
+        assert_eq!(waited(&[zero], &[ms(3, 1)]), Some((0.25, false)));
+        // Nearly all of the time it has nothing to do.
+        assert_eq!(waited(&[zero], &[ms(1, 1)]), None);
+        assert_eq!(waited(&[zero, zero], &[ms(1, 1), ms(15, 5)]), Some((0.25, true)));
         // It has ended.
-        assert_eq!(waiting(&[ms(15, 5)], &[zero], window), None);
-        assert_eq!(waiting(&[], &[], window), None);
+        assert_eq!(waited(&[ms(15, 5)], &[zero]), None);
+        assert_eq!(waited(&[], &[]), None);
     }
 
     #[test]
@@ -258,7 +276,7 @@ mod tests {
         (pacer.rest, pacer.rested_in_all) = (MOST_REST, PATIENCE);
         std::thread::sleep(STILL);
         pacer.look(Instant::now());
-        assert!(pacer.rest <= LATER_REST, "{}", pacer.rest);
+        assert!(pacer.rest <= LITTLE_REST, "{}", pacer.rest);
         child.kill().unwrap();
         child.wait().unwrap();
     }

@@ -86,6 +86,7 @@ pub fn survey(id: MigrationId, subject: &Subject<'_>, host: &Host) -> Plan {
             plan.reasons.extend(check.reasons);
             plan.begin.files = check.files;
             plan.scanned = check.scanned;
+            plan.begin.highest_fd = check.highest;
             plan.begin.ports = check.ports.iter().map(Port::from).collect();
         }
         Err(error) => plan.reasons.push(unreadable(format!("descriptors of pid {pid}"), &error)),

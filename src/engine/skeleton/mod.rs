@@ -93,6 +93,9 @@ fn kill_and_reap(pid: Tid, threads: &[StoppedThread]) {
     }
 }
 
+/// Descriptors that there is room for from the beginning, at most.
+const MAX_ROOM: u32 = 1 << 20;
+
 /// A process that is being built, stopped, bound to our life. Dropping it kills it.
 #[derive(Debug)]
 pub struct Skeleton {
@@ -111,6 +114,24 @@ pub struct Skeleton {
 }
 
 impl Skeleton {
+    /// Makes the table of descriptors as large as it will be. Once there are threads that share it, each time that it
+    /// grows they wait until all processors have passed a quiet state (`expand_fdtable` in fs/file.c, Linux 6.18):
+    /// 20 ms of downtime.
+    fn make_room(&mut self, highest_fd: u32) -> Result<(), SkeletonError> {
+        let highest = highest_fd.min(MAX_ROOM);
+        let mut batch = Batch::new();
+        let args = [self.channel_in_process.into(), libc::F_DUPFD.into(), highest.into()];
+        let made = batch.call(libc::SYS_fcntl, &args);
+        let outcome = self.run(&batch)?;
+        // Beyond its limit there is no room to be made: it takes longer then, or fails by name.
+        if let Ok(number) = outcome.ret(made) {
+            let mut batch = Batch::new();
+            batch.call(libc::SYS_close, &[number.into()]);
+            self.run_all_ok("closing a descriptor", &batch)?;
+        }
+        Ok(())
+    }
+
     /// Unmaps what the kernel gave it and closes what it inherited.
     fn clear(&mut self) -> Result<(), SkeletonError> {
         let keep = u64::try_from(self.channel_in_process).unwrap_or(3);

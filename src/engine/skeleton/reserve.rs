@@ -25,6 +25,7 @@ pub struct ReservedPid {
     /// Our end of the channel over which descriptors go in.
     channel: OwnedFd,
     channel_in_process: i32,
+    highest_fd: u32,
     done: bool,
 }
 
@@ -74,14 +75,28 @@ impl ReservedPid {
             },
         )?;
         let channel_in_process = theirs.as_raw_fd();
-        let reserved =
-            Self { pid, go: Some(go), exe: File::from(exe), channel: ours, channel_in_process, done: false };
+        let reserved = Self {
+            pid,
+            go: Some(go),
+            exe: File::from(exe),
+            channel: ours,
+            channel_in_process,
+            highest_fd: 0,
+            done: false,
+        };
         // Held and bound to our life from its beginning: whoever looks at it sees that it does not run.
         let options = libc::PTRACE_O_EXITKILL | libc::PTRACE_O_TRACEEXEC;
         ptrace::seize(pid, options).map_err(|e| sys("seizing the skeleton", pid, e))?;
         ptrace::interrupt(pid).map_err(|e| sys("stopping the skeleton", pid, e))?;
         reserved.wait_for(|stop| matches!(stop, Stop::Event(_)))?;
         Ok(reserved)
+    }
+
+    /// The process will have descriptors up to about this number.
+    #[must_use]
+    pub fn expect_descriptors(mut self, highest_fd: u32) -> Self {
+        self.highest_fd = highest_fd;
+        self
     }
 
     /// Makes it a skeleton with nothing mapped but our code, at a place that `layout` leaves free. Must be
@@ -136,6 +151,7 @@ impl ReservedPid {
             _undertaker: undertaker,
         };
         skeleton.clear()?;
+        skeleton.make_room(self.highest_fd)?;
         Ok(skeleton)
     }
 

@@ -88,6 +88,13 @@ impl Named {
         Self::default()
     }
 
+    /// With those of another kind of state, in the same batch.
+    #[must_use]
+    pub fn and(mut self, others: Self) -> Self {
+        self.calls.extend(others.calls);
+        self
+    }
+
     /// Adds a call that must not fail; returns its index.
     pub fn add(&mut self, batch: &mut Batch, what: &'static str, number: i64, args: &[Arg]) -> usize {
         let index = batch.call(number, args);

@@ -44,7 +44,8 @@ pub fn check(pid: Tid, options: &FilesOptions) -> Result<FilesCheck, CaptureFile
     let table = Table::read(pid, true)?;
     let collected = Collector::new(&table, options, false, &ScannedProcesses::default()).collect();
     let reasons = collected.reasons(&table, true)?;
-    let mut found = FilesCheck { reasons, scanned: collected.scanned, ..FilesCheck::default() };
+    let highest = table.opens.last().map_or(0, |open| open.number.unsigned_abs());
+    let mut found = FilesCheck { reasons, scanned: collected.scanned, highest, ..FilesCheck::default() };
     for kind in collected.kinds.into_iter().flatten() {
         match kind {
             Kind::Path(image) => found.files.extend(image.file.map(|mut file| {

@@ -77,6 +77,8 @@ pub struct FilesCheck {
     pub files: Vec<FileRef>,
     /// Other processes looked at, for [`capture_after`].
     pub scanned: ScannedProcesses,
+    /// The number of its last descriptor.
+    pub highest: u32,
 }
 
 /// Why the descriptors of a process could not be read.
