@@ -411,8 +411,7 @@ impl Driver {
             self.consented = true;
             match ReservedPid::take(Tid::try_from(self.begin.pid).unwrap_or(0)) {
                 Ok(reserved) => {
-                    let reserved = reserved.expect_descriptors(self.begin.highest_fd);
-                    self.assembly = Some(Assembly::new(reserved));
+                    self.assembly = Some(Assembly::new(reserved.expect_descriptors(self.begin.highest_fd)));
                     self.posting.round(1);
                 }
                 Err(error) => {

@@ -2,6 +2,7 @@
 
 use std::cell::RefCell;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -264,9 +265,11 @@ impl Driver<'_> {
             sender.send_frame_blocking(bytes)
         };
         // The process stands still: hurry is of no use any more.
+        let given_up = AtomicBool::new(false);
         let go = |left| {
             posting.remaining(left);
-            if ordered(posting, config, began) == Some(Order::Cancel) { Go::Cancel } else { Go::On }
+            let cancelled = ordered(posting, config, began) == Some(Order::Cancel);
+            if cancelled || given_up.load(Ordering::Relaxed) { Go::Cancel } else { Go::On }
         };
         clock.begin("scan");
         let mut rest = precopy.final_scan()?;
@@ -300,6 +303,8 @@ impl Driver<'_> {
             };
             let pages = std::thread::Builder::new().name("pages".into()).spawn_scoped(scope, work);
             let captured = capture::capture(frozen, &options, sleeps, guards, scanned, descriptors);
+            // Then the process need not stand still until they are sent.
+            given_up.store(captured.is_err(), Ordering::Relaxed);
             (pages.map(|thread| thread.join()), captured)
         });
         let (sent, took) = match sent.map_err(ActionError::Thread)? {
@@ -307,9 +312,9 @@ impl Driver<'_> {
             Err(panic) => std::panic::resume_unwind(panic),
         };
         self.report.phases.add("beside_pages", took);
+        let captured = captured?;
         self.state.owes = sent?;
         posting.remaining(0);
-        let captured = captured?;
         (self.state.closing, self.state.carried) = (captured.closing, captured.carried);
         self.state.seen = captured.seen;
         precopy.send_state(round, &captured.process, &mut sink)?;
