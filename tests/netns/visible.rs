@@ -51,9 +51,9 @@ const THREAD_STATUS: &[&str] =
 pub(crate) struct Snapshot {
     /// Everything that must be the same, by what it is.
     facts: BTreeMap<String, String>,
-    /// All resident memory, pages of files too; and what of it is no file's.
+    /// All resident memory; and what of it is nobody else's.
     resident_kib: u64,
-    own_kib: u64,
+    private_kib: u64,
 }
 
 impl Snapshot {
@@ -84,8 +84,7 @@ impl Snapshot {
             let number = status.get(name).and_then(|text| text.split_whitespace().next());
             Ok(number.ok_or_else(|| format!("no {name}"))?.parse()?)
         };
-        let own_kib = kib("RssAnon")? + kib("RssShmem")?;
-        Ok(Self { facts, resident_kib: kib("VmRSS")?, own_kib })
+        Ok(Self { facts, resident_kib: kib("VmRSS")?, private_kib: kib("RssAnon")? })
     }
 
     /// An error that lists what differs from an earlier look.
@@ -100,10 +99,10 @@ impl Snapshot {
                 writeln!(text, "{name}:\n{}", difference(was, is))?;
             }
         }
-        // Within 2 %. A small process may touch a few pages more or less between the two looks; and of a file the
-        // kernel maps 64 KiB around each page that is touched, as far as they are in its cache by then.
+        // Within 2 %. A small process may touch a few pages more or less between the two looks; and of a file, or
+        // of shared memory, the kernel maps 64 KiB around each page that is touched, as far as it has them by then.
         for (name, was, is, few) in [
-            ("memory of its own", before.own_kib, self.own_kib, 128),
+            ("private memory", before.private_kib, self.private_kib, 128),
             ("resident memory", before.resident_kib, self.resident_kib, 512),
         ] {
             if is.abs_diff(was) > (was / 50).max(few) {
