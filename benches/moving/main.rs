@@ -3,9 +3,8 @@
 //! Two hosts in namespaces of this machine, a real redis-server that is moved back and forth between them
 //! while clients use it. `docs/benchmarks.md` explains the tables. As root, with redis-server installed;
 //! words after `--` choose parts: `calls`, `faults`, `downtime`, `rates`, `late`, `stall`, `throughput`, `link`.
-//! Numbers
-//! among them are the sizes of `downtime`, in MiB. `MIGRATE_BIN` names another `migrate` than the one built
-//! with this, to compare two of them under the same conditions.
+//! Numbers among them are the sizes of `downtime`, in MiB. `MIGRATE_BIN` names another `migrate` than the one
+//! built with this, to compare two of them under the same conditions.
 
 #![allow(
     clippy::cast_precision_loss,

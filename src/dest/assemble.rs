@@ -315,7 +315,6 @@ mod tests {
     const HUGE: u64 = 2 << 20;
     const START: u64 = 0x10_0000_0000;
 
-    /// Where the process has asked for huge pages, and where the kernel may give them to anybody.
     fn reserved() -> (u32, ReservedPid) {
         let reserve = |pid: u32| Some((pid, ReservedPid::take(pid.try_into().ok()?).ok()?));
         (20_000..30_000).find_map(reserve).unwrap()
@@ -336,6 +335,7 @@ mod tests {
         }
     }
 
+    /// Where the process has asked for huge pages, and where the kernel may give them to anybody.
     #[test]
     fn a_page_that_is_placed_brings_no_missing_one_with_it() {
         let (pid, reserved) = reserved();

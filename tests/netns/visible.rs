@@ -103,7 +103,7 @@ impl Snapshot {
         // of shared memory, the kernel maps 64 KiB around each page that is touched, as far as it has them by then.
         for (name, was, is, few) in [
             ("private memory", before.private_kib, self.private_kib, 128),
-            ("resident memory", before.resident_kib, self.resident_kib, 512),
+            ("resident memory", before.resident_kib, self.resident_kib, 256),
         ] {
             if is.abs_diff(was) > (was / 50).max(few) {
                 writeln!(text, "{name}: was {was} KiB, is {is} KiB")?;
