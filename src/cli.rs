@@ -8,9 +8,9 @@ use clap::error::ErrorKind;
 use clap::{ArgAction, Args, CommandFactory, Parser, Subcommand, ValueEnum};
 
 use crate::config::{
-    Bandwidth, CheckConfig, DEFAULT_MAX_DOWNTIME, DEFAULT_MAX_ROUNDS, DEFAULT_PORT, DEFAULT_STATE_DIR,
-    Destination, Hook, MAX_HOOKS, Mode, MoveIp, OnTimeout, Remap, ServeConfig, SourceConfig, Timeout,
-    parse_duration,
+    Allowed, Bandwidth, CheckConfig, DEFAULT_MAX_DOWNTIME, DEFAULT_MAX_ROUNDS, DEFAULT_PORT,
+    DEFAULT_STATE_DIR, Destination, FilesOptions, Hook, MAX_HOOKS, Mode, MoveIp, OnTimeout, Remap,
+    ServeConfig, SourceConfig, Timeout, parse_duration,
 };
 use crate::identity::Fingerprint;
 use crate::migration::{IdPrefix, MigrationId};
@@ -86,7 +86,8 @@ struct MoveArgs {
     /// Sockets with the address OLD have NEW at the destination (repeatable)
     #[arg(long, value_name = "OLD=NEW")]
     tcp_remap: Vec<Remap>,
-    /// Leave standard streams behind that lead to a terminal, or to a pipe of somebody who stays
+    /// Leave standard streams behind that lead to a terminal, or to a pipe of somebody who stays; an open file that
+    /// somebody shares who stays goes on with a position of its own
     #[arg(long)]
     shell_job: bool,
     /// Move this address along with the process (repeatable)
@@ -302,12 +303,12 @@ where
             state_dir,
             pid,
             to,
-            tcp_established,
-            tcp_close,
-            shell_job,
-            move_ips,
-            tcp_remaps,
-            hooks: few(hook)?,
+            allowed: Allowed {
+                files: FilesOptions { tcp_established, tcp_close, shell_job, tcp_queued: false },
+                move_ips,
+                tcp_remaps,
+                hooks: few(hook)?,
+            },
         }),
         Some(SubCommand::Resume { id }) => Request::Resume(id),
         Some(SubCommand::Status { id }) => Request::Status(id),
@@ -339,6 +340,7 @@ fn few(hooks: Vec<Hook>) -> Result<Vec<Hook>, clap::Error> {
 }
 
 fn source_config(args: MoveArgs, state_dir: PathBuf) -> Result<SourceConfig, clap::Error> {
+    let MoveArgs { tcp_established, tcp_close, shell_job, .. } = args;
     let missing = |what| Cli::command().error(ErrorKind::MissingRequiredArgument, what);
     let (to, pid) = match (args.to, args.pid) {
         (Some(to), Some(pid)) => (to, pid),
@@ -359,12 +361,12 @@ fn source_config(args: MoveArgs, state_dir: PathBuf) -> Result<SourceConfig, cla
             Some(CompressArg::None) => Compression::Off,
             Some(CompressArg::Lz4) => Compression::Lz4,
         },
-        tcp_established: args.tcp_established,
-        tcp_close: args.tcp_close,
-        tcp_remaps: args.tcp_remap,
-        shell_job: args.shell_job,
-        move_ips: args.move_ip,
-        hooks: few(args.hook)?,
+        allowed: Allowed {
+            files: FilesOptions { tcp_established, tcp_close, shell_job, tcp_queued: false },
+            move_ips: args.move_ip,
+            tcp_remaps: args.tcp_remap,
+            hooks: few(args.hook)?,
+        },
         progress: std::io::IsTerminal::is_terminal(&std::io::stderr()),
     })
 }
@@ -394,14 +396,15 @@ mod tests {
         .unwrap();
         assert_eq!((global.verbose, global.json), (2, true));
         let Request::Move(config) = request else { panic!("{request:?}") };
-        assert_eq!((config.pid, config.max_rounds, config.move_ips.len()), (123, 5, 2));
+        assert_eq!((config.pid, config.max_rounds, config.allowed.move_ips.len()), (123, 5, 2));
         assert_eq!(config.compression, Compression::Off);
         assert_eq!(config.max_downtime, Duration::from_millis(20));
         assert_eq!(config.bandwidth.map(Bandwidth::bytes_per_second), Some(125_000_000));
         let after = Duration::from_secs(90);
         assert_eq!(config.timeout, Some(Timeout { after, then: OnTimeout::Postcopy }));
         assert_eq!(config.mode, Mode::Precopy);
-        assert!(config.tcp_close && config.shell_job && !config.tcp_established);
+        let files = config.allowed.files;
+        assert!(files.tcp_close && files.shell_job && !files.tcp_established);
         assert_eq!(config.state_dir, PathBuf::from("/x"));
     }
 
@@ -460,13 +463,15 @@ mod tests {
     fn the_network_of_a_move() {
         let line = "--to a:1 --tcp-established --tcp-remap 10.0.0.5=10.0.1.5 --hook true --hook false 7";
         let Request::Move(config) = parsed(line).unwrap().1 else { panic!() };
-        assert!(config.tcp_established && !config.tcp_close);
-        assert_eq!((config.tcp_remaps.len(), config.hooks.len()), (1, 2));
+        let Allowed { files, tcp_remaps, hooks, .. } = config.allowed;
+        assert!(files.tcp_established && !files.tcp_close);
+        assert_eq!((tcp_remaps.len(), hooks.len()), (1, 2));
         let Request::Serve(config) = parsed("serve --hook true").unwrap().1 else { panic!() };
         assert_eq!(config.hooks, ["true".parse().unwrap()]);
         let line = "check 7 --tcp-established --tcp-remap 10.0.0.5=10.0.1.5 --hook true";
         let Request::Check(config) = parsed(line).unwrap().1 else { panic!() };
-        assert!(config.tcp_established && config.tcp_remaps.len() == 1 && config.hooks.len() == 1);
+        let Allowed { files, tcp_remaps, hooks, .. } = config.allowed;
+        assert!(files.tcp_established && tcp_remaps.len() == 1 && hooks.len() == 1);
     }
 
     #[test]

@@ -10,6 +10,7 @@ use std::time::Duration;
 pub use crate::engine::address::MoveIp;
 pub use crate::engine::hook::{Hook, MAX_COMMANDS as MAX_HOOKS};
 pub use crate::engine::remap::Remap;
+pub use crate::engine::state::files::FilesOptions;
 use crate::pageserver::pack::Compression;
 
 /// Port of `migrate serve` unless another is chosen.
@@ -42,18 +43,8 @@ pub struct SourceConfig {
     pub bandwidth: Option<Bandwidth>,
     /// Whether pages are compressed.
     pub compression: Compression,
-    /// Carry live TCP connections instead of refusing the move.
-    pub tcp_established: bool,
-    /// Close established TCP connections instead of refusing the move.
-    pub tcp_close: bool,
-    /// Addresses that sockets have in place of others at the destination.
-    pub tcp_remaps: Vec<Remap>,
-    /// Leave standard streams behind that lead to a terminal or to a pipe of somebody who stays.
-    pub shell_job: bool,
-    /// Addresses that move with the process.
-    pub move_ips: Vec<MoveIp>,
-    /// Commands to run at the stages of the move.
-    pub hooks: Vec<Hook>,
+    /// What the operator allows and has seen to.
+    pub allowed: Allowed,
     /// Show a line per round on standard error.
     pub progress: bool,
 }
@@ -78,17 +69,20 @@ pub struct CheckConfig {
     pub pid: Option<i32>,
     /// The destination to ask, too.
     pub to: Option<Destination>,
-    /// As for the move.
-    pub tcp_established: bool,
-    /// As for the move.
-    pub tcp_close: bool,
-    /// As for the move.
-    pub shell_job: bool,
-    /// As for the move.
+    /// As for the move; no hook is run.
+    pub allowed: Allowed,
+}
+
+/// What the operator allows for a move, and has seen to.
+#[derive(Debug, Clone, Default)]
+pub struct Allowed {
+    /// What may become of connections and standard streams, instead of a refusal.
+    pub files: FilesOptions,
+    /// Addresses that move with the process.
     pub move_ips: Vec<MoveIp>,
-    /// As for the move.
+    /// Addresses that sockets have in place of others at the destination.
     pub tcp_remaps: Vec<Remap>,
-    /// As for the move; none is run.
+    /// Commands to run at the stages of the move.
     pub hooks: Vec<Hook>,
 }
 

@@ -8,6 +8,7 @@ use std::io::{self, Read, Write};
 use std::marker::PhantomData;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 use nix::fcntl::{Flock, FlockArg};
 use serde::de::DeserializeOwned;
@@ -295,8 +296,12 @@ impl<R: Record> Journal<R> {
 /// # Errors
 /// If `/proc` does not say.
 pub fn boot_id() -> Result<String, JournalError> {
+    static ID: OnceLock<String> = OnceLock::new();
+    if let Some(id) = ID.get() {
+        return Ok(id.clone());
+    }
     let id = fs::read_to_string(BOOT_ID).map_err(io_error("reading", Path::new(BOOT_ID)))?;
-    Ok(id.trim().to_owned())
+    Ok(ID.get_or_init(|| id.trim().to_owned()).clone())
 }
 
 fn io_error(step: &'static str, path: &Path) -> impl FnOnce(io::Error) -> JournalError {

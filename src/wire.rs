@@ -20,6 +20,7 @@
 //!   | -- Strays ------------------------------>  |   segments that came for the process since the freeze
 //!   | <--------------------------- Committed --  |   recorded there; the process runs there
 //!   | -- Strays ------------------------------>  |   and those that came since then, if any
+//!   | -- Queued ------------------------------>  |   connections that it has not accepted yet, if any
 //!   | -- Confirm ----------------------------->  |   the source has let go
 //!
 //! at any time before Commit:   -- Abort --> or <-- Abort --   both forget the migration
@@ -50,7 +51,7 @@ pub use crate::proto::control::control::Message as Body;
 pub use crate::proto::control::{Control, Hello};
 
 /// The protocol version that this build speaks.
-pub const PROTOCOL_VERSION: u32 = 3;
+pub const PROTOCOL_VERSION: u32 = 4;
 /// Largest control message.
 pub const MAX_CONTROL_BYTES: usize = 64 << 20;
 /// Largest first message: nothing is known about the peer's software yet.
@@ -213,7 +214,7 @@ mod tests {
         let hello = |version| Body::Hello(Hello { version, ..Hello::default() }).into();
         assert!(check_hello(hello(PROTOCOL_VERSION)).is_ok());
         let text = check_hello(hello(7)).unwrap_err().to_string();
-        assert!(text.contains("version 3 here, 7 there"), "{text}");
+        assert!(text.contains("version 4 here, 7 there"), "{text}");
         assert_eq!(check_hello(abort()), Err(WireError::NoHello));
     }
 

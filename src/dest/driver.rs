@@ -14,6 +14,7 @@ use super::assemble::{Applied, Assembly};
 use super::drain::Drain;
 use super::machine::DestMachine;
 use super::protocol::{Action, Event, LinkId, Message, Outcome, Tell};
+use super::queued::Queued;
 use super::steps::{ActionError, parse_remaps, step_name};
 use super::strays::Waiting;
 use super::wire::{Extras, late_signals, to_control, to_message};
@@ -97,6 +98,7 @@ pub(super) struct Driver {
     /// Keeps connections quiet until the process runs. After the skeleton: its sockets go first.
     pub lock: Option<Lock>,
     pub strays: Waiting,
+    pub queued: Queued,
     /// The operator's, and what they are told of this service.
     pub hooks: Hooks,
     pub listen: SocketAddr,
@@ -470,16 +472,14 @@ impl Driver {
     fn send(&mut self, to: LinkId, tell: &Tell) -> Option<Event> {
         // Only we know whether anything is missing.
         let tell = if *tell == Tell::Resumed && self.drain.is_done() { &Tell::Drained } else { tell };
-        let mut extras = Extras::default();
+        let mut extras = Extras { takes_queued: self.queued.is_able(), ..Extras::default() };
         match tell {
             Tell::Prepared | Tell::Committed => {
                 extras.lost_datagrams = self.lost_datagrams;
                 extras.timings = Some(Timings { phase_us: self.clock.so_far().to_micros().collect() });
             }
             Tell::Ready => extras.urgent_port = self.drain.port(),
-            Tell::Resumed => {
-                (extras.missing, extras.urgent_port) = (self.drain.missing(), self.drain.port());
-            }
+            Tell::Resumed => (extras.missing, extras.urgent_port) = (self.drain.missing(), self.drain.port()),
             Tell::Drained => extras.stats = self.drain.stats(),
             _ => {}
         }

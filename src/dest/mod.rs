@@ -11,6 +11,7 @@ pub mod machine;
 mod network;
 mod preflight;
 pub mod protocol;
+mod queued;
 mod reaper;
 mod recover;
 mod serve;

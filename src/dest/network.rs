@@ -59,6 +59,7 @@ impl Driver {
         match Lock::open(&format!("migrate-{}-in", self.id)) {
             Ok(lock) => {
                 self.lock = Some(lock);
+                self.queued.prepare();
                 None
             }
             Err(error) => Some(Reason::new("TCP connections", chain(&error), "")),
@@ -73,6 +74,7 @@ impl Driver {
         if let Some(lock) = self.lock.as_mut() {
             lock.close_on(&sockets)?;
         }
+        self.queued.expect(files, &sockets);
         self.keep_strays(sockets);
         Ok(())
     }
@@ -92,9 +94,11 @@ impl Driver {
         // What makes a connection whole must be done before a packet can come, what it sends must get out.
         let mut connections = std::mem::take(&mut self.connections);
         let mut lost = connections.complete();
-        if let Some(lock) = self.lock.as_mut()
-            && let Err(error) = lock.release()
-        {
+        let released = self.lock.as_mut().map(|lock| match self.queued.closed() {
+            [] => lock.release(),
+            kept => lock.release_but(kept),
+        });
+        if let Some(Err(error)) = released {
             // Without it nothing would be reached: the end of its socket lifts it in any case.
             tracing::error!(error = &error as &dyn std::error::Error, "the lock");
             self.lock = None;
@@ -108,7 +112,7 @@ impl Driver {
 
     /// The process runs.
     pub(super) fn network_is_open(&mut self) {
-        if let Some(lock) = self.lock.take() {
+        if let Some(lock) = self.lock.take().and_then(|lock| self.queued.start(lock)) {
             // Its table goes with it, which takes longer than the source should wait for our word.
             let _ = std::thread::Builder::new().name("unlock".into()).spawn(move || drop(lock));
         }

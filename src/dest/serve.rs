@@ -12,6 +12,7 @@ use super::driver::{Arrival, Ask, Driver, Inbox};
 use super::guardian::Guard;
 use super::machine::{DestMachine, answer_unknown};
 use super::protocol::{Message, Outcome};
+use super::queued::Queued;
 use super::recover;
 use super::steps::in_words;
 use super::strays::Waiting;
@@ -261,6 +262,7 @@ impl Service {
             remaps: Vec::new(),
             lock: None,
             strays: Waiting::default(),
+            queued: Queued::default(),
             hooks: self.hooks.clone(),
             listen: self.config.listen,
             consented: false,

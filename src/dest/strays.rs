@@ -35,18 +35,28 @@ impl Driver {
     pub(super) fn put_own_strays_in(&mut self) {
         self.strays.live = true;
         if let Some(mut tap) = self.strays.tap.take() {
-            self.put_in(&tap.take(&self.strays.wanted));
+            let packets = tap.take(&self.strays.wanted);
+            self.put_in(&packets);
+            self.queued.keep(&packets, Some(tap));
         }
     }
 
-    /// Takes a message with strays, if it is one; gives any other back.
+    /// Takes a message with strays, or with connections not accepted yet, if it is one; gives any other back.
     pub(super) fn without_strays(&mut self, message: Box<Control>) -> Option<Box<Control>> {
-        let Some(Body::Strays(strays)) = message.message else { return Some(message) };
+        let strays = match message.message {
+            Some(Body::Strays(strays)) => strays,
+            Some(Body::Queued(queued)) => {
+                self.queued.take(queued, &self.remaps);
+                return None;
+            }
+            _ => return Some(message),
+        };
         let seen = &mut self.strays;
         seen.packets = seen.packets.saturating_add(strays.packets.len());
         seen.bytes = seen.bytes.saturating_add(strays.packets.iter().map(Vec::len).sum());
         if seen.live && seen.packets <= 2 * MAX_PACKETS && seen.bytes <= 2 * MAX_BYTES {
             self.put_in(&strays.packets);
+            self.queued.keep(&strays.packets, None);
         }
         None
     }

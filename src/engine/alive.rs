@@ -7,6 +7,7 @@ use nix::errno::Errno;
 use nix::poll::PollTimeout;
 use nix::unistd::Pid;
 
+use crate::engine::procfs;
 use crate::engine::sys::pidfd::PidFd;
 use crate::engine::sys::seize;
 
@@ -108,7 +109,7 @@ pub fn open_untraced(pid: u32, start: u64) -> Result<Option<PidFd>, AliveError> 
 
 /// A file of a process; `None` if the process is gone.
 fn proc_file(pid: u32, file: &'static str) -> Result<Option<String>, AliveError> {
-    match std::fs::read(format!("/proc/{pid}/{file}")) {
+    match procfs::read(format!("/proc/{pid}/{file}")) {
         Ok(mut bytes) => {
             bytes.truncate(MAX_PROC_BYTES);
             Ok(Some(String::from_utf8_lossy(&bytes).into_owned()))

@@ -1,6 +1,7 @@
 //! The whole state of a frozen process, but for its memory: one kind after the other, in few batches.
 
 use std::os::fd::OwnedFd;
+use std::time::Instant;
 
 use super::clocks::ClocksProbe;
 use super::freeze::{Frozen, signal_is_due};
@@ -14,6 +15,7 @@ use super::sleep::SleepBook;
 use super::state::calls::{AttrError, read_as};
 use super::state::creds::{self, CredsProbe};
 use super::state::files::{self, CaptureFilesError, Descriptors, FilesOptions, ScannedProcesses};
+use super::state::keys::{self, KeysProbe};
 use super::state::limits::LimitsProbe;
 use super::state::mm::{self, MapError};
 use super::state::sched;
@@ -106,7 +108,8 @@ pub fn capture(
     let time = ClocksProbe::ask(&mut batch);
     let clocks = TimersProbe::ask(pid, &mut batch)?;
     let rights = CredsProbe::ask(&mut batch);
-    let bounds = LimitsProbe::ask(&mut batch);
+    let bounds = LimitsProbe::ask(pid, &mut batch);
+    let asked = Instant::now();
     let outcome = frozen.run(&batch)?;
     let mut memory = mm::capture_mm(pid)?;
     memory.brk = outcome.ret(brk).map_err(|errno| InjectError::Call {
@@ -128,9 +131,11 @@ pub fn capture(
     process.creds = Some(creds);
     let stat = read_as(format!("/proc/{pid}/stat"), parse_stat)?;
     process.attrs = Some(bounds.read(leader, &stat, &outcome)?);
-    thread_attributes(frozen, &mut process)?;
+    let user = leader.uids[0];
+    thread_attributes(frozen, &mut process, user)?;
 
-    let descriptors = descriptors.map_or_else(|| Descriptors::take(pid), Ok)?;
+    let mut descriptors = descriptors.map_or_else(|| Descriptors::take(pid), Ok)?;
+    descriptors.ask(frozen)?;
     // Who reads from a connection in TCP_REPAIR is refused: not even our death may let the process run meanwhile.
     if options.tcp_established {
         frozen.fence()?;
@@ -142,7 +147,7 @@ pub fn capture(
     // Once more, last: what a timer has sent since the first look would be lost.
     let before = signals::all_pending(&process);
     pending_signals(frozen, &mut process)?;
-    timers::account_for_fired(&before, &mut process);
+    timers::account_for_fired(&before, asked.elapsed(), &mut process);
     let seen = Seen::of(&process);
     process.stopped = signals::take_stop(&mut process, frozen.is_to_stop());
     Ok(Captured { process, closing: captured.closing, carried: captured.carried, seen })
@@ -169,19 +174,21 @@ fn pending_signals(frozen: &Frozen, process: &mut Process) -> Result<Vec<Status>
 }
 
 /// What each thread tells itself, all at the same time, and how it is scheduled.
-fn thread_attributes(frozen: &mut Frozen, process: &mut Process) -> Result<(), CaptureError> {
+fn thread_attributes(frozen: &mut Frozen, process: &mut Process, user: u32) -> Result<(), CaptureError> {
     let pid = frozen.pid();
     let mut probes = Vec::with_capacity(process.threads.len());
     let mut work = Vec::with_capacity(process.threads.len());
     for thread in frozen.threads() {
         let mut batch = Batch::new();
-        probes.push(ThreadProbe::ask(thread.tid, &mut batch));
+        let keys = KeysProbe::ask(thread.tid, &mut batch);
+        probes.push((ThreadProbe::ask(thread.tid, &mut batch), keys));
         work.push((thread.tid, batch));
     }
     let outcomes = frozen.run_in_threads(&work)?;
+    keys::check(frozen, user, probes.iter().map(|(_, keys)| keys).zip(&outcomes))?;
     let defaults = sched::Defaults::here()?;
     let mut common = None;
-    for ((thread, probe), outcome) in process.threads.iter_mut().zip(&probes).zip(&outcomes) {
+    for ((thread, (probe, _)), outcome) in process.threads.iter_mut().zip(&probes).zip(&outcomes) {
         let attrs = probe.read(pid, outcome)?;
         let of_process = (attrs.personality, attrs.securebits);
         if *common.get_or_insert(of_process) != of_process {
@@ -218,9 +225,16 @@ fn registers(frozen: &mut Frozen, sleeps: &SleepBook) -> Result<Vec<Thread>, Cap
         let mut remaining = -1;
         if regs::ended_by_stop(&r) && !signal_is_due(pid, tid, thread.mask) {
             regs::rewind_call(&mut r);
+            remaining = sleeps.remaining(thread).map_or(-1, |call| call.remaining_ns);
         } else if let Some(call) = sleeps.remaining(thread) {
             r.orig_rax = regs::unsigned(call.number);
             remaining = call.remaining_ns;
+        } else if sleeps.is_unknown(thread) {
+            let why = "was stopped in a call that had been interrupted before; which one it is shows only while it \
+                       sleeps in it";
+            let reason =
+                Reason::new(format!("thread {tid}"), why, "let the process go on (SIGCONT), or try again");
+            return Err(AttrError::Refused(vec![reason]).into());
         }
         threads.push(Thread {
             tid: tid.unsigned_abs(),

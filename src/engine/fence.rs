@@ -23,7 +23,7 @@ use nix::unistd::Pid;
 use super::inject::{signal_bit, sys};
 use super::procfs;
 use super::remote::{InjectError, Tid};
-use super::state::signals::MAX_PENDING;
+use super::state::signals::{MAX_PENDING, signal_of};
 use super::sys::attrs::traced_pending;
 use super::sys::ptrace::{self, Stop};
 use super::sys::queue::send_to_thread;
@@ -161,7 +161,7 @@ pub(super) fn is_ours(info: &[u8]) -> bool {
 /// Whether a stop that somebody else sent waits for a process, beside the one that a fence has put it in. For
 /// a process that nobody traces any more: what keeps it from running is not to be ended by SIGCONT then.
 pub fn another_stop_waits(pid: u32) -> bool {
-    let status = std::fs::read(format!("/proc/{pid}/status")).unwrap_or_default();
+    let status = procfs::read(format!("/proc/{pid}/status")).unwrap_or_default();
     procfs::parse_status(&status).is_ok_and(|s| s.shared_pending & signal_bit(libc::SIGSTOP) != 0)
 }
 
@@ -176,7 +176,7 @@ pub fn is_up(pid: u32) -> bool {
 /// more then, and the thread stops as soon as it has a processor. So one that is ready to run has decided nothing
 /// before it has run for a while.
 fn is_held(task: &Path) -> bool {
-    let look = |file| std::fs::read(task.join(file)).unwrap_or_default();
+    let look = |file| procfs::read(task.join(file)).unwrap_or_default();
     let ran_ns = || procfs::parse_schedstat(&look("schedstat")).unwrap_or_default().ran_ns;
     let (begin, deadline) = (ran_ns(), Instant::now() + PATIENCE);
     loop {
@@ -202,7 +202,7 @@ fn is_held(task: &Path) -> bool {
 /// The first thread's for which it failed; the others are done all the same.
 pub fn restore_masks(masks: &[(Tid, u64)]) -> Result<(), InjectError> {
     let left = |tid: Tid| {
-        let status = std::fs::read(format!("/proc/{tid}/status")).unwrap_or_default();
+        let status = procfs::read(format!("/proc/{tid}/status")).unwrap_or_default();
         procfs::parse_status(&status).is_ok_and(|s| s.blocked == EVERYTHING)
     };
     let mut result = Ok(());
@@ -250,7 +250,15 @@ fn start(tid: Tid) -> Result<Option<(ptrace::Regs, u64)>, InjectError> {
 }
 
 fn our_stop_waits(tid: Tid) -> Result<bool, InjectError> {
-    Ok(Queue::Thread(tid).entries(tid)?.iter().any(|info| is_ours(info)))
+    let entries = Queue::Thread(tid).entries(tid)?;
+    if entries.iter().any(|info| is_ours(info)) {
+        return Ok(true);
+    }
+    // Beyond RLIMIT_SIGPENDING the kernel keeps the signal, and not who has sent it.
+    let nameless = !entries.iter().any(|info| signal_of(info) == Some(libc::SIGSTOP));
+    let status = procfs::read(format!("/proc/{tid}/status")).unwrap_or_default();
+    let stop = procfs::parse_status(&status).is_ok_and(|s| s.pending & signal_bit(libc::SIGSTOP) != 0);
+    Ok(nameless && stop)
 }
 
 /// Waits until the thread stands in the delivery of SIGSTOP, or has reported that SIGCONT took it away.

@@ -5,6 +5,7 @@
 //! all of them go, and injected code finds its own way back (see `inject`); the source's tracees are
 //! never bound to our life.
 
+use std::collections::HashMap;
 use std::fs::File;
 use std::time::{Duration, Instant};
 
@@ -19,6 +20,7 @@ use super::procfs;
 use super::regs;
 use super::remote::{Batch, InjectError, Outcome, RemoteCalls, Tid};
 use super::rseq;
+use super::sleep::{self, SleepBook};
 use super::sys::ptrace::{self, Stop};
 use super::vdso;
 use crate::proto::control::LateSignal;
@@ -66,6 +68,8 @@ pub struct Frozen {
     pub group_stopped: bool,
     stop_seen: bool,
     left_rseq: bool,
+    /// Until when threads wait whose calls our stop has ended, on the monotonic clock.
+    waits: HashMap<Tid, u64>,
     fence: Option<Fence>,
     over: bool,
 }
@@ -96,6 +100,7 @@ impl Frozen {
             group_stopped,
             stop_seen: false,
             left_rseq: false,
+            waits: HashMap::new(),
             fence: None,
             over: false,
         };
@@ -153,6 +158,11 @@ impl Frozen {
     /// The same, to correct registers before capture and thaw (a call ended by our stop, an rseq section).
     pub fn threads_mut(&mut self) -> &mut [StoppedThread] {
         &mut self.threads
+    }
+
+    /// Has the waits go on with what is left of them where the process goes on here.
+    pub fn remember_waits(&mut self, sleeps: &SleepBook) {
+        self.waits = sleeps.waits();
     }
 
     /// Takes all threads out of restartable sequences, once. Injection does so by itself; registers that
@@ -294,6 +304,9 @@ impl Frozen {
             let mut r = thread.regs;
             let rewound = if regs::ended_by_stop(&r) && !signal_is_due(self.pid, thread.tid, thread.mask) {
                 regs::rewind_call(&mut r);
+                if let Some(until) = self.waits.get(&thread.tid) {
+                    regs::shorten_wait(&mut r, sleep::milliseconds_to(*until).max(1));
+                }
                 ptrace::set_regs(thread.tid, &r).map_err(|e| sys("restoring registers", thread.tid, e))
             } else {
                 Ok(())
@@ -376,8 +389,7 @@ pub(super) fn run_in(
     pid: Tid,
 ) -> Result<Vec<Outcome>, InjectError> {
     let mut outcomes: Vec<Option<Outcome>> = vec![None; batches.len()];
-    let mut by_tid: std::collections::HashMap<Tid, &mut StoppedThread> =
-        threads.iter_mut().map(|t| (t.tid, t)).collect();
+    let mut by_tid: HashMap<Tid, &mut StoppedThread> = threads.iter_mut().map(|t| (t.tid, t)).collect();
     let mut work = Vec::with_capacity(batches.len());
     let mut places = Vec::with_capacity(batches.len());
     for (i, (tid, batch)) in batches.iter().enumerate() {
@@ -441,12 +453,12 @@ pub(super) fn wait_for_stop(
 }
 
 fn is_gone(pid: Tid, tid: Tid) -> bool {
-    let stat = std::fs::read(format!("/proc/{pid}/task/{tid}/stat")).unwrap_or_default();
+    let stat = procfs::read(format!("/proc/{pid}/task/{tid}/stat")).unwrap_or_default();
     procfs::parse_stat(&stat).map_or(true, |s| matches!(s.state, b'Z' | b'X'))
 }
 
 fn in_group_stop(pid: Tid) -> bool {
-    let stat = std::fs::read(format!("/proc/{pid}/stat")).unwrap_or_default();
+    let stat = procfs::read(format!("/proc/{pid}/stat")).unwrap_or_default();
     procfs::parse_stat(&stat).is_ok_and(|s| s.state == b'T')
 }
 
@@ -454,7 +466,7 @@ fn in_group_stop(pid: Tid) -> bool {
 fn signal_sets(pid: Tid, threads: &[StoppedThread]) -> Result<(u64, u64, u64), InjectError> {
     let (mut caught, mut ignored, mut pending) = (0, 0, 0);
     for thread in threads {
-        let text = std::fs::read(format!("/proc/{pid}/task/{}/status", thread.tid))
+        let text = procfs::read(format!("/proc/{pid}/task/{}/status", thread.tid))
             .map_err(|e| io("reading its status", thread.tid, &e))?;
         let status =
             procfs::parse_status(&text).map_err(|_| sys("reading its status", thread.tid, Errno::EINVAL))?;
@@ -467,7 +479,7 @@ fn signal_sets(pid: Tid, threads: &[StoppedThread]) -> Result<(u64, u64, u64), I
 /// Whether a signal waits that the thread does not block.
 pub fn signal_is_due(pid: Tid, tid: Tid, mask: u64) -> bool {
     let path = format!("/proc/{pid}/task/{tid}/status");
-    let text = std::fs::read_to_string(path).unwrap_or_default();
+    let text = procfs::read_text(path).unwrap_or_default();
     text.lines()
         .filter_map(|l| l.strip_prefix("SigPnd:").or_else(|| l.strip_prefix("ShdPnd:")))
         .filter_map(|v| u64::from_str_radix(v.trim(), 16).ok())

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use super::procfs::parse_stat;
+use super::procfs::{self, parse_stat};
 use super::reason::Reason;
 use super::remote::Tid;
 
@@ -33,7 +33,7 @@ pub fn check_pids_free(pids: &[Tid]) -> Vec<Reason> {
 
 /// The name of the process or thread with this id. Threads are not listed in /proc, but are found there.
 fn name_of(pid: Tid) -> Option<String> {
-    let comm = std::fs::read(format!("/proc/{pid}/comm")).ok()?;
+    let comm = procfs::read(format!("/proc/{pid}/comm")).ok()?;
     Some(String::from_utf8_lossy(&comm).trim_end().to_owned())
 }
 
@@ -42,7 +42,7 @@ fn groups_in_use() -> HashMap<Tid, (&'static str, Tid)> {
     let mut all = HashMap::new();
     let entries = std::fs::read_dir("/proc").into_iter().flatten().flatten();
     for pid in entries.filter_map(|e| e.file_name().to_str()?.parse::<Tid>().ok()) {
-        let text = std::fs::read(format!("/proc/{pid}/stat")).unwrap_or_default();
+        let text = procfs::read(format!("/proc/{pid}/stat")).unwrap_or_default();
         if let Ok(stat) = parse_stat(&text) {
             all.entry(stat.pgrp).or_insert(("process group", pid));
             all.entry(stat.session).or_insert(("session", pid));

@@ -2,14 +2,16 @@
 //! once. What only the process itself can tell is found at the freeze, and is a refusal then.
 
 mod groups;
+mod ipc;
 mod sharing;
+mod undo;
 
 use std::collections::HashSet;
 use std::fs::File;
 use std::io::Read;
 
 use super::freeze::thread_ids;
-use super::procfs::{Stat, Status, parse_stat, parse_status};
+use super::procfs::{self, Stat, Status, parse_stat, parse_status};
 use super::reason::{Reason, chain};
 use super::remote::Tid;
 use super::state::{calls::AttrError, creds, limits, timers};
@@ -94,7 +96,8 @@ pub fn check(pid: Tid, shell_job: bool) -> Findings {
     found.reasons.extend(namespaces(pid));
     found.reasons.extend(groups::frozen(pid));
     found.reasons.extend(sharing::with_other_processes(pid));
-    found.reasons.extend(sharing::semaphore_undo(pid, status.threads));
+    found.reasons.extend(undo::semaphores(pid, &stat, &status));
+    found.reasons.extend(ipc::used(pid, &stat));
     found.reasons.extend(children(pid));
     threads(pid, &mut found);
     for part in [limits::preflight(pid), timers::preflight(pid)] {
@@ -109,7 +112,7 @@ fn unreadable(pid: Tid, error: &AttrError) -> Reason {
 
 /// Stat and status of a thread; `None` if it is gone.
 fn look(pid: Tid, tid: Tid) -> Option<(Stat, Status)> {
-    let read = |file: &str| std::fs::read(format!("/proc/{pid}/task/{tid}/{file}")).ok();
+    let read = |file: &str| procfs::read(format!("/proc/{pid}/task/{tid}/{file}")).ok();
     Some((parse_stat(&read("stat")?).ok()?, parse_status(&read("status")?).ok()?))
 }
 

@@ -1,8 +1,10 @@
-//! Files of /proc/PID, text to types. Pure; never panics on any input.
+//! Files of /proc/PID: read, and text to types, which is pure and never panics on any input.
 
+mod read;
 mod status;
 mod tables;
 
+pub use read::{read, read_text};
 pub use status::{Status, parse_status};
 pub(crate) use tables::limit_name;
 pub use tables::{ClockOffsets, ProcTimer, parse_cpu_list, parse_limits, parse_timens_offsets, parse_timers};

@@ -88,6 +88,9 @@ pub fn apply(files: &mut Files, remaps: &[Remap]) {
             _ => {}
         }
     }
+    for socket in &mut files.queued {
+        apply_to(&mut socket.local, remaps);
+    }
 }
 
 /// The local and remote ends of all connections.

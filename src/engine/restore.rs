@@ -12,7 +12,8 @@ use super::skeleton::{Skeleton, SkeletonError};
 use super::sleep;
 use super::state::calls::{AttrError, Named};
 use super::state::files::{self, Built, RestoreFilesError};
-use super::state::{creds, limits, mm, sched, signals, threads, timers};
+use super::state::timers::restore::Timers;
+use super::state::{creds, keys, limits, mm, sched, signals, threads};
 use super::sys::{attrs, ptrace};
 use crate::proto::image::{Mm, Process, Thread};
 
@@ -28,9 +29,9 @@ pub enum Stage {
     Files,
     /// Registers that live in the kernel by system call: TLS-related addresses, alternate stacks, names.
     Threads,
-    /// Blocked until the end, each thread's own by itself.
+    /// Blocked until the end, each thread's own by itself. Before them the timers are made, which queue theirs.
     Pending,
-    /// After what they would have limited. Then timers, as late as possible: they run.
+    /// After what they would have limited. Then timers go, as late as possible: they run.
     Limits,
     /// Nothing privileged comes after them, but what has to.
     Credentials,
@@ -83,7 +84,8 @@ impl RestoreError {
     }
 }
 
-/// Restores all state but the memory's contents; `elapsed` is how long ago it was captured. Afterwards every thread waits with its own registers.
+/// Restores all state but the memory's contents; `elapsed` is how long ago it was captured. Afterwards every
+/// thread waits with its own registers.
 ///
 /// # Errors
 /// See [`RestoreError`]; the skeleton is then of no use.
@@ -126,13 +128,15 @@ pub fn restore(
         Ok(threads::restore_calls(thread, attrs.personality, batch))
     })?;
 
-    signals::restore_pending(skeleton, process).map_err(state(Stage::Pending))?;
+    let mut clocks = Timers::make(skeleton, process).map_err(state(Stage::Pending))?;
+    signals::restore_pending(skeleton, process, &mut clocks).map_err(state(Stage::Pending))?;
 
     let stage = Stage::Limits;
     limits::restore_outside(skeleton.pid(), attrs).map_err(state(stage))?;
     let mut batch = Batch::new();
     let bounds = limits::restore_calls(attrs, &mut batch).map_err(state(stage))?;
-    let clocks = timers::restore_calls(process, elapsed, &mut batch).map_err(state(stage))?;
+    let clocks = clocks.start(&mut batch).map_err(state(stage))?;
+    keys::restore_calls(creds, &mut batch);
     run(skeleton, stage, &batch, &bounds.and(clocks))?;
 
     let stage = Stage::Credentials;
@@ -160,12 +164,22 @@ fn check_threads(skeleton: &Skeleton, process: &Process) -> Result<(), RestoreEr
     if wanted == here && leader_first { Ok(()) } else { Err(RestoreError::Incomplete("threads")) }
 }
 
-/// The bell must not be a signal that will be pending.
+/// The bell must not be a signal that will be pending, nor one that a timer sends.
 fn choose_doorbell(skeleton: &mut Skeleton, process: &Process) -> Result<(), RestoreError> {
+    const UNFIT: [i32; 8] = [
+        libc::SIGKILL,
+        libc::SIGSTOP,
+        libc::SIGTRAP,
+        libc::SIGSEGV,
+        libc::SIGCONT,
+        libc::SIGALRM,
+        libc::SIGVTALRM,
+        libc::SIGPROF,
+    ];
     let (_, pending) = signals::caught_and_pending(process);
     let free = (1..32).rev().find(|s| {
-        !matches!(*s, libc::SIGKILL | libc::SIGSTOP | libc::SIGTRAP | libc::SIGSEGV | libc::SIGCONT)
-            && pending & super::inject::signal_bit(*s) == 0
+        let of_timer = process.timers.iter().any(|t| t.signal == *s);
+        !UNFIT.contains(s) && !of_timer && pending & super::inject::signal_bit(*s) == 0
     });
     skeleton.set_doorbell(free.ok_or(RestoreError::Incomplete("a signal that is not pending"))?);
     Ok(())

@@ -12,7 +12,7 @@ use super::sys::blob;
 pub(super) fn tail(pid: Tid, mem: &File) -> Result<CodeRoom, InjectError> {
     const MAX_VDSO_BYTES: u64 = 64 * 1024;
     let no_room = |why| InjectError::NoRoom { tid: pid, why };
-    let text = std::fs::read(format!("/proc/{pid}/maps")).map_err(|e| io("reading its maps", pid, &e))?;
+    let text = procfs::read(format!("/proc/{pid}/maps")).map_err(|e| io("reading its maps", pid, &e))?;
     let maps = procfs::parse_maps(&text).map_err(|_| no_room("its memory map cannot be read"))?;
     let vdso = maps.iter().find(|m| m.path == b"[vdso]").ok_or(no_room("it has no vdso"))?;
     let len = vdso.end - vdso.start;

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::looks::Looks;
-use super::{SourceError, ask, connect, new_id, plan};
+use super::{SourceError, ask, connect, new_id, orphans, plan};
 use crate::config::{CheckConfig, Destination};
 use crate::engine::kernel::Host;
 use crate::engine::reason::Reason;
@@ -39,16 +39,8 @@ pub fn check(config: &CheckConfig, pid: Tid) -> Result<Verdict, SourceError> {
 
 /// One look; true unless there is a destination that was not reached.
 fn look(config: &CheckConfig, pid: Tid, host: &Host) -> Result<(Verdict, bool), SourceError> {
-    let subject = plan::Subject {
-        pid,
-        tcp_established: config.tcp_established,
-        tcp_close: config.tcp_close,
-        shell_job: config.shell_job,
-        move_ips: &config.move_ips,
-        tcp_remaps: &config.tcp_remaps,
-        has_hooks: !config.hooks.is_empty(),
-    };
-    let mut plan = plan::survey(new_id()?, &subject, host);
+    let mut plan = plan::survey(new_id()?, pid, &config.allowed, host);
+    plan.notes.extend(orphans::notes(pid, &config.allowed));
     let mut reached = true;
     if let Some(to) = &config.to {
         plan.begin.check_only = true;

@@ -10,6 +10,7 @@ mod hooks;
 mod leftovers;
 mod looks;
 pub mod machine;
+mod orphans;
 mod outcome;
 mod owed;
 mod pace;
@@ -80,7 +81,7 @@ pub fn run(config: &SourceConfig) -> Result<Report, SourceError> {
     own_files::make_room();
     let orders = watch_signals();
     let started = Instant::now();
-    let hooks = Hooks::start(&config.hooks).map_err(SourceError::Hooks)?;
+    let hooks = Hooks::start(&config.allowed.hooks).map_err(SourceError::Hooks)?;
     let node = Arc::new(Node::open(&config.state_dir)?);
     let host = Host::probe()?;
     let board = Arc::new(Board::default());
@@ -149,16 +150,7 @@ impl Attempt<'_> {
         let process =
             start_ticks().map(|start_ticks| ProcessKey { pid: config.pid.unsigned_abs(), start_ticks });
         let leftovers = leftovers::clear(&config.state_dir, process).map_err(SourceError::Journal)?;
-        let subject = plan::Subject {
-            pid: config.pid,
-            tcp_established: config.tcp_established,
-            tcp_close: config.tcp_close,
-            shell_job: config.shell_job,
-            move_ips: &config.move_ips,
-            tcp_remaps: &config.tcp_remaps,
-            has_hooks: !config.hooks.is_empty(),
-        };
-        let mut plan = plan::survey(id, &subject, self.host);
+        let mut plan = plan::survey(id, config.pid, &config.allowed, self.host);
         plan.reasons.extend(leftovers);
         let link = dial.join().unwrap_or_else(|_| Err(Reason::new("destination", "cannot be reached", "")));
         report.memory_bytes = plan.begin.memory_bytes;

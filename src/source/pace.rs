@@ -39,7 +39,8 @@ const LITTLE_REST: f64 = 3.0;
 /// Threads that are looked at.
 const MOST_THREADS: usize = 64;
 /// A thread that is ready for less than this part of a window has time left to catch up, and loses only some
-/// milliseconds now and then. One that is ready for more may not have: its clients may wait for it as it waits for them.
+/// milliseconds now and then. One that is ready for more may not have: its clients may wait for it as it waits
+/// for them.
 const BUSY: f64 = 0.3;
 /// And less than this part tells nothing.
 const LEAST_READY: f64 = 0.1;
@@ -237,20 +238,47 @@ mod tests {
         }
     }
 
-    fn spinning() -> std::process::Child {
-        std::process::Command::new("sh").args(["-c", "while :; do :; done"]).spawn().unwrap()
+    /// A program that ends with its test, however that ends.
+    struct Program(std::process::Child);
+
+    impl Program {
+        fn start(name: &str, words: &[&str]) -> Self {
+            Self(std::process::Command::new(name).args(words).spawn().unwrap())
+        }
+
+        /// One that has come to spin.
+        fn spinning() -> Self {
+            let program = Self::start("sh", &["-c", "while :; do :; done"]);
+            let times = format!("/proc/{}/schedstat", program.pid());
+            let ran = || -> u64 {
+                std::fs::read_to_string(&times).unwrap().split_whitespace().next().unwrap().parse().unwrap()
+            };
+            while ran() < 20 * MS {
+                std::thread::yield_now();
+            }
+            program
+        }
+
+        fn pid(&self) -> Tid {
+            Tid::try_from(self.0.id()).unwrap()
+        }
+    }
+
+    impl Drop for Program {
+        fn drop(&mut self) {
+            let _ = self.0.kill();
+            let _ = self.0.wait();
+        }
     }
 
     #[test]
     fn of_a_real_process() {
-        let mut child = spinning();
-        let pid = Tid::try_from(child.id()).unwrap();
-        let mut pacer = Pacer::new(pid);
+        let child = Program::spinning();
+        let mut pacer = Pacer::new(child.pid());
         // It was looked at for the whole time, since it never sleeps.
         let looked = pacer.window.1[0];
         assert!(looked.ran_ns + looked.waited_ns > 40 * MS, "{looked:?}");
-        child.kill().unwrap();
-        child.wait().unwrap();
+        drop(child);
         // It has ended: nobody to rest for.
         pacer.breathe();
         assert_eq!(pacer.take_rested(), Duration::ZERO);
@@ -258,40 +286,34 @@ mod tests {
 
     #[test]
     fn what_it_waits_without_us_is_seen_again() {
-        let mut child = spinning();
-        let mut pacer = Pacer::new(Tid::try_from(child.id()).unwrap());
+        let child = Program::spinning();
+        let mut pacer = Pacer::new(child.pid());
         // As if somebody else had come to use the host and had gone again.
         (pacer.before, pacer.rest) = (2.0, 1.0);
         pacer.keep_still();
         assert!(pacer.before < 1.8, "{}", pacer.before);
-        child.kill().unwrap();
-        child.wait().unwrap();
     }
 
     #[test]
     fn nobody_rests_for_ever() {
-        let mut child = spinning();
-        let mut pacer = Pacer::new(Tid::try_from(child.id()).unwrap());
+        let child = Program::spinning();
+        let mut pacer = Pacer::new(child.pid());
         (pacer.before, pacer.lately) = (0.0, 1.0);
         (pacer.rest, pacer.rested_in_all) = (MOST_REST, PATIENCE);
         std::thread::sleep(STILL);
         pacer.look(Instant::now());
         assert!(pacer.rest <= LITTLE_REST, "{}", pacer.rest);
-        child.kill().unwrap();
-        child.wait().unwrap();
     }
 
     #[test]
     fn of_a_process_that_sleeps() {
-        let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
+        let child = Program::start("sleep", &["60"]);
         // It runs until it sleeps: clock_nanosleep is call 230.
-        let call = format!("/proc/{}/syscall", child.id());
+        let call = format!("/proc/{}/syscall", child.pid());
         while !std::fs::read_to_string(&call).unwrap().starts_with("230 ") {
             std::thread::yield_now();
         }
-        let pacer = Pacer::new(Tid::try_from(child.id()).unwrap());
+        let pacer = Pacer::new(child.pid());
         assert!(pacer.before.abs() < f64::EPSILON);
-        child.kill().unwrap();
-        child.wait().unwrap();
     }
 }

@@ -4,7 +4,7 @@
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 
-use crate::config::{MoveIp, Remap};
+use crate::config::Allowed;
 use crate::engine::address;
 use crate::engine::clocks;
 use crate::engine::kernel::Host;
@@ -16,7 +16,7 @@ use crate::engine::reason::{Reason, chain};
 use crate::engine::remap;
 use crate::engine::remote::Tid;
 use crate::engine::state::calls::{AttrError, read_as};
-use crate::engine::state::files::{self, FilesOptions, ScannedProcesses};
+use crate::engine::state::files::{self, ScannedProcesses};
 use crate::engine::state::mm::{self, FlagCache};
 use crate::engine::state::objects::{self, ObjectBook};
 use crate::engine::state::{creds, limits, sched, timers};
@@ -37,51 +37,26 @@ pub struct Plan {
     pub scanned: ScannedProcesses,
 }
 
-/// What is to be examined, and what the operator allows.
-#[derive(Debug, Clone, Copy)]
-pub struct Subject<'a> {
-    /// The process.
-    pub pid: Tid,
-    /// Live TCP connections are carried.
-    pub tcp_established: bool,
-    /// Established TCP connections may be closed.
-    pub tcp_close: bool,
-    /// Standard streams may be left behind.
-    pub shell_job: bool,
-    /// Addresses that move along.
-    pub move_ips: &'a [MoveIp],
-    /// Addresses that sockets change.
-    pub tcp_remaps: &'a [Remap],
-    /// Hooks may bring addresses to the destination that we know nothing of.
-    pub has_hooks: bool,
-}
-
 /// Examines the process; nothing of it is touched. What cannot even be examined is a reason too.
-pub fn survey(id: MigrationId, subject: &Subject<'_>, host: &Host) -> Plan {
-    let pid: Tid = subject.pid;
-    let found = preflight::check(pid, subject.shell_job);
+pub fn survey(id: MigrationId, pid: Tid, allowed: &Allowed, host: &Host) -> Plan {
+    let found = preflight::check(pid, allowed.files.shell_job);
     let mut plan = Plan { reasons: found.reasons, notes: found.notes, ..Plan::default() };
     plan.begin.migration_id = id.to_string();
     plan.begin.pid = pid.unsigned_abs();
     plan.begin.cpu = Some(host.cpu());
     plan.begin.kernel = Some(host.kernel_needs());
-    plan.begin.move_ips = subject.move_ips.iter().map(ToString::to_string).collect();
-    match address::check_source(subject.move_ips) {
+    plan.begin.move_ips = allowed.move_ips.iter().map(ToString::to_string).collect();
+    match address::check_source(&allowed.move_ips) {
         Ok(reasons) => plan.reasons.extend(reasons),
         Err(error) => plan.reasons.push(unreadable("the addresses that move", &error)),
     }
-    plan.begin.tcp_remaps = subject.tcp_remaps.iter().map(ToString::to_string).collect();
-    plan.reasons.extend(remap::check(subject.tcp_remaps));
+    plan.begin.tcp_remaps = allowed.tcp_remaps.iter().map(ToString::to_string).collect();
+    plan.reasons.extend(remap::check(&allowed.tcp_remaps));
     if Memory::open(pid).is_err() {
         // Gone, a zombie, or nothing that has memory: there is nothing more to be found out.
         return plan;
     }
-    let options = FilesOptions {
-        tcp_established: subject.tcp_established,
-        tcp_close: subject.tcp_close,
-        shell_job: subject.shell_job,
-    };
-    match files::check(pid, &options) {
+    match files::check(pid, &allowed.files) {
         Ok(check) => {
             plan.reasons.extend(check.reasons);
             plan.begin.files = check.files;
@@ -91,9 +66,9 @@ pub fn survey(id: MigrationId, subject: &Subject<'_>, host: &Host) -> Plan {
         }
         Err(error) => plan.reasons.push(unreadable(format!("descriptors of pid {pid}"), &error)),
     }
-    if subject.tcp_established {
+    if allowed.files.tcp_established {
         plan.begin.tcp_established = true;
-        match needed_addresses(subject) {
+        match needed_addresses(pid, allowed) {
             Ok(addresses) => plan.begin.needed_ips = addresses,
             Err(error) => plan.reasons.push(unreadable(format!("connections of pid {pid}"), &error)),
         }
@@ -145,15 +120,15 @@ pub fn survey(id: MigrationId, subject: &Subject<'_>, host: &Host) -> Plan {
 
 /// Addresses of connections that have to be at the destination when the process runs there, and do not come with
 /// it.
-fn needed_addresses(subject: &Subject<'_>) -> Result<Vec<Vec<u8>>, LockError> {
-    if subject.has_hooks {
+fn needed_addresses(pid: Tid, allowed: &Allowed) -> Result<Vec<Vec<u8>>, LockError> {
+    if !allowed.hooks.is_empty() {
         return Ok(Vec::new());
     }
-    let all = lock::connections(&lock::socket_inodes(subject.pid)?)?;
+    let all = lock::connections(&lock::socket_inodes(pid)?)?;
     let connected = all.into_iter().filter(|connection| connection.remote.is_some());
     let ips: BTreeSet<IpAddr> =
-        connected.map(|connection| remap::of(connection.local.ip(), subject.tcp_remaps)).collect();
-    let comes = |ip: &IpAddr| ip.is_loopback() || subject.move_ips.iter().any(|spec| spec.address == *ip);
+        connected.map(|connection| remap::of(connection.local.ip(), &allowed.tcp_remaps)).collect();
+    let comes = |ip: &IpAddr| ip.is_loopback() || allowed.move_ips.iter().any(|spec| spec.address == *ip);
     Ok(ips.into_iter().filter(|ip| !comes(ip)).map(address::octets).collect())
 }
 

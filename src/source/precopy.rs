@@ -8,6 +8,8 @@ mod late;
 mod ranges;
 mod windows;
 
+use std::collections::HashSet;
+
 use bytes::Bytes;
 use prost::Message as _;
 
@@ -273,11 +275,16 @@ impl Precopy {
         touched
     }
 
-    /// What is left to send of the stopped process: the last scan of all.
+    /// What is left to send of the stopped process: the last scan of all. `sockets` are descriptors that are known to
+    /// be some.
     ///
     /// # Errors
     /// See [`PrecopyError`].
-    pub fn final_scan<E: std::error::Error>(&mut self) -> Result<Remainder, PrecopyError<E>> {
+    pub fn final_scan<E: std::error::Error>(
+        &mut self,
+        sockets: HashSet<i32>,
+    ) -> Result<Remainder, PrecopyError<E>> {
+        self.objects.pass_over(sockets);
         let mut map = mm::capture(self.pid, &self.flags)?;
         map.reasons.extend(self.objects.look(&mut map.layout, false)?);
         map.reasons.extend(objects::check_source(&map.layout)?);

@@ -104,8 +104,8 @@ pub enum Action {
     StartRound(u32),
     /// In place of a round: announce what is dirty, to follow after the resume; report [`Event::RoundSent`].
     Announce(u32),
-    /// Run the hooks that come before it, then stop all threads; report [`Event::Frozen`]. If what is dirty then is more than `eager_pages`, it follows
-    /// after the resume.
+    /// Run the hooks that come before it, then stop all threads; report [`Event::Frozen`]. If what is dirty
+    /// then is more than `eager_pages`, it follows after the resume.
     Freeze {
         /// Why now.
         reason: FreezeReason,
@@ -125,8 +125,8 @@ pub enum Action {
     Connect,
     /// Take the fence down, if it is up.
     LowerFence,
-    /// Give back the addresses that were taken, run the hooks for that, lift the lock. Failing here is a warning, not an
-    /// [`Event::Failed`]: the process is thawed in any case.
+    /// Give back the addresses that were taken, run the hooks for that, lift the lock. Failing here is a
+    /// warning, not an [`Event::Failed`]: the process is thawed in any case.
     ReturnAddresses,
     /// Undo all that was done to the process and let it run.
     Thaw(RunRight),

@@ -40,7 +40,8 @@ const LAST_PAUSE: Duration = Duration::from_secs(10);
 pub enum Step {
     /// Add the addresses again that the source had taken.
     ReturnAddresses,
-    /// Threads whose fence was being lifted block what they blocked before; then SIGCONT, unless the process was stopped before, or somebody else has stopped it since.
+    /// Threads whose fence was being lifted block what they blocked before; then SIGCONT, unless the process
+    /// was stopped before, or somebody else has stopped it since.
     LowerFence,
     /// Write [`OutgoingState::Serving`], with ourselves as the owner; the rest follows from that record.
     RecordServing,

@@ -39,6 +39,7 @@ pub(super) struct Extras {
     pub timings: Option<Timings>,
     pub lost_datagrams: u64,
     pub urgent_port: u16,
+    pub takes_queued: bool,
     pub missing: Option<PageRuns>,
     pub stats: Option<DrainStats>,
 }
@@ -48,6 +49,7 @@ pub(super) fn to_message(message: Control) -> Result<(Message, Extras), Unexpect
     let message = match message.message {
         Some(Body::Ready(m)) => {
             extras.urgent_port = u16::try_from(m.urgent_port).unwrap_or(0);
+            extras.takes_queued = m.takes_queued;
             Message::Ready
         }
         Some(Body::Refused(m)) => Message::Refused(reasons(m.reasons)),

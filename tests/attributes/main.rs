@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "tests may panic")]
 
 mod rig;
+mod timers;
 
 use std::io::{BufRead, BufReader};
 use std::process::{Child, Command, Stdio};
@@ -11,6 +12,7 @@ use std::time::Duration;
 
 use migrate::engine::freeze::Frozen;
 use migrate::engine::procfs::{Status, parse_status};
+use migrate::engine::remote::{Batch, RemoteCalls};
 use migrate::engine::skeleton::{ReservedPid, Skeleton};
 use migrate::engine::state::calls::AttrError;
 use migrate::engine::state::mm::{self, FlagCache};
@@ -53,8 +55,14 @@ struct Moved {
     skeleton: Skeleton,
 }
 
-/// Stops the process, takes its attributes, ends it, and gives them to a skeleton.
+/// Stops the process, takes its attributes, ends it, and gives them to a skeleton a tenth of a second later, as it
+/// says.
 fn moved(child: Child) -> Moved {
+    moved_after(child, |image| image.clocks.as_mut().unwrap().monotonic_ns -= 100_000_000)
+}
+
+/// With a look at what was captured in between.
+fn moved_after(child: Child, meanwhile: impl Fn(&mut Process)) -> Moved {
     let pid = i32::try_from(child.id()).unwrap();
     let mut layout = mm::capture(pid, &FlagCache::look(pid).unwrap()).unwrap().layout;
     let mut frozen = Frozen::freeze(pid, Duration::from_secs(5)).unwrap();
@@ -67,7 +75,9 @@ fn moved(child: Child) -> Moved {
     assert_eq!(rig::check_here(&before), []);
     let mut skeleton = ReservedPid::take(pid).unwrap().execute(&layout).unwrap();
     skeleton.reconcile(layout).unwrap();
-    rig::restore(&mut skeleton, &before, Duration::from_millis(100));
+    let mut image = before.clone();
+    meanwhile(&mut image);
+    rig::restore(&mut skeleton, &image);
     let after = rig::capture(&mut skeleton, &tids).unwrap();
     let statuses = there.into_iter().zip(tids.iter().map(|t| status(pid, *t))).collect();
     Moved { before, after, statuses, skeleton }
@@ -91,6 +101,7 @@ impl Moved {
             // The skeleton leads a session of its own.
             let attrs = image.attrs.as_mut().unwrap();
             (attrs.sid, attrs.pgid) = (0, 0);
+            image.clocks = None;
         }
         for (x, y) in a.threads.iter().zip(&b.threads) {
             assert_eq!(x, y);
@@ -347,6 +358,20 @@ fn what_cannot_be_carried_is_refused_by_name() {
              ok(libc.prctl(22, 2, prog, 0, 0))",
             "seccomp",
         ),
+        (
+            "def other():\n    ok(libc.syscall(248, b'user', b'secret', b'x', 1, -1)); ready()\n\
+             threading.Thread(target=other, daemon=True).start(); time.sleep(1e9)",
+            "keyring of thread",
+        ),
+        ("ok(libc.syscall(248, b'user', b'secret', b'x', 1, -2))", "keyring of the process"),
+        (
+            "ok(libc.syscall(250, 1, 0)); ok(libc.syscall(248, b'user', b'secret', b'x', 1, -3))",
+            "keyring of the session",
+        ),
+        (
+            "ok(libc.syscall(250, 1, b'mine')); ok(libc.syscall(248, b'user', b'secret', b'x', 1, -3))",
+            "keyring of the session",
+        ),
     ] {
         let mut child = start(code);
         let pid = i32::try_from(child.id()).unwrap();
@@ -357,6 +382,50 @@ fn what_cannot_be_carried_is_refused_by_name() {
         child.kill().unwrap();
         child.wait().unwrap();
         let Err(AttrError::Refused(reasons)) = refused else { panic!("{words}: {refused:?}") };
-        assert!(reasons.len() == 1 && reasons[0].why.contains(words), "{words}: {reasons:?}");
+        assert!(reasons.len() == 1 && reasons[0].to_string().contains(words), "{words}: {reasons:?}");
     }
+}
+
+/// The session keyring of a skeleton: its number and its description.
+fn session_keyring(skeleton: &mut Skeleton) -> (u64, String) {
+    let mut batch = Batch::new();
+    let id = batch.call(libc::SYS_keyctl, &[0u64.into(), (-3i32).into(), 0u64.into()]);
+    let text = batch.output(256);
+    batch.call(libc::SYS_keyctl, &[6u64.into(), (-3i32).into(), text, 256u64.into()]);
+    let outcome = skeleton.run(&batch).unwrap();
+    let text = String::from_utf8(outcome.data(text, 256).to_vec()).unwrap();
+    (outcome.ret(id).unwrap(), text.trim_end_matches('\0').to_owned())
+}
+
+#[test]
+fn a_session_keyring_from_outside_is_replaced_by_a_new_one() {
+    // Once more in a session with a key, as a service may be.
+    const NAME: &str = "a_session_keyring_from_outside_is_replaced_by_a_new_one";
+    const INSIDE: &str = "IN_A_SESSION_WITH_A_KEY";
+    if std::env::var_os(INSIDE).is_none() {
+        let join = "ok(libc.syscall(250, 1, 0)); ok(libc.syscall(248, b'user', b'ours', b'x', 1, -3))";
+        let code = format!("{PRELUDE}{join}\nos.execv(sys.argv[1], [sys.argv[1], '--exact', '{NAME}'])");
+        let us = std::env::current_exe().unwrap();
+        let status = Command::new("python3").args(["-c", &code]).arg(us).env(INSIDE, "1").status().unwrap();
+        assert!(status.success());
+        return;
+    }
+    // As a login and a service manager make it.
+    let mut moved = moved(start(
+        r"
+ok(libc.syscall(250, 1, 0))
+ok(libc.syscall(250, 8, -4, -3))
+ok(libc.syscall(248, b'user', b'invocation_id', b'x' * 16, 16, -3))
+os.setresgid(7, 7, 7); os.setresuid(7, 7, 7)
+threading.Thread(target=signal.pause, daemon=True).start()
+",
+    ));
+    moved.assert_same();
+    let (id, text) = session_keyring(&mut moved.skeleton);
+    assert!(text.starts_with("keyring;7;7;") && text.ends_with(";_ses"), "{text}");
+    let ours = Command::new("python3")
+        .args(["-c", &format!("{PRELUDE}print(libc.syscall(250, 0, -3, 0))")])
+        .output()
+        .unwrap();
+    assert_ne!(String::from_utf8(ours.stdout).unwrap().trim(), id.to_string());
 }

@@ -12,6 +12,7 @@ mod grid;
 mod memcached;
 mod plain;
 mod relay;
+mod resets;
 mod stranger;
 mod visible;
 mod workload;

@@ -77,6 +77,16 @@ impl Workload {
         Self::spawn(host, &Spawn::new(std::iter::once(program.as_str()).chain(arguments.iter().copied())))
     }
 
+    /// Starts a C program as the child of a shell that stays, and has the same output.
+    pub(crate) fn under_shell(host: &Host, name: &str) -> Result<Self> {
+        let script = format!("{} & echo child $!; wait", build(name)?);
+        let job = host.spawn(&Spawn::new(["/bin/sh", "-c", &script]))?;
+        let (line, _) = host.wait_line(&job, "child ", 0, PATIENCE)?;
+        let (_, seen) = host.wait_line(&job, "ready", 0, PATIENCE)?;
+        let pid = line["child ".len()..].trim().parse()?;
+        Ok(Self { job: Job { pid, ..job }, seen, progress: 0 })
+    }
+
     /// Starts a Python program and waits until it is ready.
     pub(crate) fn python(host: &Host, name: &str, arguments: &[&str]) -> Result<Self> {
         let script = sources().join(format!("{name}.py")).to_string_lossy().into_owned();

@@ -91,7 +91,7 @@ impl UffdTracker {
                 };
                 let mut written = Extents::new();
                 let tracked = self.query(vma.start, vma.end, query, |r| written.insert(r.start, r.end))?;
-                self.removals.ever.overlap(vma.start, vma.end).for_each(|(s, e)| written.insert(s, e));
+                self.unreported(vma).for_each(|(s, e)| written.insert(s, e));
                 written.iter().for_each(|(s, e)| out.written.push(s, e));
                 Ok(tracked)
             }
@@ -111,7 +111,7 @@ impl UffdTracker {
                 if self.must_resend(vma, !written.is_empty()) {
                     unsure.insert(vma.start, vma.end);
                 } else {
-                    self.removals.ever.overlap(vma.start, vma.end).for_each(|(s, e)| unsure.insert(s, e));
+                    self.unreported(vma).for_each(|(s, e)| unsure.insert(s, e));
                 }
                 unsure.iter().for_each(|(s, e)| written.insert(s, e));
                 let mut left = Extents::new();
@@ -128,8 +128,14 @@ impl UffdTracker {
                 Ok(true)
             }
             VmaKind::VmaMemfdShared | VmaKind::VmaSysv => Ok(true),
-            VmaKind::VmaFileShared | VmaKind::VmaVdso | VmaKind::Invalid => Ok(true),
+            VmaKind::VmaFileShared | VmaKind::VmaVdso | VmaKind::VmaDroppable | VmaKind::Invalid => Ok(true),
         }
+    }
+
+    /// What the process has told of this mapping, and no scan reports.
+    fn unreported(&self, vma: &Vma) -> impl Iterator<Item = (u64, u64)> + '_ {
+        let (start, end) = (vma.start, vma.end);
+        self.removals.ever.overlap(start, end).chain(self.removed.overlap(start, end))
     }
 
     /// Which pages of a range are on a swap device, and not a mark of userfaultfd (in pagemap: swap type 31,
@@ -163,6 +169,8 @@ impl UffdTracker {
                 out.written.push(vma.start, vma.end);
                 return Ok(());
             }
+            // May be dropped at any time, and is now.
+            VmaKind::VmaDroppable => return Ok(()),
             VmaKind::VmaAnonShared => {
                 let runs = &mut out.written;
                 return self.object_data(vma, &whole(vma), |s, e| runs.push(s, e)).map(drop);

@@ -14,6 +14,7 @@ mod last;
 mod register;
 mod removals;
 mod uffd;
+mod wide;
 
 pub use uffd::UffdTracker;
 
@@ -36,6 +37,11 @@ pub enum TrackError {
         #[source]
         errno: Errno,
     },
+    /// The process has as many descriptors as it may have.
+    #[error(
+        "the process has no descriptor free for the moment of making a userfaultfd: its limit of open files is reached"
+    )]
+    NoDescriptor,
     /// A mapping refuses to be tracked.
     #[error("mapping {start:x}-{end:x} cannot be tracked")]
     Untrackable {

@@ -9,8 +9,9 @@ use super::TrackError;
 use super::removals::is_shared;
 use super::uffd::UffdTracker;
 use crate::engine::freeze::Frozen;
-use crate::engine::procfs::parse_maps;
-use crate::engine::remote::{Batch, RemoteCalls};
+use crate::engine::procfs::{self, parse_maps};
+use crate::engine::remote::{Batch, InjectError, RemoteCalls};
+use crate::engine::state::limits;
 use crate::engine::sys::{pagemap, pidfd, uffd};
 use crate::proto::image::Vma;
 
@@ -18,24 +19,22 @@ use crate::proto::image::Vma;
 pub(super) fn make(process: &mut Frozen, features: &[u64]) -> Result<Vec<OwnedFd>, TrackError> {
     let unsupported = |what| move |errno| TrackError::Unsupported { what, errno };
     let flags = u64::from((libc::O_CLOEXEC | libc::O_NONBLOCK).unsigned_abs()) | uffd::USER_MODE_ONLY;
-    let mut batch = Batch::new();
-    for _ in features {
-        batch.call(libc::SYS_userfaultfd, &[flags.into()]);
+    let mut theirs = ask(process, features.len(), flags, None)?;
+    if theirs.contains(&Err(Errno::EMFILE))
+        && let Some(limits) = limits::of_open_files(process.pid())
+    {
+        close(process, &theirs)?;
+        theirs = ask(process, features.len(), flags, Some(limits))?;
     }
-    let outcome = process.run(&batch)?;
-    let theirs: Vec<Result<u64, Errno>> = (0..features.len()).map(|i| outcome.ret(i)).collect();
     let pidfd = pidfd::PidFd::open(process.pid().unsigned_abs());
     let take = |number: u64| {
         let pidfd = pidfd.as_ref().map_err(|errno| *errno)?;
         pidfd::take_fd(pidfd.as_fd(), i32::try_from(number).unwrap_or(-1))
     };
     let ours: Vec<Result<OwnedFd, Errno>> = theirs.iter().flatten().map(|number| take(*number)).collect();
-    let mut close = Batch::new();
-    for number in theirs.iter().flatten() {
-        close.call(libc::SYS_close, &[(*number).into()]);
-    }
-    if !close.is_empty() {
-        process.run_all_ok("closing the userfaultfds", &close)?;
+    close(process, &theirs)?;
+    if theirs.contains(&Err(Errno::EMFILE)) {
+        return Err(TrackError::NoDescriptor);
     }
     if let Some(Err(errno)) = theirs.iter().find(|r| r.is_err()) {
         return Err(unsupported("userfaultfd(2)")(*errno));
@@ -47,6 +46,44 @@ pub(super) fn make(process: &mut Frozen, features: &[u64]) -> Result<Vec<OwnedFd
         made.push(fd);
     }
     Ok(made)
+}
+
+/// Lets the process make some userfaultfds, beyond its limit of open files for this moment if that is given, soft
+/// and hard.
+fn ask(
+    process: &mut Frozen,
+    count: usize,
+    flags: u64,
+    limits: Option<(u64, u64)>,
+) -> Result<Vec<Result<u64, Errno>>, InjectError> {
+    let mut batch = Batch::new();
+    let limit = |batch: &mut Batch, soft: u64, hard: u64| {
+        let value = batch.input(&[soft, hard].map(u64::to_ne_bytes).concat());
+        batch.call(libc::SYS_prlimit64, &[0u64.into(), libc::RLIMIT_NOFILE.into(), value, 0u64.into()]);
+    };
+    if let Some((_, hard)) = limits {
+        limit(&mut batch, hard, hard);
+    }
+    let first = batch.len();
+    for _ in 0..count {
+        batch.call(libc::SYS_userfaultfd, &[flags.into()]);
+    }
+    if let Some((soft, hard)) = limits {
+        limit(&mut batch, soft, hard);
+    }
+    let outcome = process.run(&batch)?;
+    Ok((first..first + count).map(|at| outcome.ret(at)).collect())
+}
+
+fn close(process: &mut Frozen, numbers: &[Result<u64, Errno>]) -> Result<(), InjectError> {
+    let mut batch = Batch::new();
+    for number in numbers.iter().flatten() {
+        batch.call(libc::SYS_close, &[(*number).into()]);
+    }
+    if !batch.is_empty() {
+        process.run_all_ok("closing the userfaultfds", &batch)?;
+    }
+    Ok(())
 }
 
 impl UffdTracker {
@@ -99,7 +136,7 @@ impl UffdTracker {
 
     /// Whether the process still has a mapping with these borders.
     pub(super) fn still_maps(&self, vma: &Vma) -> bool {
-        let text = std::fs::read(format!("/proc/{}/maps", self.pid)).unwrap_or_default();
+        let text = procfs::read(format!("/proc/{}/maps", self.pid)).unwrap_or_default();
         let maps = parse_maps(&text).unwrap_or_default();
         maps.iter().any(|m| m.start == vma.start && m.end == vma.end)
     }

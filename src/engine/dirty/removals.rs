@@ -1,10 +1,11 @@
-//! Where the process gives shared memory up (MADV_REMOVE): a page that it reads again there is a new one, full
-//! of zeros, that no scan reports.
+//! What happens to shared memory that no scan reports: where the process gives some up (MADV_REMOVE), a page
+//! that it reads again is a new one, full of zeros; and where it maps some a second time (mremap with an old
+//! size of 0, or MREMAP_DONTUNMAP), it can store through that mapping, and unmap it before it was ever looked at.
 //!
-//! Shared mappings are registered with a userfaultfd of their own, which tells of it before it happens
-//! (UFFD_EVENT_REMOVE, userfaultfd(2)) and lets the thread wait until the message is read. That is done by a
-//! thread of ours at once; if we die, the kernel lets all go on. Private mappings are not part of this: there
-//! MADV_DONTNEED is frequent, and the page tables show what is gone.
+//! Shared mappings are registered with a userfaultfd of their own, which tells of both (UFFD_EVENT_REMOVE,
+//! before it happens, and UFFD_EVENT_REMAP; userfaultfd(2)) and lets the thread wait until the message is read.
+//! That is done by a thread of ours at once; if we die, the kernel lets all go on. Private mappings are not part
+//! of this: there MADV_DONTNEED is frequent, and the page tables show what is gone.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -27,15 +28,38 @@ pub(super) struct Removals {
     uffd: Arc<OwnedFd>,
     /// What was told since the last look. Held while a message is read: whoever has told of something and goes
     /// on, has it in here.
-    told: Arc<Mutex<Extents>>,
+    told: Arc<Mutex<Told>>,
     stop: Arc<EventFd>,
     reader: Option<JoinHandle<()>>,
-    /// Told by the look before the last one: the page may have been read before it was given up.
+    /// Told by the look before the last one: the page may have been read before it was given up, or stored to
+    /// since, through a mapping that no map has shown.
     before: Extents,
-    /// Since the beginning.
+    /// What was given up since the beginning.
     pub(super) ever: Extents,
     /// Where objects were mapped at the last look.
     views: Vec<View>,
+}
+
+/// What the process has told.
+#[derive(Debug, Default)]
+struct Told {
+    gone: Extents,
+    /// Pages of mappings that were mapped a second time; or moved, and if they are still where they were
+    /// (MREMAP_DONTUNMAP), that is the same.
+    doubled: Extents,
+    moved: Extents,
+    /// Where they are now. The kernel keeps such a mapping registered, and its marks; but nobody has seen what it
+    /// holds there.
+    arrived: Extents,
+}
+
+/// What is to be sent again although no scan may report it.
+#[derive(Debug)]
+pub(super) struct Again {
+    /// As addresses in all places where its object is mapped.
+    pub(super) removed: Extents,
+    /// Mappings that came to where they are, as far as is known of their addresses: to be taken for new.
+    pub(super) arrived: Extents,
 }
 
 /// A place where a shared object is mapped.
@@ -64,7 +88,7 @@ impl Removals {
         let own = |errno: Errno| TrackError::Unsupported { what: "eventfd(2)", errno };
         let uffd = Arc::new(uffd);
         let stop = Arc::new(EventFd::from_flags(EfdFlags::EFD_CLOEXEC).map_err(own)?);
-        let told = Arc::new(Mutex::new(Extents::new()));
+        let told = Arc::new(Mutex::new(Told::default()));
         let work = {
             let (uffd, stop, told) = (uffd.clone(), stop.clone(), told.clone());
             move || read_all(&uffd, &stop, &told)
@@ -79,13 +103,13 @@ impl Removals {
         self.uffd.as_fd()
     }
 
-    /// Before a scan: what is to be sent again although no scan may report it, as addresses in all places where
-    /// its object is mapped.
-    pub(super) fn look(&mut self, layout: &Layout) -> Extents {
-        let told = std::mem::take(&mut *self.told.lock().unwrap_or_else(PoisonError::into_inner));
+    /// To be called before a scan.
+    pub(super) fn look(&mut self, layout: &Layout) -> Again {
+        let Told { gone, mut doubled, moved, arrived } =
+            std::mem::take(&mut *self.told.lock().unwrap_or_else(PoisonError::into_inner));
         let views: Vec<View> = layout.vmas.iter().filter_map(View::of).collect();
         let mut everywhere = Extents::new();
-        for (start, end) in told.iter() {
+        for (start, end) in gone.iter() {
             // Where it was told may be mapped no more, or be another object by now.
             for from in self.views.iter().chain(&views) {
                 let (start, end) = (start.max(from.start), end.min(from.end));
@@ -96,13 +120,23 @@ impl Removals {
                 }
             }
         }
-        self.views = views;
-        let mut again = std::mem::replace(&mut self.before, everywhere.clone());
-        for (start, end) in everywhere.iter() {
-            again.insert(start, end);
-            self.ever.insert(start, end);
+        everywhere.iter().for_each(|(start, end)| self.ever.insert(start, end));
+        for (start, end) in moved.iter() {
+            let at = |v: &&View| start < v.end && v.start < end;
+            let was = self.views.iter().find(at).map(|v| v.inode);
+            if views.iter().find(at).is_some_and(|v| Some(v.inode) == was) {
+                doubled.insert(start, end);
+            }
         }
-        again
+        for (start, end) in doubled.iter() {
+            for from in self.views.iter().chain(&views).filter(|v| start < v.end && v.start < end) {
+                insert_views(&views, from.inode, 0, u64::MAX, &mut everywhere);
+            }
+        }
+        self.views = views;
+        let mut removed = std::mem::replace(&mut self.before, everywhere.clone());
+        everywhere.iter().for_each(|(start, end)| removed.insert(start, end));
+        Again { removed, arrived }
     }
 }
 
@@ -127,7 +161,7 @@ impl Drop for Removals {
     }
 }
 
-fn read_all(uffd: &OwnedFd, stop: &EventFd, told: &Mutex<Extents>) {
+fn read_all(uffd: &OwnedFd, stop: &EventFd, told: &Mutex<Told>) {
     loop {
         let mut ready =
             [PollFd::new(uffd.as_fd(), PollFlags::POLLIN), PollFd::new(stop.as_fd(), PollFlags::POLLIN)];
@@ -142,7 +176,12 @@ fn read_all(uffd: &OwnedFd, stop: &EventFd, told: &Mutex<Extents>) {
         loop {
             match uffd::read_message(uffd.as_fd()) {
                 Ok(Message::Remove { start, end }) => {
-                    told.insert(start & !(PAGE_BYTES - 1), end.next_multiple_of(PAGE_BYTES));
+                    told.gone.insert(start & !(PAGE_BYTES - 1), end.next_multiple_of(PAGE_BYTES));
+                }
+                Ok(Message::Remap { from, to, len }) => {
+                    told.arrived.insert(to, to.saturating_add(len.max(PAGE_BYTES)));
+                    let list = if len == 0 { &mut told.doubled } else { &mut told.moved };
+                    list.insert(from, from + PAGE_BYTES);
                 }
                 Ok(other) => tracing::debug!(?other, "not a removal"),
                 Err(Errno::EAGAIN) => break,

@@ -8,8 +8,8 @@ use std::os::unix::fs::MetadataExt;
 use nix::errno::Errno;
 
 use super::last::Final;
-use super::removals::{Removals, is_shared};
-use super::{FinalScan, TrackError, Tracker, register};
+use super::removals::{Again, Removals, is_shared};
+use super::{FinalScan, TrackError, Tracker, register, wide};
 use crate::engine::extents::Extents;
 use crate::engine::freeze::Frozen;
 use crate::engine::memory::PAGE_BYTES;
@@ -34,7 +34,7 @@ pub struct UffdTracker {
     /// Shared mappings are registered here.
     pub(super) removals: Removals,
     /// What is to be sent again, by the last look at the removals.
-    removed: Extents,
+    pub(super) removed: Extents,
     /// Plain shared memory by inode.
     shared: HashMap<u64, Shared>,
 }
@@ -65,8 +65,11 @@ impl UffdTracker {
         let pid = process.pid();
         let features =
             uffd::FEATURE_WP_ASYNC | uffd::FEATURE_WP_UNPOPULATED | uffd::FEATURE_WP_HUGETLBFS_SHMEM;
-        let mut made =
-            register::make(process, &[features, features | uffd::FEATURE_EVENT_REMOVE])?.into_iter();
+        let mut made = register::make(
+            process,
+            &[features, features | uffd::FEATURE_EVENT_REMOVE | uffd::FEATURE_EVENT_REMAP],
+        )?
+        .into_iter();
         let (Some(ours), Some(of_shared)) = (made.next(), made.next()) else {
             return Err(TrackError::Unsupported { what: "userfaultfd(2)", errno: Errno::EMFILE });
         };
@@ -95,23 +98,19 @@ impl UffdTracker {
         start: u64,
         end: u64,
         query: Query,
-        mut each: impl FnMut(PageRegion),
+        each: impl FnMut(PageRegion),
     ) -> Result<bool, TrackError> {
-        let mut at = start;
-        while at < end {
-            match pagemap::scan(self.pagemap.as_fd(), at, end, query, &mut self.found) {
-                Ok((count, walked_to)) => {
-                    self.found.iter().take(count).for_each(|r| each(*r));
-                    if walked_to <= at {
-                        break;
-                    }
-                    at = walked_to;
-                }
-                Err(Errno::EPERM) => return Ok(false),
-                Err(errno) => return Err(TrackError::Scan { start, end, errno }),
-            }
+        let done = if query.flags & pagemap::WP_MATCHING == 0 && wide::is_worth(start, end) {
+            wide::scan(&self.pagemap, (start, end), query, FOUND_REGIONS)
+                .map(|found| found.into_iter().for_each(each))
+        } else {
+            pagemap::scan_all(self.pagemap.as_fd(), start, end, query, &mut self.found, each)
+        };
+        match done {
+            Ok(()) => Ok(true),
+            Err(Errno::EPERM) => Ok(false),
+            Err(errno) => Err(TrackError::Scan { start, end, errno }),
         }
-        Ok(true)
     }
 
     /// The query of a round for this kind of mapping; `None`: its contents are not ours to send.
@@ -142,7 +141,7 @@ impl UffdTracker {
             VmaKind::VmaAnonShared | VmaKind::VmaMemfdShared | VmaKind::VmaSysv => {
                 Some(Query { flags, all: pagemap::WRITTEN, report: pagemap::WRITTEN, ..Query::default() })
             }
-            VmaKind::VmaFileShared | VmaKind::VmaVdso | VmaKind::Invalid => None,
+            VmaKind::VmaFileShared | VmaKind::VmaVdso | VmaKind::VmaDroppable | VmaKind::Invalid => None,
         }
     }
 
@@ -198,7 +197,10 @@ impl UffdTracker {
     /// Before a scan, so that what comes later is found by the next one: what was given up, and which objects
     /// of plain shared memory were changed.
     fn look_at_shared(&mut self, layout: &Layout) {
-        self.removed = self.removals.look(layout);
+        let Again { removed, arrived } = self.removals.look(layout);
+        self.removed = removed;
+        // Stays until a mapping there is met: this map may be older.
+        arrived.iter().for_each(|(s, e)| self.owed.insert(s, e));
         for shared in self.shared.values_mut() {
             shared.was_stored = std::mem::take(&mut shared.is_stored);
         }

@@ -7,13 +7,16 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use nix::errno::Errno;
 use nix::sys::socket::SockProtocol;
 
-use super::Connection;
+use super::{Connection, Locked, Unfinished};
 use crate::engine::sys::netlink::{Netlink, attributes, u32_at};
 
 const SOCK_DIAG_BY_FAMILY: u16 = 20;
 /// Bytes of `struct inet_diag_req_v2` and `struct inet_diag_msg`.
 const REQUEST_BYTES: usize = 56;
 const ANSWER_BYTES: usize = 72;
+/// `INET_DIAG_INFO`, to be asked for: a `struct tcp_info`, and where that has `tcpi_notsent_bytes`.
+const INFO: u16 = 2;
+const NOT_SENT: usize = 144;
 /// `INET_DIAG_SKV6ONLY`.
 const V6ONLY: u16 = 11;
 
@@ -33,6 +36,9 @@ const OPEN: [u32; 6] = [ESTABLISHED, FIN_WAIT1, FIN_WAIT2, CLOSE_WAIT, LAST_ACK,
 /// What a connection can be in that nobody has accepted.
 const UNACCEPTED: [u32; 3] = [ESTABLISHED, SYN_RECEIVED, CLOSE_WAIT];
 
+/// What a connection can be in that its process has closed, and whose peer has not got everything.
+const UNFINISHED_ENDS: [u32; 3] = [FIN_WAIT1, LAST_ACK, CLOSING];
+
 /// One line of the kernel's list.
 struct Socket {
     state: u32,
@@ -40,6 +46,10 @@ struct Socket {
     repeated: u8,
     local: SocketAddr,
     remote: SocketAddr,
+    /// Bytes that the peer has not acknowledged, an end among them.
+    unacknowledged: u32,
+    /// Those of them that were not even sent yet, if that was asked for.
+    unsent: Option<u32>,
     /// 0: no process has it, for it waits to be accepted, or was closed and is on its way out.
     inode: u64,
     v6only: bool,
@@ -56,16 +66,19 @@ impl Socket {
         [Some(local), everywhere].into_iter().flatten().map(|local| Connection { local, remote: None })
     }
 
-    /// Whether it is one that waits to be accepted at one of these places, or will.
-    fn is_unaccepted_at(&self, places: &HashSet<SocketAddr>) -> bool {
+    /// Whether its local end is one of these places, or its port is one of all addresses.
+    fn is_at(&self, places: &HashSet<SocketAddr>) -> bool {
         let local = canonical(self.local);
         let everywhere: IpAddr = match local {
             SocketAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
             SocketAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
         };
-        self.inode == 0
-            && UNACCEPTED.contains(&self.state)
-            && (places.contains(&local) || places.contains(&SocketAddr::new(everywhere, local.port())))
+        places.contains(&local) || places.contains(&SocketAddr::new(everywhere, local.port()))
+    }
+
+    /// Whether it is one that waits to be accepted at one of these places, or will.
+    fn is_unaccepted_at(&self, places: &HashSet<SocketAddr>) -> bool {
+        self.inode == 0 && UNACCEPTED.contains(&self.state) && self.is_at(places)
     }
 
     fn connection(&self) -> Connection {
@@ -88,27 +101,79 @@ pub(super) fn listeners(inodes: &HashSet<u64>) -> Result<Vec<Connection>, Errno>
     Ok(found)
 }
 
-/// The connections of these sockets, and those that nobody has accepted at the places of `listeners`.
-pub(super) fn connections(inodes: &HashSet<u64>, listeners: &[Connection]) -> Result<Vec<Connection>, Errno> {
+/// The connections of these sockets, and those that nobody has accepted at the places of `listeners`; and the local
+/// ends of the connections that other processes have.
+pub(super) fn connections(
+    inodes: &HashSet<u64>,
+    listeners: &[Connection],
+) -> Result<(Locked, HashSet<SocketAddr>), Errno> {
     let places: HashSet<SocketAddr> = listeners.iter().map(|l| l.local).collect();
-    let mut found = Vec::new();
+    let (mut found, mut others) = (Locked::default(), HashSet::new());
     list(&CONNECTED, &mut |socket| {
-        if inodes.contains(&socket.inode) || socket.is_unaccepted_at(&places) {
-            found.push(socket.connection());
+        let unaccepted = socket.is_unaccepted_at(&places);
+        if unaccepted || inodes.contains(&socket.inode) {
+            found.all.push(socket.connection());
+            if unaccepted && socket.state != SYN_RECEIVED {
+                found.queued.push(socket.connection());
+            }
+        } else if socket.inode != 0 {
+            others.insert(canonical(socket.local));
+        }
+    })?;
+    Ok((found, others))
+}
+
+/// Those of `ends` with which this host has connections that are none of `known`.
+pub(super) fn others_at(
+    ends: &HashSet<SocketAddr>,
+    known: &[Connection],
+) -> Result<HashSet<SocketAddr>, Errno> {
+    let known: HashSet<&Connection> = known.iter().collect();
+    let mut found = HashSet::new();
+    let ports: HashSet<u16> = ends.iter().map(SocketAddr::port).collect();
+    for port in ports {
+        list_at(port, &CONNECTED, false, &mut |socket| {
+            let connection = socket.connection();
+            if socket.inode != 0 && ends.contains(&connection.local) && !known.contains(&connection) {
+                found.insert(connection.local);
+            }
+        })?;
+    }
+    Ok(found)
+}
+
+/// How many connections nobody has accepted at these places, but for handshakes that seem to be left.
+pub(super) fn unfinished(listeners: &[Connection]) -> Result<Unfinished, Errno> {
+    let places: HashSet<SocketAddr> = listeners.iter().map(|l| l.local).collect();
+    let mut found = Unfinished::default();
+    list(&UNACCEPTED, &mut |socket| {
+        if !socket.is_unaccepted_at(&places) {
+        } else if socket.state != SYN_RECEIVED {
+            found.queued += 1;
+        } else if socket.repeated == 0 {
+            found.half_open += 1;
         }
     })?;
     Ok(found)
 }
 
-/// How many connections nobody has accepted at these places, but for handshakes that seem to be left.
-pub(super) fn unfinished(listeners: &[Connection]) -> Result<usize, Errno> {
-    let places: HashSet<SocketAddr> = listeners.iter().map(|l| l.local).collect();
-    let mut count = 0;
-    list(&UNACCEPTED, &mut |socket| {
-        let left = socket.state == SYN_RECEIVED && socket.repeated > 0;
-        count += usize::from(!left && socket.is_unaccepted_at(&places));
+/// Connections that no process has any more, and whose peers have not got everything: those of these local addresses,
+/// and those at these places. With each how many bytes are left, whether some were never sent, and how often its last
+/// segment was sent again.
+pub(super) fn closed(
+    ips: &HashSet<IpAddr>,
+    places: &HashSet<SocketAddr>,
+) -> Result<Vec<(Connection, u32, bool, u8)>, Errno> {
+    let mut found = Vec::new();
+    list_at(0, &UNFINISHED_ENDS, true, &mut |socket| {
+        let connection = socket.connection();
+        let ip = connection.local.ip();
+        if socket.inode == 0 && !ip.is_loopback() && (ips.contains(&ip) || socket.is_at(places)) {
+            let unsent = socket.unsent.unwrap_or(socket.unacknowledged) != 0;
+            found.push((connection, socket.unacknowledged, unsent, socket.repeated));
+        }
     })?;
-    Ok(count)
+    Ok(found)
 }
 
 /// Those of `wanted` that a segment reaches, by whichever device it comes.
@@ -131,11 +196,20 @@ fn canonical(address: SocketAddr) -> SocketAddr {
 }
 
 fn list(states: &[u32], take: &mut dyn FnMut(Socket)) -> Result<(), Errno> {
+    list_at(0, states, false, take)
+}
+
+/// Only those with this local port, unless it is 0. The host may have a hundred times as many others. `info`: with
+/// what costs more to tell.
+fn list_at(port: u16, states: &[u32], info: bool, take: &mut dyn FnMut(Socket)) -> Result<(), Errno> {
     let mut netlink = Netlink::open_for(SockProtocol::NetlinkSockDiag)?;
     let wanted = states.iter().fold(0u32, |all, state| all | 1 << state);
     for family in [libc::AF_INET, libc::AF_INET6] {
-        let mut request = vec![u8::try_from(family).unwrap_or(0), 6, 0, 0];
+        let extensions = u8::from(info) << (INFO - 1);
+        let mut request = vec![u8::try_from(family).unwrap_or(0), 6, extensions, 0];
         request.extend(wanted.to_ne_bytes());
+        // struct inet_diag_sockid begins with the local port.
+        request.extend(port.to_be_bytes());
         request.resize(REQUEST_BYTES, 0);
         netlink.for_each(SOCK_DIAG_BY_FAMILY, &request, &mut |answer| {
             if let Some(socket) = parse(answer) {
@@ -146,8 +220,8 @@ fn list(states: &[u32], take: &mut dyn FnMut(Socket)) -> Result<(), Errno> {
     Ok(())
 }
 
-/// struct inet_diag_msg: family, state, timer, retransmits; ports and addresses, device, cookie; expiry, two queues, user,
-/// inode; then attributes.
+/// struct inet_diag_msg: family, state, timer, retransmits; ports and addresses, device, cookie; expiry, two
+/// queues, user, inode; then attributes.
 fn parse(answer: &[u8]) -> Option<Socket> {
     let v6 = i32::from(*answer.first()?) == libc::AF_INET6;
     let state = u32::from(*answer.get(1)?);
@@ -163,8 +237,15 @@ fn parse(answer: &[u8]) -> Option<Socket> {
     };
     let (local, remote) = (end(4, 8)?, end(6, 24)?);
     let device = u32_at(answer, 40)?;
+    let unacknowledged = u32_at(answer, 60)?;
     let inode = u64::from(u32_at(answer, 68)?);
-    let v6only = attributes(answer.get(ANSWER_BYTES..)?)
-        .any(|(kind, value)| kind == V6ONLY && value.first().is_some_and(|on| *on != 0));
-    Some(Socket { state, repeated, local, remote, inode, v6only, device })
+    let (mut v6only, mut unsent) = (false, None);
+    for (kind, value) in attributes(answer.get(ANSWER_BYTES..)?) {
+        match kind {
+            V6ONLY => v6only = value.first().is_some_and(|on| *on != 0),
+            INFO => unsent = u32_at(value, NOT_SENT),
+            _ => {}
+        }
+    }
+    Some(Socket { state, repeated, local, remote, unacknowledged, unsent, inode, v6only, device })
 }

@@ -14,13 +14,19 @@ pub fn of_image(files: &Files) -> Vec<Connection> {
     for description in &files.descriptions {
         match &description.kind {
             Some(Kind::Tcp(socket)) => found.extend(listener(socket)),
-            Some(Kind::TcpConnection(socket)) => found.extend(connection(socket)),
+            Some(Kind::TcpConnection(socket)) => found.extend(connection_of(socket)),
             _ => {}
         }
     }
+    found.extend(files.queued.iter().filter_map(connection_of));
     found.sort_unstable();
     found.dedup();
     found
+}
+
+/// Those that wait to be accepted by the process.
+pub fn queued_in_image(files: &Files) -> Vec<Connection> {
+    files.queued.iter().filter_map(connection_of).collect()
 }
 
 /// One that listens on all addresses of both versions of IP is there twice.
@@ -39,7 +45,8 @@ fn listener(image: &TcpSocket) -> Vec<Connection> {
     found
 }
 
-fn connection(image: &TcpConnection) -> Option<Connection> {
+/// The two ends of a connection; `None` if they make no sense.
+pub fn connection_of(image: &TcpConnection) -> Option<Connection> {
     let remote = Some(end_of(&image.remote, image.remote_port)?);
     Some(Connection { local: end_of(&image.local, image.local_port)?, remote })
 }
@@ -86,7 +93,7 @@ mod tests {
             remote_port: 1234,
             ..TcpConnection::default()
         };
-        let locked_connection = connection(&image).unwrap();
+        let locked_connection = connection_of(&image).unwrap();
         assert_eq!(locked_connection.local.to_string(), "10.0.0.1:80");
         assert_eq!(locked_connection.remote.unwrap().to_string(), "10.0.0.2:1234");
         assert_eq!(locked(TcpSocket { listening: true, port: 1 << 20, ..TcpSocket::default() }), [""; 0]);

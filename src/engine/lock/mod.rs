@@ -11,9 +11,11 @@
 mod diag;
 mod image;
 mod nft;
+mod orphans;
 #[cfg(test)]
 #[allow(clippy::unwrap_used, clippy::expect_used)]
 mod tests;
+mod whole;
 
 use std::collections::HashSet;
 use std::net::SocketAddr;
@@ -22,7 +24,8 @@ use std::os::fd::{AsFd, BorrowedFd};
 use nix::errno::Errno;
 use nix::sys::socket::SockProtocol;
 
-pub use image::of_image;
+pub use image::{connection_of, of_image, queued_in_image};
+pub use orphans::{Concerned, Orphan};
 
 use crate::engine::reason::Reason;
 use crate::engine::remote::Tid;
@@ -34,6 +37,10 @@ const BATCH_BYTES: usize = 4 << 20;
 /// Most connections that one lock takes: a process has no more descriptors.
 const MAX_CONNECTIONS: usize = 1 << 20;
 
+/// Packets with this mark, in these bits of theirs, pass every lock: we have put them in ourselves.
+pub(in crate::engine) const OUR_MARK: u32 = 0x6d51_0000;
+const OUR_MARK_BITS: u32 = 0xffff_0000;
+
 /// A connection to lock, or a place where the process listens.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Connection {
@@ -41,6 +48,24 @@ pub struct Connection {
     pub local: SocketAddr,
     /// The other end; none for a listening socket.
     pub remote: Option<SocketAddr>,
+}
+
+/// What a stopped process has by its sockets.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Locked {
+    /// Where it listens, its connections, and those on their way to it that it has not accepted.
+    pub all: Vec<Connection>,
+    /// Those among them that only wait to be accepted.
+    pub queued: Vec<Connection>,
+}
+
+/// Connections that are not the process's yet, but will be.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Unfinished {
+    /// Their handshake goes on. One whose answer had to be repeated is not counted: its peer is most likely gone.
+    pub half_open: usize,
+    /// They wait to be accepted.
+    pub queued: usize,
 }
 
 /// Why connections could not be locked.
@@ -100,23 +125,33 @@ impl Lock {
     /// # Errors
     /// If there are too many, or the kernel refuses; then none of them is locked.
     pub fn close_on(&mut self, connections: &[Connection]) -> Result<(), LockError> {
+        let mut whole = whole::crowded(connections);
+        if !whole.is_empty() {
+            let others = diag::others_at(&whole, connections).map_err(LockError::List)?;
+            whole.retain(|local| !others.contains(local));
+        }
+        self.close(connections, &whole)
+    }
+
+    /// The local ends in `whole` are locked whatever the other end is.
+    fn close(&mut self, connections: &[Connection], whole: &HashSet<SocketAddr>) -> Result<(), LockError> {
         if connections.len() > MAX_CONNECTIONS {
             return Err(LockError::TooMany(connections.len()));
         }
-        self.transact(&nft::add(&self.name, connections))
+        self.transact(&nft::add(&self.name, connections, whole))
             .map_err(|errno| LockError::Table { step: "closing", errno })
     }
 
-    /// Locks everything that a stopped process has by these sockets: where it listens, its connections, and
-    /// those on their way to it that it has not accepted. Returns it all.
+    /// Locks everything that a stopped process has by these sockets. Returns it all.
     ///
     /// # Errors
     /// If the sockets cannot be listed, or not locked.
-    pub fn close_on_process(&mut self, inodes: &HashSet<u64>) -> Result<Vec<Connection>, LockError> {
+    pub fn close_on_process(&mut self, inodes: &HashSet<u64>) -> Result<Locked, LockError> {
         // In this order no new connection can begin after the list of connections was made.
-        let mut all = self.close_on_listeners(inodes)?;
-        all.extend(self.close_on_connections(inodes, &all)?);
-        Ok(all)
+        let listeners = self.close_on_listeners(inodes)?;
+        let mut locked = self.close_on_connections(inodes, &listeners)?;
+        locked.all.extend(listeners);
+        Ok(locked)
     }
 
     /// The first half of [`Lock::close_on_process`]: nobody can begin a connection any more. Returns where these
@@ -138,10 +173,12 @@ impl Lock {
         &mut self,
         inodes: &HashSet<u64>,
         listeners: &[Connection],
-    ) -> Result<Vec<Connection>, LockError> {
-        let connections = diag::connections(inodes, listeners).map_err(LockError::List)?;
-        self.close_on(&connections)?;
-        Ok(connections)
+    ) -> Result<Locked, LockError> {
+        let (locked, others) = diag::connections(inodes, listeners).map_err(LockError::List)?;
+        let mut whole = whole::crowded(&locked.all);
+        whole.retain(|local| !others.contains(local));
+        self.close(&locked.all, &whole)?;
+        Ok(locked)
     }
 
     /// Lets everything pass again, at once. The table is left to go with the socket, because removing chains
@@ -151,6 +188,16 @@ impl Lock {
     /// If the kernel refuses.
     pub fn release(&mut self) -> Result<(), LockError> {
         self.transact(&nft::clear(&self.name)).map_err(|errno| LockError::Table { step: "lifting", errno })
+    }
+
+    /// Lets everything pass but what comes for the connections among `kept`, and requests for new ones where they listen.
+    /// What these connections have to say passes.
+    ///
+    /// # Errors
+    /// If the kernel refuses; then everything is as it was.
+    pub fn release_but(&mut self, kept: &[Connection]) -> Result<(), LockError> {
+        let messages = [nft::clear(&self.name), nft::deafen(&self.name, kept)].concat();
+        self.transact(&messages).map_err(|errno| LockError::Table { step: "lifting", errno })
     }
 
     /// Removes the table, although others may hold the socket still.
@@ -218,8 +265,8 @@ pub fn missing_here() -> Option<Reason> {
 /// If the kernel does not tell.
 pub fn connections(inodes: &HashSet<u64>) -> Result<Vec<Connection>, LockError> {
     let mut all = diag::listeners(inodes).map_err(LockError::List)?;
-    let connections = diag::connections(inodes, &all).map_err(LockError::List)?;
-    all.extend(connections);
+    let (locked, _) = diag::connections(inodes, &all).map_err(LockError::List)?;
+    all.extend(locked.all);
     Ok(all)
 }
 
@@ -231,12 +278,11 @@ pub fn listeners(inodes: &HashSet<u64>) -> Result<Vec<Connection>, LockError> {
     diag::listeners(inodes).map_err(LockError::List)
 }
 
-/// How many connections to these places are not the process's yet, but will be: their handshake goes on, or they wait
-/// to be accepted. A handshake whose answer had to be repeated is not counted: its peer is most likely gone.
+/// How many connections to these places are not the process's yet, but will be.
 ///
 /// # Errors
 /// If the kernel does not tell.
-pub fn unfinished(places: &[Connection]) -> Result<usize, LockError> {
+pub fn unfinished(places: &[Connection]) -> Result<Unfinished, LockError> {
     diag::unfinished(places).map_err(LockError::List)
 }
 

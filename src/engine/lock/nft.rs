@@ -1,13 +1,13 @@
 //! The lock's table in the words of nf_tables: chains, sets, rules, elements as netlink messages.
 //!
-//! One table of family inet, for IPv4 and IPv6 alike. For each of them three sets: connections, places that
-//! listen, ports that listen everywhere. The rules never change; locking is adding to the sets, which costs
-//! the kernel little.
+//! One table of family inet, for IPv4 and IPv6 alike. For each of them five sets: connections, local ends of which
+//! all connections are meant, places that listen, ports that listen everywhere, and connections that hear nothing but
+//! may speak. The rules never change; locking is adding to the sets, which costs the kernel little.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::net::SocketAddr;
 
-use super::Connection;
+use super::{Connection, OUR_MARK, OUR_MARK_BITS};
 use crate::engine::address::octets;
 use crate::engine::sys::netlink::{Body, push_attribute, push_nested};
 
@@ -27,6 +27,8 @@ const DELETE_ELEMENTS: u16 = SUBSYSTEM << 8 | 14;
 const FAMILY_INET: u8 = 1;
 const NLM_F_CREATE: u16 = 0x400;
 const NLM_F_EXCL: u16 = 0x200;
+/// After the rules that are there.
+const NLM_F_APPEND: u16 = 0x800;
 /// `NFT_TABLE_F_OWNER`: only this socket may change the table, and it goes with the socket.
 const OWNED: u32 = 2;
 
@@ -69,6 +71,8 @@ struct Version {
     destination: u32,
     /// Names of the sets.
     connections: &'static str,
+    hearing: &'static str,
+    ends: &'static str,
     places: &'static str,
     ports: &'static str,
 }
@@ -79,6 +83,8 @@ const V4: Version = Version {
     source: 12,
     destination: 16,
     connections: "connections4",
+    hearing: "hearing4",
+    ends: "ends4",
     places: "listening4",
     ports: "ports4",
 };
@@ -88,6 +94,8 @@ const V6: Version = Version {
     source: 8,
     destination: 24,
     connections: "connections6",
+    hearing: "hearing6",
+    ends: "ends6",
     places: "listening6",
     ports: "ports6",
 };
@@ -120,6 +128,8 @@ pub(super) fn create(name: &str) -> Vec<Message> {
     for version in [V4, V6] {
         for (set, key_bytes) in [
             (version.connections, 2 * (version.address_bytes + 4)),
+            (version.hearing, 2 * (version.address_bytes + 4)),
+            (version.ends, version.address_bytes + 4),
             (version.places, version.address_bytes + 4),
             (version.ports, 4),
         ] {
@@ -129,22 +139,29 @@ pub(super) fn create(name: &str) -> Vec<Message> {
     }
     for hook in &HOOKS {
         messages.push((NEW_CHAIN, NLM_F_CREATE, new_chain(name, hook)));
+        if hook.incoming {
+            messages.push(new_rule(name, hook, ours()));
+        }
         for version in [V4, V6] {
-            let mut rules = vec![connections(&version, hook.incoming)];
+            let set = version.connections;
+            let mut rules = vec![connections(&version, hook.incoming, set), ends(&version, hook.incoming)];
             if hook.incoming {
+                rules.push(connections(&version, true, version.hearing));
                 rules.push(listening(&version, true));
                 rules.push(listening(&version, false));
             }
-            for rule in rules {
-                let mut message = body();
-                push_name(&mut message, 1, name);
-                push_name(&mut message, 2, hook.name);
-                push_nested(&mut message, 4, |out| out.extend(rule.0));
-                messages.push((NEW_RULE, NLM_F_CREATE, message));
-            }
+            messages.extend(rules.into_iter().map(|rule| new_rule(name, hook, rule)));
         }
     }
     messages
+}
+
+fn new_rule(table: &str, hook: &Hook, rule: Rule) -> Message {
+    let mut message = body();
+    push_name(&mut message, 1, table);
+    push_name(&mut message, 2, hook.name);
+    push_nested(&mut message, 4, |out| out.extend(rule.0));
+    (NEW_RULE, NLM_F_CREATE | NLM_F_APPEND, message)
 }
 
 /// Removes the table with all there is in it.
@@ -176,8 +193,18 @@ fn new_chain(table: &str, hook: &Hook) -> Body {
     message
 }
 
-/// Packets of connections that are locked. The key is the local end, then the remote one.
-fn connections(version: &Version, incoming: bool) -> Rule {
+/// What we put in ourselves passes.
+fn ours() -> Rule {
+    const MARK: u32 = 3;
+    Rule(Vec::new())
+        .meta(MARK)
+        .mask(REGISTER, &OUR_MARK_BITS.to_ne_bytes())
+        .equals(REGISTER, &OUR_MARK.to_ne_bytes())
+        .verdict(ACCEPT)
+}
+
+/// Packets of the connections in a set. The key is the local end, then the remote one.
+fn connections(version: &Version, incoming: bool, set: &str) -> Rule {
     let (local, remote) = if incoming {
         ((version.destination, DESTINATION_PORT), (version.source, SOURCE_PORT))
     } else {
@@ -189,26 +216,37 @@ fn connections(version: &Version, incoming: bool) -> Rule {
         .load(TRANSPORT_HEADER, local.1, PORT_BYTES, REGISTER + words)
         .load(NETWORK_HEADER, remote.0, version.address_bytes, REGISTER + words + 1)
         .load(TRANSPORT_HEADER, remote.1, PORT_BYTES, REGISTER + 2 * words + 1)
-        .found_in(version.connections)
-        .drop()
+        .found_in(set)
+        .verdict(DROP)
+}
+
+/// Packets of all connections that have a local end.
+fn ends(version: &Version, incoming: bool) -> Rule {
+    let local =
+        if incoming { (version.destination, DESTINATION_PORT) } else { (version.source, SOURCE_PORT) };
+    Rule::for_tcp(version)
+        .load(NETWORK_HEADER, local.0, version.address_bytes, REGISTER)
+        .load(TRANSPORT_HEADER, local.1, PORT_BYTES, REGISTER + version.address_bytes / 4)
+        .found_in(version.ends)
+        .verdict(DROP)
 }
 
 /// Requests for new connections (SYN without ACK).
 fn listening(version: &Version, at_address: bool) -> Rule {
     let rule = Rule::for_tcp(version)
         .load(TRANSPORT_HEADER, TCP_FLAGS, 1, REGISTER)
-        .mask(REGISTER, SYN | ACK)
-        .equals(REGISTER, SYN);
+        .mask(REGISTER, &[SYN | ACK])
+        .equals(REGISTER, &[SYN]);
     if !at_address {
         return rule
             .load(TRANSPORT_HEADER, DESTINATION_PORT, PORT_BYTES, REGISTER)
             .found_in(version.ports)
-            .drop();
+            .verdict(DROP);
     }
     rule.load(NETWORK_HEADER, version.destination, version.address_bytes, REGISTER)
         .load(TRANSPORT_HEADER, DESTINATION_PORT, PORT_BYTES, REGISTER + version.address_bytes / 4)
         .found_in(version.places)
-        .drop()
+        .verdict(DROP)
 }
 
 const NETWORK_HEADER: u32 = 1;
@@ -232,9 +270,9 @@ impl Rule {
         const TCP: u8 = 6;
         Self(Vec::new())
             .meta(PROTOCOL_FAMILY)
-            .equals(REGISTER, version.number)
+            .equals(REGISTER, &[version.number])
             .meta(TRANSPORT_PROTOCOL)
-            .equals(REGISTER, TCP)
+            .equals(REGISTER, &[TCP])
     }
 
     fn step(mut self, name: &str, fill: impl FnOnce(&mut Vec<u8>)) -> Self {
@@ -260,22 +298,22 @@ impl Rule {
         })
     }
 
-    fn mask(self, register: u32, mask: u8) -> Self {
+    fn mask<const BYTES: usize>(self, register: u32, mask: &[u8; BYTES]) -> Self {
         self.step("bitwise", |out| {
-            for (kind, number) in [(1, register), (2, register), (3, 1)] {
+            for (kind, number) in [(1, register), (2, register), (3, u32::try_from(BYTES).unwrap_or(0))] {
                 push_number(out, kind, number);
             }
-            push_nested(out, 4, |out| push_attribute(out, 1, &[mask]));
-            push_nested(out, 5, |out| push_attribute(out, 1, &[0]));
+            push_nested(out, 4, |out| push_attribute(out, 1, mask));
+            push_nested(out, 5, |out| push_attribute(out, 1, &[0; BYTES]));
         })
     }
 
-    fn equals(self, register: u32, value: u8) -> Self {
+    fn equals(self, register: u32, value: &[u8]) -> Self {
         const EQUAL: u32 = 0;
         self.step("cmp", |out| {
             push_number(out, 1, register);
             push_number(out, 2, EQUAL);
-            push_nested(out, 3, |out| push_attribute(out, 1, &[value]));
+            push_nested(out, 3, |out| push_attribute(out, 1, value));
         })
     }
 
@@ -286,18 +324,25 @@ impl Rule {
         })
     }
 
-    fn drop(self) -> Self {
+    fn verdict(self, verdict: u32) -> Self {
         self.step("immediate", |out| {
             push_number(out, 1, VERDICT);
-            push_nested(out, 2, |out| push_nested(out, 2, |out| push_number(out, 1, DROP)));
+            push_nested(out, 2, |out| push_nested(out, 2, |out| push_number(out, 1, verdict)));
         })
     }
 }
 
-/// Adds these connections to the sets of table `name`.
-pub(super) fn add(name: &str, connections: &[Connection]) -> Vec<Message> {
+/// Adds these connections to the sets of table `name`; by their local end, if that is in `whole`.
+pub(super) fn add(name: &str, connections: &[Connection], whole: &HashSet<SocketAddr>) -> Vec<Message> {
     let mut sets: BTreeMap<&str, Vec<Vec<u8>>> = BTreeMap::new();
+    for local in whole {
+        let version = if local.is_ipv4() { V4 } else { V6 };
+        sets.entry(version.ends).or_default().push(end(*local));
+    }
     for connection in connections {
+        if connection.remote.is_some() && whole.contains(&connection.local) {
+            continue;
+        }
         let version = if connection.local.is_ipv4() { V4 } else { V6 };
         let (set, key) = match connection.remote {
             Some(remote) => (version.connections, [end(connection.local), end(remote)].concat()),
@@ -306,6 +351,25 @@ pub(super) fn add(name: &str, connections: &[Connection]) -> Vec<Message> {
         };
         sets.entry(set).or_default().push(key);
     }
+    elements(name, sets)
+}
+
+/// Lets the connections among these hear nothing, but speak; nobody begins a new one where they listen.
+pub(super) fn deafen(name: &str, connections: &[Connection]) -> Vec<Message> {
+    let mut sets: BTreeMap<&str, Vec<Vec<u8>>> = BTreeMap::new();
+    let (listening, open): (Vec<Connection>, Vec<Connection>) =
+        connections.iter().partition(|connection| connection.remote.is_none());
+    for connection in open {
+        let version = if connection.local.is_ipv4() { V4 } else { V6 };
+        let key = [Some(connection.local), connection.remote].into_iter().flatten().flat_map(end).collect();
+        sets.entry(version.hearing).or_default().push(key);
+    }
+    let mut messages = add(name, &listening, &HashSet::new());
+    messages.extend(elements(name, sets));
+    messages
+}
+
+fn elements(name: &str, sets: BTreeMap<&str, Vec<Vec<u8>>>) -> Vec<Message> {
     let mut messages = Vec::new();
     for (set, keys) in sets {
         for keys in keys.chunks(ELEMENTS_PER_MESSAGE) {
@@ -324,7 +388,7 @@ pub(super) fn add(name: &str, connections: &[Connection]) -> Vec<Message> {
 
 /// Empties all sets of table `name`.
 pub(super) fn clear(name: &str) -> Vec<Message> {
-    let sets = [V4, V6].into_iter().flat_map(|v| [v.connections, v.places, v.ports]);
+    let sets = [V4, V6].into_iter().flat_map(|v| [v.connections, v.hearing, v.ends, v.places, v.ports]);
     sets.map(|set| (DELETE_ELEMENTS, 0, elements_of(name, set))).collect()
 }
 

@@ -53,22 +53,3 @@ pub(super) fn within(pid: Tid, tid: Tid) -> Vec<Reason> {
     }
     reasons
 }
-
-/// Whether `pid` has System V semaphore adjustments (SEM_UNDO), as far as it shows: its list is then like
-/// nobody else's. A process with threads has a list in any case, which tells nothing.
-pub(super) fn semaphore_undo(pid: Tid, threads: u32) -> Option<Reason> {
-    let semaphores = std::fs::read_to_string("/proc/sysvipc/sem").ok()?;
-    if threads > 1 || semaphores.lines().count() < 2 {
-        return None;
-    }
-    let mut others = std::fs::read_dir("/proc")
-        .ok()?
-        .flatten()
-        .filter_map(|e| e.file_name().to_str()?.parse::<Tid>().ok())
-        .filter(|other| *other != pid);
-    if others.any(|other| share(pid, other, Shared::SemaphoreUndo) == Ok(true)) {
-        return None;
-    }
-    let why = "may have System V semaphore adjustments (SEM_UNDO), which cannot be carried yet";
-    Some(Reason::new(format!("pid {pid}"), why, ""))
-}

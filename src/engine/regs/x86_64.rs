@@ -42,7 +42,7 @@ pub fn is_32_bit(regs: &Regs) -> bool {
 
 /// System calls that the kernel itself ends with EINTR when a tracer stops the thread, although no signal
 /// arrived (signal(7)): to be issued again.
-const EINTR_BY_STOP: [i64; 9] = [
+const EINTR_BY_STOP: [i64; 19] = [
     libc::SYS_epoll_wait,
     libc::SYS_epoll_pwait,
     libc::SYS_epoll_pwait2,
@@ -50,8 +50,19 @@ const EINTR_BY_STOP: [i64; 9] = [
     libc::SYS_semtimedop,
     libc::SYS_rt_sigtimedwait,
     libc::SYS_io_getevents,
+    // On sockets with a timeout (SO_RCVTIMEO, SO_SNDTIMEO).
+    libc::SYS_read,
+    libc::SYS_readv,
     libc::SYS_recvfrom,
     libc::SYS_recvmsg,
+    libc::SYS_recvmmsg,
+    libc::SYS_accept,
+    libc::SYS_accept4,
+    libc::SYS_write,
+    libc::SYS_writev,
+    libc::SYS_sendto,
+    libc::SYS_sendmsg,
+    libc::SYS_sendmmsg,
 ];
 
 /// Whether the thread's call was ended with EINTR by our stop alone (if no signal is due).
@@ -82,6 +93,18 @@ pub fn self_restarting(regs: &Regs) -> Regs {
         }
     }
     r
+}
+
+/// Calls that take their timeout by value, as milliseconds in the fourth argument, and that a stop ends.
+pub const EPOLL_WAITS: [i64; 2] = [libc::SYS_epoll_wait, libc::SYS_epoll_pwait];
+
+/// Lets a call that was set back by [`rewind_call`] wait for this many milliseconds only. The register keeps the
+/// new value after the call: nobody but the compiler of the very instruction could know the old one, and C
+/// libraries and runtimes make these calls from functions of their own.
+pub fn shorten_wait(regs: &mut Regs, milliseconds: u64) {
+    if regs.orig_rax == u64::MAX && EPOLL_WAITS.contains(&signed(regs.rax)) {
+        regs.r10 = milliseconds.min(u64::from(i32::MAX.unsigned_abs()));
+    }
 }
 
 const WORDS: usize = 27;

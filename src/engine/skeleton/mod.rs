@@ -21,8 +21,8 @@ use super::late;
 use super::memory::{Memory, MemoryError, PAGE_BYTES};
 use super::regs;
 use super::remote::{Batch, InjectError, Outcome, RemoteCalls, Tid};
-use super::state::mm;
 use super::state::objects::{ObjectError, Objects};
+use super::state::{keys, mm};
 use super::sys::clone;
 use super::sys::ptrace::{self, Stop};
 use super::undertaker::Undertaker;
@@ -132,7 +132,7 @@ impl Skeleton {
         Ok(())
     }
 
-    /// Unmaps what the kernel gave it and closes what it inherited.
+    /// Unmaps what the kernel gave it, and gives up what it inherited: descriptors, keys.
     fn clear(&mut self) -> Result<(), SkeletonError> {
         let keep = u64::try_from(self.channel_in_process).unwrap_or(3);
         let end = self.base + STUB_BYTES;
@@ -145,7 +145,7 @@ impl Skeleton {
         // It was to die with the thread that made it, up to its exec.
         batch.call(libc::SYS_prctl, &[libc::PR_SET_PDEATHSIG.into(), 0u64.into()]);
         self.run_all_ok("emptying the skeleton", &batch)?;
-        Ok(())
+        Ok(keys::leave_ours(self)?)
     }
 
     /// The channel over which descriptors are passed in: its number in the process, and our end.

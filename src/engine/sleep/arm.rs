@@ -50,7 +50,12 @@ pub(super) fn arm_thread(
     r: &mut Regs,
     remaining_ns: i64,
 ) -> Result<(), InjectError> {
-    let Some(number) = regs::interrupted_call(r) else { return Ok(()) };
+    let Some(number) = regs::interrupted_call(r) else {
+        if let Ok(left) = u64::try_from(remaining_ns) {
+            regs::shorten_wait(r, left.div_ceil(NS_PER_MS));
+        }
+        return Ok(());
+    };
     if regs::signed(r.rax) != regs::ERESTART_RESTARTBLOCK {
         return Ok(());
     }

@@ -48,8 +48,7 @@ pub(super) struct Sched {
 
 impl Target {
     fn read(self, file: &str) -> Option<String> {
-        let bytes = std::fs::read(format!("/proc/{}/task/{}/{file}", self.pid, self.tid)).ok()?;
-        Some(String::from_utf8_lossy(&bytes).into_owned())
+        procfs::read_text(format!("/proc/{}/task/{}/{file}", self.pid, self.tid)).ok()
     }
 
     /// The thread, if it is blocked in one of the calls that matter here.
@@ -79,8 +78,9 @@ impl Target {
         let place_in_kernel = self.read("wchan")?;
         let [first, second, ..] = place.args;
         match place_in_kernel.as_str() {
-            // Not asleep any more.
+            // Not asleep any more, or stopped by a signal or a tracer.
             "" | "0" => None,
+            w if w.contains("stop") || w.contains("trap") => None,
             w if w.contains("futex") => Some(libc::SYS_futex),
             w if w.contains("poll") => Some(libc::SYS_poll),
             // The other two leave no frame of their own, only that of whoever called restart_syscall. The
@@ -137,6 +137,7 @@ pub(super) fn timeout_kind(number: i64) -> Option<Timeout> {
         libc::SYS_clock_nanosleep => Some(Timeout::At(2)),
         libc::SYS_futex => Some(Timeout::At(3)),
         libc::SYS_poll => Some(Timeout::Milliseconds(2)),
+        libc::SYS_epoll_wait | libc::SYS_epoll_pwait => Some(Timeout::Milliseconds(3)),
         _ => None,
     }
 }
@@ -149,6 +150,7 @@ pub(super) fn is_relative(number: i64, args: &[u64; 6]) -> bool {
         libc::SYS_futex => args[1] & FUTEX_COMMAND == FUTEX_WAIT && args[3] != 0,
         // An int: the upper half means nothing.
         libc::SYS_poll => args[2] & 0x8000_0000 == 0,
+        libc::SYS_epoll_wait | libc::SYS_epoll_pwait => args[3] & 0x8000_0000 == 0,
         _ => false,
     }
 }

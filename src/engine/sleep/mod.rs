@@ -8,6 +8,9 @@
 //! So the source watches: [`SleepBook::look`] right before a stop notes who sleeps in which call and until
 //! when, [`SleepBook::note`] right after it says what goes for each thread. The destination starts the
 //! same call with the remaining time and interrupts it ([`arm()`]), which fills the restart block for real.
+//!
+//! epoll_wait has no restart block: it ends with EINTR, and is issued again, with what is left as its timeout. Its
+//! whole timeout once more would make the timers late of all that sleep by it (event loops, Go's runtime).
 
 mod arm;
 mod clock;
@@ -15,13 +18,19 @@ mod look;
 mod timer_list;
 
 use std::collections::HashMap;
+use std::time::{Duration, Instant};
 
-use super::freeze::thread_ids;
+use super::freeze::{FreezeError, Frozen, thread_ids};
 use super::inject::StoppedThread;
 use super::regs;
 use super::remote::Tid;
 pub use arm::arm;
 use look::{Blocked, Target};
+
+/// How often a process is stopped anew because one of its threads was on its way back into a sleep, and how long
+/// it then gets to arrive there. On a busy host it waits for a processor.
+const TRIES: usize = 4;
+const PATIENCE: Duration = Duration::from_millis(50);
 
 /// What a thread that was stopped in a call was doing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -69,6 +78,43 @@ impl SleepBook {
     /// An empty book, for one process.
     pub fn new() -> Self {
         Self::default()
+    }
+
+    /// Stops a process, between [`SleepBook::look`] and [`SleepBook::note`]. It goes on for a moment, and is stopped
+    /// again, while there are threads of which nobody knows what they do.
+    ///
+    /// # Errors
+    /// See [`FreezeError`].
+    pub fn freeze(&mut self, pid: Tid, patience: Duration) -> Result<Frozen, FreezeError> {
+        let mut tries = 1;
+        loop {
+            self.look(pid);
+            let mut frozen = Frozen::freeze(pid, patience)?;
+            self.note(frozen.threads());
+            frozen.remember_waits(self);
+            let unknown: Vec<Target> = frozen
+                .threads()
+                .iter()
+                .filter(|thread| self.is_unknown(thread))
+                .map(|thread| Target { pid, tid: thread.tid })
+                .collect();
+            if unknown.is_empty() || tries == TRIES {
+                return Ok(frozen);
+            }
+            tries += 1;
+            frozen.thaw()?;
+            let end = Instant::now() + PATIENCE;
+            while unknown.iter().any(|target| target.asleep().is_none()) && Instant::now() < end {
+                std::thread::yield_now();
+            }
+        }
+    }
+
+    /// Whether a stopped thread is in a call that was interrupted before, and nothing tells which.
+    pub fn is_unknown(&self, thread: &StoppedThread) -> bool {
+        regs::interrupted_call(&thread.regs) == Some(libc::SYS_restart_syscall)
+            && regs::signed(thread.regs.rax) == regs::ERESTART_RESTARTBLOCK
+            && !self.calls.contains_key(&thread.tid)
     }
 
     /// Notes which threads sleep in a call with a relative timeout, and until when. To be called while the
@@ -129,7 +175,8 @@ impl SleepBook {
         let Some(pid) = threads.first().map(|t| t.tid) else { return };
         for thread in threads {
             let entry = self.threads.entry(thread.tid).or_default();
-            entry.stopped = settle(pid, thread, entry.seen.take(), now);
+            let last = entry.stopped.filter(|s| s.deadline.is_none_or(|d| d > now));
+            entry.stopped = settle(pid, thread, entry.seen.take(), last, now);
             if let Some(sleep) = entry.stopped {
                 let left = sleep.deadline.and_then(|d| i64::try_from(d.saturating_sub(now)).ok());
                 let call = Call { number: sleep.number, remaining_ns: left.unwrap_or(-1) };
@@ -138,25 +185,48 @@ impl SleepBook {
         }
     }
 
+    /// Until when, on the monotonic clock, threads wait whose calls are to be issued again with what is left.
+    pub fn waits(&self) -> HashMap<Tid, u64> {
+        let of = |(tid, entry): (&Tid, &Entry)| {
+            let sleep = entry.stopped.filter(|s| regs::EPOLL_WAITS.contains(&s.number))?;
+            Some((*tid, sleep.deadline?))
+        };
+        self.threads.iter().filter_map(of).collect()
+    }
+
     /// The call that a thread was in at the last [`SleepBook::note`], if it is one that the kernel would go
-    /// on with by a restart block. Its number belongs into `orig_rax` of the captured registers.
+    /// on with by a restart block, or that is issued again with what is left of its timeout. Of the former the number
+    /// belongs into `orig_rax` of the captured registers.
     pub fn remaining(&self, thread: &StoppedThread) -> Option<Call> {
         self.calls.get(&thread.tid).copied()
     }
 }
 
-/// The call of one stopped thread; `seen` is what the look before the stop found.
-fn settle(pid: Tid, thread: &StoppedThread, seen: Option<Sleep>, now: u64) -> Option<Sleep> {
+/// From now to an instant of the monotonic clock, rounded up.
+pub(super) fn milliseconds_to(instant: u64) -> u64 {
+    instant.saturating_sub(clock::monotonic_ns()).div_ceil(1_000_000)
+}
+
+/// The call of one stopped thread; `seen` is what the look before the stop found, `last` how the stop before left it.
+fn settle(
+    pid: Tid,
+    thread: &StoppedThread,
+    seen: Option<Sleep>,
+    last: Option<Sleep>,
+    now: u64,
+) -> Option<Sleep> {
     let r = &thread.regs;
     let number = regs::interrupted_call(r)?;
-    if regs::signed(r.rax) != regs::ERESTART_RESTARTBLOCK {
+    let waits = regs::ended_by_stop(r) && regs::EPOLL_WAITS.contains(&number);
+    if regs::signed(r.rax) != regs::ERESTART_RESTARTBLOCK && !waits {
         return None;
     }
     let place = Place { args: [r.rdi, r.rsi, r.rdx, r.r10, r.r8, r.r9], sp: r.rsp, pc: r.rip };
     let seen = seen.filter(|s| s.place == place);
     let switches = look::switches(pid, thread.tid).unwrap_or(0);
     let (number, deadline) = if number == libc::SYS_restart_syscall {
-        let seen = seen?;
+        // One that has not come to sleep since the last stop is still in what it was in then.
+        let seen = seen.or(last.filter(|s| s.place == place))?;
         (seen.number, seen.deadline)
     } else {
         // The same call, and only woken by our stop since: else it began after the look.

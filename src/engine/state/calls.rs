@@ -2,7 +2,8 @@
 
 use nix::errno::Errno;
 
-use crate::engine::procfs::ProcfsError;
+use crate::engine::clocks::ClockError;
+use crate::engine::procfs::{self, ProcfsError};
 use crate::engine::reason::Reason;
 use crate::engine::remote::{Arg, Batch, InjectError, Outcome, Tid};
 
@@ -50,6 +51,9 @@ pub enum AttrError {
     /// The process could not run our calls, or one of them failed.
     #[error(transparent)]
     Inject(#[from] InjectError),
+    /// The clocks of the process could not be told from ours.
+    #[error("comparing the clocks of the process with ours")]
+    Clocks(#[from] ClockError),
     /// There is state that cannot be carried, or not be had here.
     #[error("{} attributes cannot be carried, the first: {}", .0.len(), .0.first().map(ToString::to_string).unwrap_or_default())]
     Refused(Vec<Reason>),
@@ -62,7 +66,7 @@ pub(super) fn failed(step: &'static str, tid: Tid) -> impl Fn(Errno) -> AttrErro
 
 /// Reads a file of /proc.
 pub(super) fn read(path: String) -> Result<Vec<u8>, AttrError> {
-    std::fs::read(&path).map_err(|source| AttrError::Read { path, source })
+    procfs::read(&path).map_err(|source| AttrError::Read { path, source })
 }
 
 /// Reads and parses a file of /proc.

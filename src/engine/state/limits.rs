@@ -1,5 +1,6 @@
 //! Resource limits and the other numbers of a whole process: umask, working directory, personality,
-//! OOM score, core filter, subreaper, huge page and memory protection switches.
+//! OOM score, core filter, subreaper, huge page and memory protection switches, what it has registered for
+//! membarrier(2), and whether it locks what it will map.
 //!
 //! Not carried, as they count rather than say: CPU time used so far (so an RLIMIT_CPU starts anew), I/O
 //! counters, the control group, the autogroup.
@@ -7,8 +8,11 @@
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 
+use nix::errno::Errno;
+
 use super::calls::{AttrError, Named, read, read_as, u32_of};
-use crate::engine::procfs::{Stat, Status, limit_name, parse_limits};
+use crate::engine::memory::PAGE_BYTES;
+use crate::engine::procfs::{Stat, Status, limit_name, parse_limits, parse_maps};
 use crate::engine::reason::Reason;
 use crate::engine::remote::{Arg, Batch, Outcome, Tid};
 use crate::proto::files::FileRef;
@@ -22,6 +26,12 @@ const PR_SET_MDWE: u64 = 65;
 const PR_GET_MDWE: u64 = 66;
 const PR_GET_MEMORY_MERGE: u64 = 68;
 const PR_GET_IO_FLUSHER: u64 = 58;
+const MEMBARRIER_GET_REGISTRATIONS: u64 = 1 << 9;
+/// What is mapped above (the vsyscall page) is not the process's.
+const USER_END: u64 = 1 << 47;
+const LDT_ENTRY_BYTES: usize = 8;
+const MCL_FUTURE: u32 = 2;
+const MCL_ONFAULT: u32 = 4;
 /// PR_GET_THP_DISABLE: off, and off except where madvise asks.
 const THP_DISABLED: u64 = 1;
 const THP_EXCEPT_ADVISED: u64 = 2;
@@ -132,11 +142,56 @@ pub struct LimitsProbe {
     mdwe: usize,
     merge: usize,
     io_flusher: usize,
+    barriers: usize,
+    segments: usize,
+    future: Option<Future>,
+}
+
+/// A page that is mapped for the question whether such pages are locked, which shows nowhere.
+#[derive(Debug)]
+struct Future {
+    mapped: usize,
+    cold: usize,
+    present: Arg,
+}
+
+impl Future {
+    /// Far from everything that is mapped.
+    fn ask(pid: Tid, batch: &mut Batch) -> Option<Self> {
+        let maps = parse_maps(&read(format!("/proc/{pid}/maps")).ok()?).ok()?;
+        let above = maps.iter().skip(1).filter(|m| m.start < USER_END);
+        let gaps = maps.iter().zip(above).map(|(a, b)| (b.start.saturating_sub(a.end), a.end));
+        let (room, start) = gaps.max()?;
+        let at = (start + room / 2) & !(PAGE_BYTES - 1);
+        let prot = libc::PROT_READ | libc::PROT_WRITE;
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED_NOREPLACE;
+        let page = [at.into(), PAGE_BYTES.into()];
+        let nothing = [(-1i64).into(), 0u64.into()];
+        let mapped = [&page[..], &[prot.into(), flags.into()], &nothing].concat();
+        let mapped = batch.call(libc::SYS_mmap, &mapped);
+        // Refused for locked memory, and does nothing otherwise.
+        let cold = batch.call(libc::SYS_madvise, &[page[0], page[1], libc::MADV_COLD.into()]);
+        let present = batch.output(1);
+        batch.call(libc::SYS_mincore, &[page[0], page[1], present]);
+        batch.call(libc::SYS_munmap, &page);
+        Some(Self { mapped, cold, present })
+    }
+
+    /// What mlockall(2) was told.
+    fn read(&self, outcome: &Outcome) -> u32 {
+        match (outcome.ret(self.mapped), outcome.ret(self.cold)) {
+            (Ok(_), Err(Errno::EINVAL)) if outcome.data(self.present, 1) == [1] => MCL_FUTURE,
+            (Ok(_), Err(Errno::EINVAL)) => MCL_FUTURE | MCL_ONFAULT,
+            // No more may be locked, and all that comes would be. (Whether as it comes or at once is not told.)
+            (Err(Errno::EAGAIN), _) => MCL_FUTURE,
+            _ => 0,
+        }
+    }
 }
 
 impl LimitsProbe {
-    /// Adds it to a batch that the leader will run.
-    pub fn ask(batch: &mut Batch) -> Self {
+    /// Adds it to a batch that the leader of the stopped process `pid` will run.
+    pub fn ask(pid: Tid, batch: &mut Batch) -> Self {
         let mut calls = Named::new();
         let subreaper = batch.output(4);
         let args = [libc::PR_GET_CHILD_SUBREAPER.into(), subreaper];
@@ -145,7 +200,11 @@ impl LimitsProbe {
         // These three an older kernel does not know, and then the process cannot have them.
         let mut ask = |what: u64| batch.call(libc::SYS_prctl, &[what.into()]);
         let (mdwe, merge, io_flusher) = (ask(PR_GET_MDWE), ask(PR_GET_MEMORY_MERGE), ask(PR_GET_IO_FLUSHER));
-        Self { calls, subreaper, thp, mdwe, merge, io_flusher }
+        let barriers = batch.call(libc::SYS_membarrier, &[MEMBARRIER_GET_REGISTRATIONS.into()]);
+        let entry = batch.output(LDT_ENTRY_BYTES);
+        let segments = batch.call(libc::SYS_modify_ldt, &[0u64.into(), entry, LDT_ENTRY_BYTES.into()]);
+        let future = Future::ask(pid, batch);
+        Self { calls, subreaper, thp, mdwe, merge, io_flusher, barriers, segments, future }
     }
 
     /// The attributes, with the leader's status and stat. `personality` is left to `threads`.
@@ -160,6 +219,7 @@ impl LimitsProbe {
         for (index, what) in [
             (self.merge, "has all its memory merged by KSM (PR_SET_MEMORY_MERGE), which cannot be carried"),
             (self.io_flusher, "is an I/O flusher (PR_SET_IO_FLUSHER), which cannot be carried"),
+            (self.segments, "has segments of its own (modify_ldt), which cannot be carried"),
         ] {
             if answer(index) != 0 {
                 reasons.push(Reason::new(format!("pid {pid}"), what, ""));
@@ -184,10 +244,18 @@ impl LimitsProbe {
             thp_disable: thp & THP_DISABLED != 0,
             thp_except_advised: thp & THP_EXCEPT_ADVISED != 0,
             mdwe: u32::try_from(answer(self.mdwe)).unwrap_or(0),
+            membarrier: u32::try_from(answer(self.barriers)).unwrap_or(0),
+            lock_future: self.future.as_ref().map_or(0, |future| future.read(outcome)),
             sid: own(stat.session),
             pgid: own(stat.pgrp),
         })
     }
+}
+
+/// The limit of open files of a process, soft and hard, if that tells.
+pub fn of_open_files(pid: Tid) -> Option<(u64, u64)> {
+    let limits = read_as(format!("/proc/{pid}/limits"), parse_limits).ok()?;
+    limits.get(RLIMIT_NOFILE as usize).copied().filter(|(soft, hard)| soft < hard)
 }
 
 /// As many descriptors as we may have ourselves, for a skeleton that does not have its own limits yet.
@@ -238,6 +306,12 @@ pub fn restore_calls(wanted: &ProcessAttrs, batch: &mut Batch) -> Result<Named, 
     if wanted.mdwe != 0 {
         let args = [PR_SET_MDWE.into(), wanted.mdwe.into()];
         c.add(batch, "forbidding new executable memory", libc::SYS_prctl, &args);
+    }
+    for bit in (0..u32::BITS).filter(|bit| wanted.membarrier & (1 << bit) != 0) {
+        c.add(batch, "registering for membarrier(2)", libc::SYS_membarrier, &[(1u64 << bit).into()]);
+    }
+    if wanted.lock_future != 0 {
+        c.add(batch, "locking what will be mapped", libc::SYS_mlockall, &[wanted.lock_future.into()]);
     }
     for limit in &wanted.limits {
         if limit.resource >= LIMITS {

@@ -4,6 +4,7 @@
 pub mod calls;
 pub mod creds;
 pub mod files;
+pub mod keys;
 pub mod limits;
 pub mod mm;
 pub mod objects;

@@ -1,6 +1,7 @@
 //! Signal dispositions and pending signals. Masks go with the registers, alternate stacks with `threads`.
 
 use super::calls::{AttrError, Named, failed, words};
+use super::timers::restore::Timers;
 use crate::engine::reason::Reason;
 use crate::engine::remote::{Arg, Batch, InjectError, Outcome, RemoteCalls, Tid};
 use crate::engine::sys::attrs::{SIGINFO_BYTES, traced_pending};
@@ -158,33 +159,57 @@ pub fn signal_of(info: &[u8]) -> Option<i32> {
 }
 
 /// Queues the pending signals again. Each thread sends its own to itself, and the leader those of the
-/// process: only then may a signal say that it came from the kernel or from kill(2). They are blocked
-/// while injected calls run; the doorbell must be none of them (see [`caught_and_pending`]).
+/// process: only then may a signal say that it came from the kernel or from kill(2). Those of POSIX timers are
+/// queued by their timer. They are blocked while injected calls run; the doorbell must be none of them (see
+/// [`caught_and_pending`]).
 ///
 /// # Errors
 /// If an entry is not a signal, or the queue has no room for it (RLIMIT_SIGPENDING).
-pub fn restore_pending(process: &mut dyn RemoteCalls, image: &Process) -> Result<(), AttrError> {
-    let pid = process.pid();
-    for group in image.pending.chunks(PENDING_PER_BATCH) {
-        let mut batch = Batch::new();
-        let mut calls = Named::new();
-        for info in group {
-            let (signal, info) = valid(info, &mut batch)?;
-            let args = [pid.into(), signal.into(), info];
-            calls.add(&mut batch, "queueing a pending signal", libc::SYS_rt_sigqueueinfo, &args);
+pub fn restore_pending(
+    process: &mut dyn RemoteCalls,
+    image: &Process,
+    timers: &mut Timers<'_>,
+) -> Result<(), AttrError> {
+    let of_threads = image.threads.iter().map(|t| (Tid::try_from(t.tid).ok(), &t.pending));
+    for (thread, queue) in std::iter::once((None, &image.pending)).chain(of_threads) {
+        let mut rest = &queue[..];
+        while !rest.is_empty() {
+            let plain = rest.iter().take_while(|info| timers.whose(info).is_none());
+            let (now, later) = rest.split_at(plain.take(PENDING_PER_BATCH).count());
+            send(process, thread, now)?;
+            rest = later;
+            if let Some((timer, later)) = rest.split_first().and_then(|(i, l)| Some((timers.whose(i)?, l))) {
+                timers.fire(process, timer)?;
+                rest = later;
+            }
         }
-        calls.check(pid, &process.run(&batch)?)?;
     }
-    for thread in image.threads.iter().filter(|t| !t.pending.is_empty()) {
-        let tid = Tid::try_from(thread.tid).unwrap_or(0);
-        for group in thread.pending.chunks(PENDING_PER_BATCH) {
-            let mut batch = Batch::new();
-            let mut calls = Named::new();
-            for info in group {
-                let (signal, info) = valid(info, &mut batch)?;
+    Ok(())
+}
+
+/// The process, or this thread of it, sends itself signals.
+fn send(process: &mut dyn RemoteCalls, thread: Option<Tid>, infos: &[Vec<u8>]) -> Result<(), AttrError> {
+    if infos.is_empty() {
+        return Ok(());
+    }
+    let pid = process.pid();
+    let (mut batch, mut calls) = (Batch::new(), Named::new());
+    for info in infos {
+        let (signal, info) = valid(info, &mut batch)?;
+        match thread {
+            None => {
+                let args = [pid.into(), signal.into(), info];
+                calls.add(&mut batch, "queueing a pending signal", libc::SYS_rt_sigqueueinfo, &args);
+            }
+            Some(tid) => {
                 let args = [pid.into(), tid.into(), signal.into(), info];
                 calls.add(&mut batch, "queueing a thread's signal", libc::SYS_rt_tgsigqueueinfo, &args);
             }
+        }
+    }
+    match thread {
+        None => calls.check(pid, &process.run(&batch)?)?,
+        Some(tid) => {
             let outcomes = process.run_in_threads(&[(tid, batch)])?;
             calls.check(tid, outcomes.first().unwrap_or(&Outcome::default()))?;
         }

@@ -1,9 +1,12 @@
-//! Interval timers and POSIX timers: restored as late as possible, with the time that remains.
+//! Interval timers and POSIX timers, with the time that remains.
 //!
 //! Carried: the three itimers; POSIX timers on the realtime, monotonic, boot-time and TAI clocks, their
 //! alarm variants, and the process's CPU clock, with their ids. A timer on the CPU clock of a thread is
-//! refused: the kernel does not tell of which thread. The count of overruns that timer_getoverrun(2)
-//! gives between one delivery and the next begins at 0.
+//! refused: the kernel does not tell of which thread. How counts of overruns and waiting signals come back is
+//! told in [`restore`]. What a timer has missed before the freeze while its signal waits, no call tells: the
+//! kernel reveals it with the signal only.
+
+pub mod restore;
 
 use std::time::Duration;
 
@@ -22,8 +25,6 @@ pub const MAX_TIMERS: usize = 512;
 const OWN_CPU_CLOCK: i32 = -6;
 const NS: u64 = 1_000_000_000;
 const US: u64 = 1_000_000;
-
-const PR_TIMER_CREATE_RESTORE_IDS: u64 = 77;
 
 /// The clock to create a timer with; `None` for one that cannot be carried.
 fn clock_of(clock: i32) -> Option<i32> {
@@ -91,7 +92,7 @@ pub fn check_here(timers: &[PosixTimer]) -> Vec<Reason> {
 pub struct TimersProbe {
     calls: Named,
     itimers: [Arg; 3],
-    timers: Vec<(ProcTimer, Arg)>,
+    timers: Vec<(ProcTimer, Arg, usize)>,
 }
 
 impl TimersProbe {
@@ -116,7 +117,9 @@ impl TimersProbe {
             let into = batch.output(32);
             let args = [timer.id.into(), into];
             calls.add(batch, "reading a POSIX timer", libc::SYS_timer_gettime, &args);
-            timers.push((timer, into));
+            let what = "reading how often a POSIX timer was missed";
+            let overrun = calls.add(batch, what, libc::SYS_timer_getoverrun, &[timer.id.into()]);
+            timers.push((timer, into, overrun));
         }
         Ok(Self { calls, itimers, timers })
     }
@@ -143,7 +146,7 @@ impl TimersProbe {
         if let Some(real) = itimers.first_mut().filter(|real| real.value_us == 0) {
             real.value_us = real.interval_us;
         }
-        let timers = self.timers.iter().map(|(timer, at)| {
+        let timers = self.timers.iter().map(|(timer, at, overrun)| {
             let (interval_ns, value_ns) = times(*at, NS);
             PosixTimer {
                 id: timer.id,
@@ -158,29 +161,55 @@ impl TimersProbe {
                 },
                 interval_ns,
                 value_ns,
-                overrun: 0,
+                overrun: outcome.ret(*overrun).ok().and_then(|n| u32::try_from(n).ok()).unwrap_or(0),
             }
         });
         Ok((itimers, timers.collect()))
     }
 }
 
-/// Corrects timers that fired after they were read: their signal is among those pending, and was not
-/// `before`. What they had left is over: one that fires once must not fire again, any other goes on with
-/// the next time.
-pub fn account_for_fired(before: &[Vec<u8>], image: &mut Process) {
+/// Whether a `siginfo_t` is the signal of this timer. It has only one, which is queued again for the next time.
+fn is_signal_of(info: &[u8], timer: &PosixTimer) -> bool {
+    // signal, errno, code; of SI_TIMER the timer's id and the value, after the padding.
+    let sigval = info.get(24..32).and_then(|bytes| bytes.try_into().ok()).map(u64::from_ne_bytes);
+    word(info, 0) == Some(timer.signal)
+        && word(info, 8) == Some(libc::SI_TIMER)
+        && word(info, 16) == Some(timer.id)
+        && sigval == Some(timer.sigval)
+}
+
+fn word(info: &[u8], at: usize) -> Option<i32> {
+    info.get(at..at + 4)?.try_into().ok().map(i32::from_ne_bytes)
+}
+
+/// Brings what was read of the timers, `since_read` ago, into line with the signals that are pending now;
+/// `before` are those that were pending before the timers were read.
+///
+/// - An interval timer or one that fires once, whose signal is new, has used up what it had left.
+/// - A periodic POSIX timer whose signal is pending has `value_ns` to its next time: what it has left moves
+///   on by an interval if it fired only after it was read.
+/// - A signal of a POSIX timer that was set anew since (it has more left than it can have) is void: the
+///   kernel would not deliver it, and it leaves the image.
+pub fn account_for_fired(before: &[Vec<u8>], since_read: Duration, image: &mut Process) {
     let all = super::signals::all_pending(image);
-    let word = |info: &[u8], at: usize| info.get(at..at + 4)?.try_into().ok().map(i32::from_ne_bytes);
-    // siginfo_t: signal, errno, code; for SI_TIMER the timer's id after the padding.
     let new: Vec<_> = all.iter().filter(|info| !before.contains(info)).collect();
     let from_kernel =
         |info: &[u8], signal| word(info, 0) == Some(signal) && word(info, 8) == Some(libc::SI_KERNEL);
     let next = |value: u64, interval: u64| if interval == 0 { 0 } else { value.saturating_add(interval) };
+    let since_read = u64::try_from(since_read.as_nanos()).unwrap_or(u64::MAX);
     for timer in &mut image.timers {
-        let is_its =
-            |info: &&Vec<u8>| word(info, 8) == Some(libc::SI_TIMER) && word(info, 16) == Some(timer.id);
-        if timer.value_ns != 0 && new.iter().any(is_its) {
+        if timer.value_ns == 0 || !all.iter().any(|info| is_signal_of(info, timer)) {
+            continue;
+        }
+        let was_pending = before.iter().any(|info| is_signal_of(info, timer));
+        if !was_pending && timer.value_ns <= since_read {
             timer.value_ns = next(timer.value_ns, timer.interval_ns);
+        } else if timer.value_ns > timer.interval_ns {
+            let is_void = |info: &Vec<u8>| is_signal_of(info, timer);
+            image.pending.retain(|info| !is_void(info));
+            for thread in &mut image.threads {
+                thread.pending.retain(|info| !is_void(info));
+            }
         }
     }
     for (signal, timer) in [libc::SIGALRM, libc::SIGVTALRM, libc::SIGPROF].into_iter().zip(&mut image.itimers)
@@ -191,108 +220,52 @@ pub fn account_for_fired(before: &[Vec<u8>], image: &mut Process) {
     }
 }
 
-/// Makes the timers again and starts them. `elapsed` is how long ago they were captured: what goes on
-/// while a process does not run is that much nearer its end, and fires at once if it is over.
-///
-/// # Errors
-/// For timers that [`preflight`] would have refused.
-pub fn restore_calls(image: &Process, elapsed: Duration, batch: &mut Batch) -> Result<Named, AttrError> {
-    let invalid = |t: &&PosixTimer| t.id < 0 || clock_of(t.clock) != Some(t.clock);
-    if image.timers.len() > MAX_TIMERS || image.itimers.len() > ITIMERS.len() {
-        return Err(AttrError::Refused(vec![Reason::new("the process", "has too many timers", "")]));
-    }
-    if let Some(timer) = image.timers.iter().find(invalid) {
-        let why = format!("cannot be made here (clock {})", timer.clock);
-        return Err(AttrError::Refused(vec![Reason::new(format!("POSIX timer {}", timer.id), why, "")]));
-    }
-    let mut calls = Named::new();
-    if !image.timers.is_empty() {
-        restore_ids(&mut calls, batch, 1);
-        // The kernel lists the newest first, and counts on from the last id it gave.
-        for timer in image.timers.iter().rev() {
-            // struct sigevent: value, signal, notification, thread; 64 bytes.
-            let mut event = [0u8; 64];
-            event[..8].copy_from_slice(&timer.sigval.to_ne_bytes());
-            event[8..12].copy_from_slice(&timer.signal.to_ne_bytes());
-            event[12..16].copy_from_slice(&timer.notify.to_ne_bytes());
-            event[16..20].copy_from_slice(&timer.thread.to_ne_bytes());
-            let event = batch.input(&event);
-            let id = batch.input(&timer.id.to_ne_bytes());
-            let args = [timer.clock.into(), event, id];
-            calls.add(batch, "making a POSIX timer with its id", libc::SYS_timer_create, &args);
-        }
-        restore_ids(&mut calls, batch, 0);
-    }
-    let elapsed_ns = u64::try_from(elapsed.as_nanos()).unwrap_or(u64::MAX);
-    for timer in &image.timers {
-        let passed = if timer.clock == libc::CLOCK_PROCESS_CPUTIME_ID { 0 } else { elapsed_ns };
-        let times = timespecs(timer.interval_ns, left(timer.value_ns, passed), NS);
-        let times = batch.input(&times);
-        let args = [timer.id.into(), 0u64.into(), times, 0u64.into()];
-        calls.add(batch, "starting a POSIX timer", libc::SYS_timer_settime, &args);
-    }
-    for (which, timer) in ITIMERS.into_iter().zip(&image.itimers) {
-        let passed = if which == 0 { elapsed_ns / 1000 } else { 0 };
-        let times = batch.input(&timespecs(timer.interval_us, left(timer.value_us, passed), US));
-        let args = [which.into(), times, 0u64.into()];
-        calls.add(batch, "starting an interval timer", libc::SYS_setitimer, &args);
-    }
-    Ok(calls)
-}
-
-fn restore_ids(calls: &mut Named, batch: &mut Batch, on: u64) {
-    let args = [PR_TIMER_CREATE_RESTORE_IDS.into(), on.into()];
-    calls.add(batch, "choosing timer ids (PR_TIMER_CREATE_RESTORE_IDS)", libc::SYS_prctl, &args);
-}
-
-/// What is left of `value`: 0 stays 0 (not running), anything else is at least 1.
-fn left(value: u64, passed: u64) -> u64 {
-    if value == 0 { 0 } else { value.saturating_sub(passed).max(1) }
-}
-
-/// Interval and value as the kernel's structures have them.
-fn timespecs(interval: u64, value: u64, per_second: u64) -> Vec<u8> {
-    [interval / per_second, interval % per_second, value / per_second, value % per_second]
-        .iter()
-        .flat_map(|w| w.to_ne_bytes())
-        .collect()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    #[test]
-    fn time_passes_but_never_stops_a_timer() {
-        assert_eq!((left(0, 5), left(10, 4), left(10, 10), left(10, 11)), (0, 6, 1, 1));
+    fn info(signal: i32, code: i32, id: i32) -> Vec<u8> {
+        let mut info = vec![0; attrs::SIGINFO_BYTES];
+        for (at, word) in [(0, signal), (8, code), (16, id)] {
+            info[at..at + 4].copy_from_slice(&word.to_ne_bytes());
+        }
+        info
     }
 
     #[test]
     fn what_fired_after_it_was_read_fires_no_second_time() {
-        let info = |signal: i32, code: i32, id: i32| {
-            let mut info = vec![0; attrs::SIGINFO_BYTES];
-            for (at, word) in [(0, signal), (8, code), (16, id)] {
-                info[at..at + 4].copy_from_slice(&word.to_ne_bytes());
-            }
-            info
+        let timer = |id, interval_ns| PosixTimer {
+            id,
+            signal: 10,
+            value_ns: 5,
+            interval_ns,
+            ..PosixTimer::default()
         };
-        let timer = |id, interval_ns| PosixTimer { id, value_ns: 5, interval_ns, ..PosixTimer::default() };
         let mut image = Process {
             pending: vec![
                 info(libc::SIGALRM, libc::SI_KERNEL, 0),
                 info(10, libc::SI_TIMER, 1),
                 info(10, libc::SI_TIMER, 2),
                 info(10, libc::SI_TIMER, 3),
+                info(10, libc::SI_TIMER, 4),
             ],
             itimers: vec![Itimer { interval_us: 0, value_us: 9 }; 3],
-            timers: vec![timer(1, 0), timer(2, 100), timer(3, 0), timer(4, 0)],
+            timers: vec![timer(1, 0), timer(2, 100), timer(3, 100), timer(4, 0), timer(5, 0)],
             ..Process::default()
         };
-        account_for_fired(&[info(10, libc::SI_TIMER, 3)], &mut image);
+        let before = [info(10, libc::SI_TIMER, 3), info(10, libc::SI_TIMER, 4)];
+        let mut later = image.clone();
+        account_for_fired(&before, Duration::from_nanos(5), &mut image);
         let left: Vec<u64> = image.timers.iter().map(|t| t.value_ns).collect();
-        assert_eq!(left, [0, 105, 5, 5]);
+        assert_eq!(left, [0, 105, 5, 5, 5]);
         let left: Vec<u64> = image.itimers.iter().map(|t| t.value_us).collect();
         assert_eq!(left, [0, 9, 9]);
+        // The fourth was set anew while its signal waited: that is void.
+        assert_eq!(image.pending.len(), 4);
+        assert!(!image.pending.contains(&info(10, libc::SI_TIMER, 4)));
+        // It cannot have fired since it was read: its signal came between the first look and the reading.
+        account_for_fired(&before, Duration::from_nanos(4), &mut later);
+        assert_eq!(later.timers[1].value_ns, 5);
     }
 
     #[test]
@@ -302,10 +275,5 @@ mod tests {
         let reasons = obstacles(1, &[timer(-2), timer(-6), timer(-8006)]);
         assert_eq!(reasons.len(), 2);
         assert_eq!(reasons[0].object, "POSIX timer 3");
-        let image = Process {
-            timers: vec![PosixTimer { id: 1, clock: -2, ..PosixTimer::default() }],
-            ..Process::default()
-        };
-        assert!(restore_calls(&image, Duration::ZERO, &mut Batch::new()).is_err());
     }
 }

@@ -18,7 +18,8 @@ const RETURN: u16 = 0x06;
 const FLAGS_AT: u32 = 13;
 const SYN: u32 = 0x02;
 const ACK: u32 = 0x10;
-/// What the kernel knows beside the packet (`SKF_AD_OFF`): whom it is for, the kind of its device.
+/// What the kernel knows beside the packet (`SKF_AD_OFF`): its protocol, whom it is for, the kind of its device.
+const PROTOCOL: u32 = 0xffff_f000;
 const PACKET_TYPE: u32 = 0xffff_f000 + 4;
 const DEVICE_TYPE: u32 = 0xffff_f000 + 28;
 const TO_THIS_HOST: u32 = 0;
@@ -36,6 +37,8 @@ pub(super) fn program(version: Version, keeps: Keeps, ports: &BTreeSet<u16>) -> 
         Version::V6 => (6, 40 + 2),
     };
     let mut program = Program::default();
+    program.push(LOAD_WORD, PROTOCOL);
+    program.unless(version.ether_type().into(), 0);
     program.push(LOAD_WORD, PACKET_TYPE);
     program.unless(TO_THIS_HOST, 0);
     program.push(LOAD_WORD, DEVICE_TYPE);

@@ -17,6 +17,7 @@ use nix::errno::Errno;
 use nix::sys::socket::{MsgFlags, SockaddrStorage, sendto};
 
 use self::segment::Segment;
+pub(super) use self::segment::complete;
 use crate::engine::lock::{self, Connection, LockError};
 use crate::engine::sys::{datagram, socket};
 
@@ -33,6 +34,10 @@ const PACKET_BYTES: usize = 40 + u16::MAX as usize;
 
 const SOL_PACKET: i32 = 263;
 const PACKET_AUXDATA: i32 = 8;
+const PACKET_IGNORE_OUTGOING: i32 = 23;
+/// `ETH_P_ALL`. A socket for one protocol only would have the kernel copy each packet on its way to TCP, and a copy
+/// forgets for which socket it is meant: see [`crate::engine::queued`].
+const ALL_PROTOCOLS: u16 = 3;
 /// `TP_STATUS_CSUMNOTREADY`, `TP_STATUS_CSUM_VALID`: the checksum is not made yet, or need not be looked at.
 const NEEDS_NO_LOOK: u32 = 1 << 3 | 1 << 7;
 
@@ -109,6 +114,8 @@ impl Strays {
             datagram::attach_filter(fd.as_fd(), &filter).map_err(step("filtering a packet socket"))?;
             socket::set_int_option(fd.as_fd(), SOL_PACKET, PACKET_AUXDATA, 1)
                 .map_err(step("asking a packet socket for checksums"))?;
+            // Only to save time: the filter leaves out what goes out.
+            let _ = socket::set_int_option(fd.as_fd(), SOL_PACKET, PACKET_IGNORE_OUTGOING, 1);
             // Less room keeps less.
             let _ = socket::set_int_option(fd.as_fd(), libc::SOL_SOCKET, libc::SO_RCVBUFFORCE, QUEUE_BYTES);
             taps.push((fd, version));
@@ -121,11 +128,11 @@ impl Strays {
     /// # Errors
     /// If the kernel refuses.
     pub fn listen(&self) -> Result<(), StraysError> {
-        for (fd, version) in &self.taps {
+        for (fd, _) in &self.taps {
             // struct sockaddr_ll: family, protocol, and no device.
             let mut name = [0u8; 20];
             name[..2].copy_from_slice(&PACKET.to_ne_bytes());
-            name[2..4].copy_from_slice(&version.ether_type().to_be_bytes());
+            name[2..4].copy_from_slice(&ALL_PROTOCOLS.to_be_bytes());
             datagram::bind_raw(fd.as_fd(), &name).map_err(step("listening on a packet socket"))?;
         }
         Ok(())

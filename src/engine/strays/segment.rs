@@ -80,33 +80,46 @@ impl Segment {
 
     /// Makes it fit: of what came from this very machine it is not made yet.
     pub(super) fn complete(&self, packet: &mut [u8]) {
-        let at = self.start + CHECKSUM;
-        if let Some(field) = packet.get_mut(at..at + 2) {
-            field.fill(0);
-        }
-        let sum = !self.sum(packet).unwrap_or_default();
-        if let Some(field) = packet.get_mut(at..at + 2) {
-            field.copy_from_slice(&sum.to_be_bytes());
-        }
+        make_sum(packet, self.start, self.len);
     }
 
-    /// The sum over the segment, and the addresses, the protocol and the length, as TCP wants it.
     fn sum(&self, packet: &[u8]) -> Option<u16> {
-        let addresses =
-            if self.start == V4_BYTES { packet.get(12..V4_BYTES) } else { packet.get(8..V6_BYTES) };
-        let tcp = packet.get(self.start..self.len)?;
-        let mut sum = u64::from(TCP) + u64::try_from(tcp.len()).ok()?;
-        for bytes in [addresses?, tcp] {
-            for pair in bytes.chunks(2) {
-                let low = pair.get(1).copied().unwrap_or(0);
-                sum += u64::from(u16::from_be_bytes([*pair.first()?, low]));
-            }
-        }
-        while sum > u64::from(u16::MAX) {
-            sum = (sum & u64::from(u16::MAX)) + (sum >> 16);
-        }
-        u16::try_from(sum).ok()
+        sum(packet, self.start, self.len)
     }
+}
+
+/// Makes the checksum of the segment in a packet of ours, whose header has no options.
+pub(in crate::engine) fn complete(packet: &mut [u8]) {
+    let start = if packet.first().is_some_and(|first| first >> 4 == 4) { V4_BYTES } else { V6_BYTES };
+    make_sum(packet, start, packet.len());
+}
+
+fn make_sum(packet: &mut [u8], start: usize, len: usize) {
+    let at = start + CHECKSUM;
+    if let Some(field) = packet.get_mut(at..at + 2) {
+        field.fill(0);
+    }
+    let sum = !sum(packet, start, len).unwrap_or_default();
+    if let Some(field) = packet.get_mut(at..at + 2) {
+        field.copy_from_slice(&sum.to_be_bytes());
+    }
+}
+
+/// The sum over the segment, and the addresses, the protocol and the length, as TCP wants it.
+fn sum(packet: &[u8], start: usize, len: usize) -> Option<u16> {
+    let addresses = if start == V4_BYTES { packet.get(12..V4_BYTES) } else { packet.get(8..V6_BYTES) };
+    let tcp = packet.get(start..len)?;
+    let mut sum = u64::from(TCP) + u64::try_from(tcp.len()).ok()?;
+    for bytes in [addresses?, tcp] {
+        for pair in bytes.chunks(2) {
+            let low = pair.get(1).copied().unwrap_or(0);
+            sum += u64::from(u16::from_be_bytes([*pair.first()?, low]));
+        }
+    }
+    while sum > u64::from(u16::MAX) {
+        sum = (sum & u64::from(u16::MAX)) + (sum >> 16);
+    }
+    u16::try_from(sum).ok()
 }
 
 #[cfg(test)]

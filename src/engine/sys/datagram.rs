@@ -183,6 +183,32 @@ pub fn holds_half_a_datagram(fd: BorrowedFd<'_>) -> bool {
     unsafe { libc::sendmsg(fd.as_raw_fd(), &raw const header, flags) == 0 }
 }
 
+/// Whether a socket finds a way for a datagram from `source` to an IPv4 multicast group of the local network. Nothing
+/// is sent (`MSG_PROBE`), nor added to a datagram begun (`MSG_MORE`). With `icmp`, there is the header of an echo
+/// request, without which sockets of ICMP do not look.
+pub fn multicast_way(fd: BorrowedFd<'_>, source: Ipv4Addr, icmp: bool) -> Result<(), Errno> {
+    let mut to = raw_of(SocketAddrV4::new(Ipv4Addr::new(224, 0, 0, 1), 9).into());
+    let mut echo = [8u8, 0, 0, 0, 0, 0, 0, 0];
+    let mut iov =
+        libc::iovec { iov_base: echo.as_mut_ptr().cast(), iov_len: if icmp { echo.len() } else { 0 } };
+    // A cmsghdr (length 8, level 4, type 4), then `in_pktinfo`: no device, the source address, nothing.
+    let kind = libc::IPPROTO_IP as u64 | (libc::IP_PKTINFO as u64) << 32;
+    let source = u64::from(u32::from_ne_bytes(source.octets()));
+    let mut control = [28u64, kind, source << 32, 0];
+    // SAFETY: all-zero is a valid msghdr.
+    let mut header: libc::msghdr = unsafe { std::mem::zeroed() };
+    header.msg_name = to.as_mut_ptr().cast();
+    header.msg_namelen = to.len() as libc::socklen_t;
+    header.msg_iov = &raw mut iov;
+    header.msg_iovlen = 1;
+    header.msg_control = control.as_mut_ptr().cast();
+    header.msg_controllen = size_of_val(&control);
+    let flags = MSG_PROBE | libc::MSG_CONFIRM | libc::MSG_MORE | libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
+    // SAFETY: `header`, `to`, `iov`, `echo` and `control` live for the whole call with the lengths given; the kernel
+    // only reads what they point to.
+    Errno::result(unsafe { libc::sendmsg(fd.as_raw_fd(), &raw const header, flags) }).map(drop)
+}
+
 /// The classic packet filter of a socket, empty without one. `EACCES` if it has one of another kind.
 pub fn filter(fd: BorrowedFd<'_>) -> Result<Vec<u8>, Errno> {
     // Most have none, and a server has sockets by the thousand: first only how many instructions there are.

@@ -54,9 +54,14 @@ fn owned(rc: libc::c_long) -> Result<OwnedFd, Errno> {
 
 /// Compares the descriptions of two descriptors of a process by the kernel's own, stable order.
 pub fn kcmp_file(pid: Tid, a: RawFd, b: RawFd) -> Result<std::cmp::Ordering, Errno> {
+    kcmp_files((pid, a), (pid, b))
+}
+
+/// Likewise those of two processes: the order is the same for all.
+pub fn kcmp_files(a: (Tid, RawFd), b: (Tid, RawFd)) -> Result<std::cmp::Ordering, Errno> {
+    let numbers = (a.1 as libc::c_ulong, b.1 as libc::c_ulong);
     // SAFETY: plain integer arguments.
-    let rc =
-        unsafe { libc::syscall(libc::SYS_kcmp, pid, pid, KCMP_FILE, a as libc::c_ulong, b as libc::c_ulong) };
+    let rc = unsafe { libc::syscall(libc::SYS_kcmp, a.0, b.0, KCMP_FILE, numbers.0, numbers.1) };
     Ok(match Errno::result(rc)? {
         0 => std::cmp::Ordering::Equal,
         1 => std::cmp::Ordering::Less,
@@ -204,6 +209,12 @@ pub fn timerfd_set_ticks(fd: BorrowedFd<'_>, ticks: u64) -> Result<(), Errno> {
 
 /// A clock's time in nanoseconds.
 pub fn clock_ns(clock: c_int) -> Result<i64, Errno> {
+    // Those that wake the machine read the same, but can only be read where there is a device for it.
+    let clock = match clock {
+        libc::CLOCK_REALTIME_ALARM => libc::CLOCK_REALTIME,
+        libc::CLOCK_BOOTTIME_ALARM => libc::CLOCK_BOOTTIME,
+        other => other,
+    };
     let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
     // SAFETY: the kernel fills in `now`, which lives for the whole call.
     Errno::result(unsafe { libc::clock_gettime(clock, &raw mut now) })?;

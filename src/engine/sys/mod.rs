@@ -5,15 +5,18 @@
 
 pub mod attrs;
 pub mod blob;
+pub mod bpf;
 pub mod clone;
 pub mod datagram;
 pub mod fds;
 pub mod pagemap;
+pub mod perf;
 pub mod pidfd;
 pub mod priority;
 pub mod probe;
 pub mod ptrace;
 pub mod queue;
+pub mod sem;
 pub mod shm;
 pub mod socket;
 pub mod tcp;

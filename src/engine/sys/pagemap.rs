@@ -83,8 +83,38 @@ pub fn scan(
     // SAFETY: `arg` is live and writable and of the size that the number and its first field say; `vec`
     // and `vec_len` describe `found`, borrowed for the whole call.
     let rc = unsafe { libc::ioctl(pagemap.as_raw_fd(), PAGEMAP_SCAN, &raw mut arg) };
-    let count = Errno::result(rc)?;
-    Ok((usize::try_from(count).unwrap_or(0), arg.walk_end))
+    let count = usize::try_from(Errno::result(rc)?).unwrap_or(0);
+    // A walk that goes on after 512 regions, the kernel's own room, and then comes to its end leaves `walk_end`
+    // at the last of these stops (seen on Linux 6.18): to go on from there would report the rest twice.
+    let walked_to = match found.get(count.wrapping_sub(1)) {
+        Some(last) if count == found.len() => arg.walk_end.max(last.end),
+        _ => end,
+    };
+    Ok((count, walked_to))
+}
+
+/// Scans all of `start..end`, in as many ioctls as it takes with `found` as room for one.
+///
+/// # Errors
+/// The errno of an ioctl; what the ones before it found has been told.
+pub fn scan_all(
+    pagemap: BorrowedFd<'_>,
+    start: u64,
+    end: u64,
+    query: Query,
+    found: &mut [PageRegion],
+    mut each: impl FnMut(PageRegion),
+) -> Result<(), Errno> {
+    let mut at = start;
+    while at < end {
+        let (count, walked_to) = scan(pagemap, at, end, query, found)?;
+        found.iter().take(count).for_each(|r| each(*r));
+        if walked_to <= at {
+            break;
+        }
+        at = walked_to;
+    }
+    Ok(())
 }
 
 /// A mapping as PROCMAP_QUERY tells it.

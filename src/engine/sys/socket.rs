@@ -25,26 +25,39 @@ pub fn socket(family: c_int, kind: c_int, protocol: c_int) -> Result<OwnedFd, Er
     Ok(super::owned_fd(fd))
 }
 
+/// Bytes that the longest value of a socket option has which is not cut off.
+pub const VALUE_BYTES: usize = 256;
+
 /// The value of a socket option, at most 256 bytes of it. Packet filters are read by
 /// [`super::datagram::filter`]: their length is not in bytes.
 pub fn option(fd: BorrowedFd<'_>, level: c_int, name: c_int) -> Result<Vec<u8>, Errno> {
+    let mut room = [0; VALUE_BYTES];
+    read_option(fd, level, name, &mut room).map(<[u8]>::to_vec)
+}
+
+/// The same into `room`, for those that are read by the thousand.
+pub fn read_option<'a>(
+    fd: BorrowedFd<'_>,
+    level: c_int,
+    name: c_int,
+    room: &'a mut [u8],
+) -> Result<&'a [u8], Errno> {
     if (level, name) == (libc::SOL_SOCKET, libc::SO_GET_FILTER) {
         return Err(Errno::EINVAL);
     }
-    let mut value = [0u8; 256];
-    let mut len = value.len() as libc::socklen_t;
-    // SAFETY: `value` is writable for `len` bytes; the kernel writes no more and stores how many in `len`. The
+    let mut len = room.len() as libc::socklen_t;
+    // SAFETY: `room` is writable for `len` bytes; the kernel writes no more and stores how many in `len`. The
     // one option whose length counts something longer than bytes was turned away.
-    let rc =
-        unsafe { libc::getsockopt(fd.as_raw_fd(), level, name, value.as_mut_ptr().cast(), &raw mut len) };
+    let rc = unsafe { libc::getsockopt(fd.as_raw_fd(), level, name, room.as_mut_ptr().cast(), &raw mut len) };
     Errno::result(rc)?;
-    Ok(value.get(..len as usize).unwrap_or(&value).to_vec())
+    let len = room.len().min(len as usize);
+    Ok(room.get(..len).unwrap_or_default())
 }
 
 /// The value of an option that is an `int`.
 pub fn int_option(fd: BorrowedFd<'_>, level: c_int, name: c_int) -> Result<c_int, Errno> {
-    let value = option(fd, level, name)?;
-    let bytes = value.first_chunk::<4>().ok_or(Errno::EINVAL)?;
+    let mut room = [0; 8];
+    let bytes = read_option(fd, level, name, &mut room)?.first_chunk::<4>().ok_or(Errno::EINVAL)?;
     Ok(c_int::from_ne_bytes(*bytes))
 }
 

@@ -1,16 +1,15 @@
 //! The lock on the connections of the frozen process, and those that it has to take before.
 //!
-//! Connections that wait to be accepted cannot be carried: nothing but a handshake can put one into the
-//! queue of a listening socket. Nor can those that have ended with an error or with input that the process
-//! has not noticed yet. So it gets a moment to do so, while no new ones can begin. What it leaves is refused
-//! by name.
+//! Connections that have ended with an error or with input that the process has not noticed yet cannot be carried; nor,
+//! where the destination cannot put them into a queue, those that wait to be accepted. So the process gets a moment to
+//! take them, while no new ones can begin. What it leaves is refused by name.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use super::{ActionError, Driver, FREEZE_PATIENCE};
 use crate::engine::capture::CaptureError;
-use crate::engine::freeze::Frozen;
+use crate::engine::queued;
 use crate::engine::state::files::{self, Descriptors};
 
 /// How long the process may take. It is off the network meanwhile.
@@ -23,12 +22,18 @@ impl Driver<'_> {
     pub(super) fn lock_connections(&mut self) -> Result<(), ActionError> {
         let mut descriptors = self.lock_descriptors()?;
         // Not before: now no handshake can be completed any more.
-        let waiting = files::unsettled(&descriptors);
+        let mut waiting = files::unsettled(&descriptors);
+        if self.carries_queued() {
+            waiting.retain(|fd| !files::is_listening(fd.as_fd()));
+        }
         if !waiting.is_empty() {
             // What the process closes meanwhile must not be held open by us.
             drop(descriptors);
             self.let_run(waiting)?;
             descriptors = self.lock_descriptors()?;
+        }
+        if !self.carries_queued() {
+            self.state.reasons.extend(queued::against(&self.state.queued));
         }
         self.state.descriptors = Some(descriptors);
         Ok(())
@@ -38,8 +43,9 @@ impl Driver<'_> {
         let descriptors = Descriptors::take(self.pid()).map_err(CaptureError::from)?;
         let lock = self.state.lock.as_mut().ok_or(ActionError::Order)?;
         let locked = lock.close_on_process(&descriptors.socket_inodes())?;
-        tracing::debug!(count = locked.len(), "connections are locked");
-        self.expect_strays(locked);
+        tracing::debug!(count = locked.all.len(), queued = locked.queued.len(), "connections are locked");
+        self.state.queued = locked.queued;
+        self.expect_strays(locked.all);
         Ok(descriptors)
     }
 
@@ -53,10 +59,9 @@ impl Driver<'_> {
         }
         // Before the freeze: what the process has closed is closed only now.
         drop(waiting);
-        self.state.sleeps.look(self.config.pid);
-        let frozen = Frozen::freeze(self.pid(), FREEZE_PATIENCE)?;
-        self.state.sleeps.note(frozen.threads());
+        let frozen = self.state.sleeps.freeze(self.config.pid, FREEZE_PATIENCE)?;
         self.state.frozen = Some(frozen);
+        self.refuse_orphans_left()?;
         self.record_taking()
     }
 }

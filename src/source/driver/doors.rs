@@ -1,19 +1,22 @@
 //! The doors: just before the freeze no new connection can begin, and those that are half open get the time to
 //! become whole and to be accepted.
 //!
-//! Nothing but a handshake can put a connection into the queue of a listening socket, so one that is caught there by
-//! the freeze cannot be carried; and a peer in the middle of a handshake, which believes that it is connected, would
-//! be reset. The process runs meanwhile. Who asks for a connection waits; its request is kept and put in where the
-//! process runs then.
+//! A peer in the middle of a handshake, which believes that it is connected, would be reset. One that is connected and
+//! only waits to be accepted can be carried, but a connection that the process has accepted costs less: it gets a
+//! moment for that. The process runs meanwhile. Who asks for a connection waits; its request is kept and put in where
+//! the process runs then.
 
 use std::time::{Duration, Instant};
 
 use super::{ActionError, Driver};
 use crate::engine::lock;
+use crate::engine::state::files::EarlyLook;
 
 /// The round trip of a far client, and what the process takes to accept it. Whoever has not finished by then has most
 /// likely gone.
 const PATIENCE: Duration = Duration::from_millis(200);
+/// What the process gets to accept those that are whole, where they can be carried.
+const MOMENT: Duration = Duration::from_millis(20);
 /// Between two looks.
 const PAUSE: Duration = Duration::from_millis(1);
 
@@ -24,6 +27,7 @@ impl Driver<'_> {
             return Ok(());
         }
         let inodes = lock::socket_inodes(self.config.pid)?;
+        self.state.early = EarlyLook::at(self.config.pid, &inodes);
         self.keep_requests(&inodes)?;
         let lock = self.state.lock.as_mut().ok_or(ActionError::Order)?;
         let places = lock.close_on_listeners(&inodes)?;
@@ -31,12 +35,20 @@ impl Driver<'_> {
             return Ok(());
         }
         let closed = Instant::now();
-        let mut left = lock::unfinished(&places)?;
-        while left > 0 && closed.elapsed() < PATIENCE {
+        let for_queued = if self.state.takes_queued { MOMENT } else { PATIENCE };
+        let left = loop {
+            let left = lock::unfinished(&places)?;
+            let waited = closed.elapsed();
+            if (left.half_open == 0 || waited >= PATIENCE) && (left.queued == 0 || waited >= for_queued) {
+                break left;
+            }
             std::thread::sleep(PAUSE);
-            left = lock::unfinished(&places)?;
+        };
+        tracing::debug!(?left, took = ?closed.elapsed(), "the doors are closed");
+        // A server that sets options sets them when it accepts: from here on that is over.
+        if self.state.early.as_ref().is_some_and(|early| !early.holds()) {
+            self.state.early = EarlyLook::at(self.config.pid, &inodes);
         }
-        tracing::debug!(left, took = ?closed.elapsed(), "the doors are closed");
         Ok(())
     }
 }

@@ -7,7 +7,9 @@ mod backlog;
 mod doors;
 mod late;
 mod network;
+mod orphans;
 mod perform;
+mod queued;
 mod strays;
 
 use std::collections::VecDeque;
@@ -31,12 +33,12 @@ use crate::engine::dirty::TrackError;
 use crate::engine::freeze::{FreezeError, Frozen};
 use crate::engine::hook::{self, HookError, Hooks};
 use crate::engine::late::Seen;
-use crate::engine::lock::{Lock, LockError};
+use crate::engine::lock::{Concerned, Connection, Lock, LockError};
 use crate::engine::memory::MemoryError;
 use crate::engine::reason::{Reason, chain};
 use crate::engine::remote::{InjectError, Tid};
 use crate::engine::sleep::SleepBook;
-use crate::engine::state::files::{Descriptors, ScannedProcesses};
+use crate::engine::state::files::{Descriptors, EarlyLook, ScannedProcesses};
 use crate::engine::undertaker::Undertaker;
 use crate::identity::Node;
 use crate::journal::{Journal, JournalError, Outgoing};
@@ -88,6 +90,8 @@ enum ActionError {
     Push(#[source] std::io::Error),
     #[error("the destination's list of missing pages")]
     Missing(#[source] FrameError),
+    #[error("connections that were closed are not at their end")]
+    Orphans(Vec<Reason>),
     #[error("sharing the lock with the sentinel")]
     Share(#[source] std::io::Error),
     #[error("starting a thread")]
@@ -135,8 +139,15 @@ pub(super) struct Held {
     taken: bool,
     /// The descriptors of the frozen process, where they were looked at before the capture.
     descriptors: Option<Descriptors>,
+    /// What was seen of its connections just before.
+    early: Option<EarlyLook>,
     /// Keeps connections that are carried quiet, from the freeze on.
     lock: Option<Lock>,
+    /// Which connections that nobody has any more would lose something by the move.
+    orphans: Option<Concerned>,
+    /// Those that wait to be accepted; whether the destination can put such into a queue.
+    queued: Vec<Connection>,
+    takes_queued: bool,
     /// What comes for the process meanwhile.
     kept: strays::Kept,
     /// The hooks for taking the network away were run, or some of them: they are to be told when it is back.
@@ -181,6 +192,7 @@ impl Driver<'_> {
         let started = Instant::now();
         let mut clock = PhaseClock::start();
         clock.begin("prepare");
+        self.await_orphans();
         let (mut machine, actions) = SourceMachine::start(self.process, limits);
         let mut events = VecDeque::new();
         let mut timer: Option<Instant> = None;
@@ -272,7 +284,10 @@ impl Driver<'_> {
     /// What came beside the word.
     fn take_extras(&mut self, message: &Message, extras: Extras, clock: &mut PhaseClock) {
         match message {
-            Message::Ready => self.state.urgent_port = extras.urgent_port,
+            Message::Ready => {
+                self.state.urgent_port = extras.urgent_port;
+                self.state.takes_queued = extras.takes_queued;
+            }
             Message::Prepared => clock.begin("commit"),
             Message::Committed => {
                 if let Some(since) = self.state.frozen_at {
@@ -280,10 +295,13 @@ impl Driver<'_> {
                 }
                 clock.end();
                 self.pass_strays();
+                self.pass_queued();
             }
             Message::Resumed => {
                 self.state.urgent_port = extras.urgent_port;
                 self.state.missing = extras.missing;
+                // Where the word of the commit was lost.
+                self.pass_queued();
             }
             Message::Drained => self.take_stats(extras.stats),
             _ => {}
@@ -380,6 +398,7 @@ fn refusals(error: &ActionError) -> Option<Vec<Reason>> {
     match error {
         ActionError::Precopy(PrecopyError::Refused(reasons)) => Some(reasons.clone()),
         ActionError::Capture(error) => error.reasons(),
+        ActionError::Orphans(reasons) => Some(reasons.clone()),
         _ => None,
     }
 }

@@ -17,6 +17,7 @@ impl Driver<'_> {
             clock.begin("hooks");
             self.hooks.run(Stage::PreFreeze, &self.about())?;
         }
+        self.refuse_orphans_early()?;
         self.prepare_strays();
         self.close_doors()
     }
@@ -28,6 +29,7 @@ impl Driver<'_> {
             return Ok(());
         }
         clock.begin("addresses");
+        self.refuse_orphans_left()?;
         self.record_taking()?;
         self.keep_strays();
         if let Some(addresses) = self.state.addresses.as_mut() {

@@ -15,7 +15,7 @@ use crate::engine::extents::Extents;
 use crate::engine::freeze::Frozen;
 use crate::engine::lock::Lock;
 use crate::engine::priority;
-use crate::engine::state::files::FilesOptions;
+use crate::engine::state::files::Descriptors;
 use crate::engine::state::mm::{self, FlagCache};
 use crate::engine::state::objects::{self, ObjectBook};
 use crate::engine::undertaker::Undertaker;
@@ -72,10 +72,8 @@ impl Driver<'_> {
                 priority::urgent();
                 clock.begin("freeze");
                 self.posting.phase(Phase::Frozen);
-                self.state.sleeps.look(self.config.pid);
                 self.state.frozen_at = Some(Instant::now());
-                let frozen = Frozen::freeze(self.pid(), FREEZE_PATIENCE)?;
-                self.state.sleeps.note(frozen.threads());
+                let frozen = self.state.sleeps.freeze(self.config.pid, FREEZE_PATIENCE)?;
                 self.state.frozen = Some(frozen);
                 Ok(Some(Event::Frozen))
             }
@@ -100,6 +98,7 @@ impl Driver<'_> {
                 self.state.precopy = None;
                 // What the process closes must be closed: an epoll tells of sockets that we hold open.
                 self.state.descriptors = None;
+                self.state.early = None;
                 self.state.carried.clear();
                 self.state.closing.clear();
                 if let Some(frozen) = self.state.frozen.take()
@@ -157,15 +156,15 @@ impl Driver<'_> {
         self.state.journal = Some(Journal::open(&state_dir)?);
         let mut command = std::process::Command::new("/proc/self/exe");
         command.arg("--state-dir").arg(&state_dir).arg("__sentinel").arg(self.id.to_string());
-        if self.config.tcp_established {
+        if self.config.allowed.files.tcp_established {
             self.state.lock = Some(Lock::open(&format!("migrate-{}", self.id))?);
         }
         // It holds the lock as well: until it has done its work no connection may be reset.
         let held = self.state.lock.as_ref().map(|lock| lock.socket().try_clone_to_owned());
         let held = held.transpose().map_err(ActionError::Share)?;
         self.state.sentinel = Some(Sentinel::spawn(command, held)?);
-        if !self.config.move_ips.is_empty() {
-            self.state.addresses = Some(AddressSet::at_source(&self.config.move_ips)?);
+        if !self.config.allowed.move_ips.is_empty() {
+            self.state.addresses = Some(AddressSet::at_source(&self.config.allowed.move_ips)?);
         }
         Ok(())
     }
@@ -173,9 +172,7 @@ impl Driver<'_> {
     /// The first round begins with the one brief stop that creates the userfaultfd.
     pub(super) fn start_tracking(&mut self, clock: &mut PhaseClock) -> Result<(), ActionError> {
         clock.begin("track");
-        self.state.sleeps.look(self.config.pid);
-        let mut frozen = Frozen::freeze(self.pid(), FREEZE_PATIENCE)?;
-        self.state.sleeps.note(frozen.threads());
+        let mut frozen = self.state.sleeps.freeze(self.config.pid, FREEZE_PATIENCE)?;
         let tracker = UffdTracker::start(&mut frozen);
         let mut objects = ObjectBook::new(self.pid());
         let started = mm::capture(self.pid(), &FlagCache::default()).map(|map| {
@@ -256,6 +253,7 @@ impl Driver<'_> {
 
     fn send_final(&mut self, clock: &mut PhaseClock) -> Result<(), ActionError> {
         let round = u32::try_from(self.report.rounds.len() + 1).unwrap_or(u32::MAX);
+        let (options, queued) = (self.files_options(), self.queued_ends());
         let sender = self.link.as_ref().ok_or(ActionError::Order)?.sender();
         let precopy = self.state.precopy.as_mut().ok_or(ActionError::Order)?;
         let frozen = self.state.frozen.as_mut().ok_or(ActionError::Order)?;
@@ -272,7 +270,8 @@ impl Driver<'_> {
             if cancelled || given_up.load(Ordering::Relaxed) { Go::Cancel } else { Go::On }
         };
         clock.begin("scan");
-        let mut rest = precopy.final_scan()?;
+        let sockets = self.state.descriptors.as_ref().map(Descriptors::socket_numbers).unwrap_or_default();
+        let mut rest = precopy.final_scan(sockets)?;
         self.report.pages_after_freeze = rest.pages();
         let guards = std::mem::take(&mut rest.guards);
         clock.begin("capture");
@@ -287,12 +286,10 @@ impl Driver<'_> {
             }
         };
         let follow = Following { eager_pages, hot: &hot, owe: &mut owe };
-        let options = FilesOptions {
-            tcp_established: self.config.tcp_established,
-            tcp_close: self.config.tcp_close,
-            shell_job: self.config.shell_job,
-        };
-        let descriptors = self.state.descriptors.take();
+        let mut descriptors = self.state.descriptors.take();
+        if let (Some(descriptors), Some(early)) = (&mut descriptors, self.state.early.take()) {
+            descriptors.remember(early);
+        }
         let sleeps = &self.state.sleeps;
         let scanned = &self.scanned;
         // Pages are read from outside, the state is asked for from inside: neither needs to wait for the other.
@@ -312,7 +309,10 @@ impl Driver<'_> {
             Err(panic) => std::panic::resume_unwind(panic),
         };
         self.report.phases.add("beside_pages", took);
-        let captured = captured?;
+        let mut captured = captured?;
+        if let Some(files) = captured.process.files.as_mut() {
+            files.queued = queued;
+        }
         self.state.owes = sent?;
         posting.remaining(0);
         (self.state.closing, self.state.carried) = (captured.closing, captured.carried);
@@ -352,8 +352,8 @@ impl Driver<'_> {
             was_stopped: self.state.was_stopped,
             masks: self.state.frozen.as_ref().map(Frozen::masks).unwrap_or_default(),
             addresses: self.state.addresses.as_ref().map(AddressSet::records).unwrap_or_default(),
-            connections: self.config.tcp_established,
-            hooks: self.config.hooks.clone(),
+            connections: self.config.allowed.files.tcp_established,
+            hooks: self.config.allowed.hooks.clone(),
         })
     }
 

@@ -25,8 +25,8 @@ pub(super) struct Kept {
 impl Driver<'_> {
     /// While the process runs. Without it the peers repeat what they have sent.
     pub(super) fn prepare_strays(&mut self) {
-        let with_connections = self.config.tcp_established;
-        if !with_connections && self.config.move_ips.is_empty() {
+        let with_connections = self.config.allowed.files.tcp_established;
+        if !with_connections && self.config.allowed.move_ips.is_empty() {
             return;
         }
         let prepare = || -> Result<Kept, StraysError> {

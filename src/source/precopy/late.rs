@@ -108,7 +108,6 @@ impl Precopy {
             self.sent.remove(start, end);
             self.owed.remove(start, end);
         }
-        rest.guards.iter().for_each(|r| self.owed.remove(r.start, r.end));
         let mut windows = rest.suspects;
         let exact = rest.dirty.overlap(WINDOWS_START, WINDOWS_END);
         exact.for_each(|(start, end)| windows.insert(start, end));

@@ -167,7 +167,8 @@ pub struct UrgentServer {
 
 impl UrgentServer {
     /// Listens beside the main listener at `main`: on the same address, ten thousand ports further on (17077
-    /// for 7077) if that one is free, else on any. `hello` makes our first message for each connection (the version is filled in).
+    /// for 7077) if that one is free, else on any. `hello` makes our first message for each connection (the
+    /// version is filled in).
     ///
     /// # Errors
     /// [`TransportError`] if the thread, the socket or TLS cannot be set up.

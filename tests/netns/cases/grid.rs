@@ -19,13 +19,15 @@ use crate::grid::gates::{Gates, Part};
 use crate::grid::peer::Outcome;
 use crate::grid::script::{Look, PORT, Round, play};
 use crate::grid::table::{Cell, State, cells};
-use crate::grid::wire::{MOVE_IP, Running, Side};
+use crate::grid::wire::{Running, Side, Version};
 use crate::workload::Workload;
 
 const MOVE: Duration = Duration::from_secs(60);
 const PATIENCE: Duration = Duration::from_secs(30);
 /// The grid is moved so often.
 const ROUNDS: u16 = 3;
+/// What a restored socket looks like to a source shows on the way back.
+const THERE_AND_BACK: u16 = 2;
 const OPTIONS: [&str; 3] = ["--tcp-established", "--mode", "precopy"];
 /// The stages at which the move waits for us, and the directory where it says so.
 const STAGES: [&str; 2] = ["network-lock", "network-unlock"];
@@ -48,13 +50,40 @@ pub(crate) fn cases() -> Vec<Case> {
     ];
     let mut cases: Vec<Case> = states
         .into_iter()
-        .map(|state| Case::new(name(state), move |lan| rounds(lan, &of(state), 1, Address::Moves)))
+        .map(|state| {
+            Case::new(name(state), move |lan| rounds(lan, &of(state), 1, Address::Moves, Family::V4))
+        })
         .collect();
-    let on_both = |lan: &Lan| rounds(lan, &cells(), 1, Address::OnBoth);
-    cases.push(Case::new("grid/all_with_the_address_on_both", on_both));
-    let alike = |lan: &Lan| rounds(lan, &cells(), ROUNDS, Address::Moves);
-    cases.push(Case::new("grid/all_3_times_alike", alike));
+    let mut whole = |name: &str, times, address, family| {
+        let run = move |lan: &Lan| rounds(lan, &cells(), times, address, family);
+        cases.push(Case::new(format!("grid/{name}"), run));
+    };
+    whole("all_with_the_address_on_both", 1, Address::OnBoth, Family::V4);
+    whole("all_3_times_alike", ROUNDS, Address::Moves, Family::V4);
+    whole("all_ipv6", THERE_AND_BACK, Address::Moves, Family::V6);
+    whole("all_ipv6_with_the_address_on_both", 1, Address::OnBoth, Family::V6);
+    whole("all_v4_mapped", THERE_AND_BACK, Address::Moves, Family::Mapped);
     cases
+}
+
+/// What the connections are, to the process and on the wire.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Family {
+    V4,
+    V6,
+    /// Sockets of IPv6 whose clients speak IPv4.
+    Mapped,
+}
+
+impl Family {
+    fn version(self) -> Version {
+        if self == Self::V6 { Version::V6 } else { Version::V4 }
+    }
+
+    /// Of its sockets, for the workload; and where the kernel lists them.
+    fn sockets(self) -> (&'static str, &'static str) {
+        if self == Self::V4 { ("4", "/proc/net/tcp") } else { ("6", "/proc/net/tcp6") }
+    }
 }
 
 /// Where the address of the connections is.
@@ -67,17 +96,26 @@ enum Address {
 }
 
 /// Moves a process with all these connections to and fro, each time with new ones.
-fn rounds(lan: &Lan, cells: &[Cell], rounds: u16, address: Address) -> Result {
+fn rounds(lan: &Lan, cells: &[Cell], rounds: u16, address: Address, family: Family) -> Result {
     let gates = Doors::new(lan)?;
-    let wire = Running::start(lan, address == Address::OnBoth)?;
-    let workload = Workload::start(&lan.a, "tcp_grid", &[&PORT.to_string()])?;
+    let wire = Running::with(lan, family.version(), address == Address::OnBoth)?;
+    let workload = Workload::start(&lan.a, "tcp_grid", &[&PORT.to_string(), family.sockets().0])?;
     lan.share_identity()?;
     let services = [gates.serve(lan, &lan.a)?, gates.serve(lan, &lan.b)?];
     let (mut here, mut from, mut first) = (&lan.a, Side::A, Vec::new());
     let mut seen = 0;
     for round in 0..rounds {
-        let grounds =
-            Grounds { lan, wire: &wire, doors: &gates, job: &workload.job, here, from, round, address };
+        let grounds = Grounds {
+            lan,
+            wire: &wire,
+            doors: &gates,
+            job: &workload.job,
+            here,
+            from,
+            round,
+            address,
+            family,
+        };
         let service = &services[from.other() as usize];
         let stories = grounds
             .round(cells, service, &mut seen)
@@ -110,6 +148,7 @@ struct Grounds<'a> {
     from: Side,
     round: u16,
     address: Address,
+    family: Family,
 }
 
 impl Grounds<'_> {
@@ -168,7 +207,7 @@ impl Grounds<'_> {
         self.await_looks(&looks.lock().unwrap())?;
         let mut options = [&OPTIONS[..], &["--hook", &self.doors.hook]].concat();
         if self.address == Address::Moves {
-            options.extend(["--move-ip", MOVE_IP]);
+            options.extend(["--move-ip", self.family.version().move_ip()]);
         }
         let job = self.lan.start_move(here, &service.address, self.job.pid, &options)?;
         self.doors.await_move(here, &job, "source", STAGES[0])?;
@@ -207,7 +246,7 @@ impl Grounds<'_> {
     /// Waits until the kernel has each connection as its cell wants it.
     fn await_looks(&self, looks: &[Look]) -> Result {
         let all = || -> migrate::testbed::Result<Vec<Look>> {
-            let text = self.here.net(&["cat", "/proc/net/tcp"])?;
+            let text = self.here.net(&["cat", self.family.sockets().1])?;
             Ok(text.lines().skip(1).filter_map(look).collect())
         };
         let mut wrong = String::new();
@@ -248,7 +287,7 @@ fn total(line: &str) -> Option<(u32, u64, u64)> {
     Some((words.next()?.parse().ok()?, words.next()?.parse().ok()?, words.next()?.parse().ok()?))
 }
 
-/// A line of `/proc/net/tcp`.
+/// A line of `/proc/net/tcp` or `/proc/net/tcp6`.
 fn look(line: &str) -> Option<Look> {
     let mut words = line.split_whitespace().skip(2);
     let hex = |text: &str| u64::from_str_radix(text, 16).ok();

@@ -27,6 +27,10 @@ const ZOO: &[&str] = &[
     "zoo_shared",
     "zoo_sockets",
     "zoo_huge",
+    "zoo_state",
+    "zoo_open",
+    "zoo_waits",
+    "zoo_layout",
 ];
 
 /// Huge pages that a kind of `zoo_huge` takes at both ends.
@@ -47,7 +51,8 @@ struct Kind {
 
 fn kinds() -> Vec<Kind> {
     let own = |name: &str, start: Start, need| {
-        let restless = ["writer", "python", "shared_memfd_behind"];
+        // Pages of huge ones and droppable ones come and go as the kernel likes.
+        let restless = ["writer", "python", "shared_memfd_behind", "layout_thp", "layout_droppable"];
         let steady = !restless.iter().any(|prefix| name.starts_with(prefix));
         Kind { name: name.to_owned(), start, need, steady }
     };

@@ -11,9 +11,10 @@ use migrate::testbed::{Host, Job, Lan, SHARED, Spawn};
 use rustls::pki_types::ServerName;
 use rustls::{ClientConfig, ClientConnection, RootCertStore, StreamOwned};
 
-use super::tcp::{no_resets_since, resets, service_of_other};
+use super::tcp::service_of_other;
 use crate::case::{Case, Need, Result, ensure, fail};
 use crate::plain::{Plain, echo, pattern, same};
+use crate::resets::Resets;
 use crate::workload::sources;
 
 const PORT: u16 = 8443;
@@ -47,7 +48,7 @@ fn address() -> Result<SocketAddr> {
 fn moves(lan: &Lan, server: &Job, clients: Plain) -> Result {
     lan.share_identity()?;
     let services = [lan.serve(&lan.a)?, lan.serve(&lan.b)?];
-    let before = resets(lan)?;
+    let resets = Resets::watch(lan, PORT)?;
     let moved = (|| -> Result {
         clients.get_on()?;
         let mut here = &lan.a;
@@ -58,7 +59,7 @@ fn moves(lan: &Lan, server: &Job, clients: Plain) -> Result {
             clients.get_on()?;
         }
         ensure(here.proc(server.pid).exists(), || "it is on the wrong host".to_owned())?;
-        no_resets_since(lan, before)
+        resets.none(lan)
     })();
     // What a client has to say explains the rest.
     let longest = clients.finish()?;

@@ -15,6 +15,8 @@ mod lock;
 mod moves;
 mod network;
 mod operator;
+mod orphans;
+mod queued;
 mod refusals;
 mod segments;
 mod servers;
@@ -38,7 +40,9 @@ pub(crate) fn all() -> Vec<Case> {
         live::cases(),
         grid::cases(),
         stall::cases(),
+        orphans::cases(),
         handshake::cases(),
+        queued::cases(),
         network::cases(),
         operator::cases(),
         hooks::cases(),

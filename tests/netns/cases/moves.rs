@@ -17,13 +17,17 @@ pub(crate) fn cases() -> Vec<Case> {
             .needs(Need::HugePages(HUGE_PAGES))
     });
     let fifty = Case::new("moves/50_times_and_no_growth", fifty);
-    writers.into_iter().chain(all_kinds).chain([fifty]).collect()
+    let shell = Case::new("moves/started_by_a_shell_that_stays", |lan| {
+        let mut workload = Workload::under_shell(&lan.a, "counter")?;
+        back_and_forth(lan, &mut workload, 2, &[], |_, _| Ok(()))
+    });
+    writers.into_iter().chain(all_kinds).chain([fifty, shell]).collect()
 }
 
 /// 8 threads over 512 MiB, mapping, unmapping, moving and dropping memory all the while.
 fn writer(lan: &Lan, mode: &str) -> Result {
     let mut workload = Workload::start(&lan.a, "writer", &["8", "512", "/run/shared/writer", "4"])?;
-    back_and_forth(lan, &mut workload, 20, mode, |_, _| Ok(()))
+    back_and_forth(lan, &mut workload, 20, &["--mode", mode], |_, _| Ok(()))
 }
 
 /// What was missing at the resume has arrived, each page once, or was given up by the process.
@@ -35,18 +39,19 @@ pub(crate) fn count_is_exact(outcome: &Outcome) -> Result {
     ensure(exact, || format!("pages after the resume do not add up: {}", outcome.report))
 }
 
-/// All kinds of memory at the same time.
+/// The same over 1 GiB, of all kinds of memory at the same time.
 fn all_kinds(lan: &Lan, mode: &str) -> Result {
-    let words = ["8", "128", "/run/shared/writer", "4"];
+    let words = ["8", "1024", "/run/shared/writer", "4"];
     let words: Vec<&str> = words.iter().chain(EVERY_KIND).copied().collect();
     let mut workload = Workload::start(&lan.a, "writer", &words)?;
-    back_and_forth(lan, &mut workload, 20, mode, |_, _| Ok(()))
+    // It writes faster than rounds can follow: more of them would only take longer.
+    back_and_forth(lan, &mut workload, 20, &["--mode", mode, "--max-rounds", "4"], |_, _| Ok(()))
 }
 
 fn fifty(lan: &Lan) -> Result {
     let mut workload = Workload::start(&lan.a, "writer", &["2", "16", "/run/shared/writer", "4"])?;
     let mut sizes = Vec::new();
-    back_and_forth(lan, &mut workload, 50, "auto", |_, services| {
+    back_and_forth(lan, &mut workload, 50, &[], |_, services| {
         sizes.push([Size::of(&lan.a, &services[0])?, Size::of(&lan.b, &services[1])?]);
         Ok(())
     })?;
@@ -68,7 +73,7 @@ fn back_and_forth(
     lan: &Lan,
     workload: &mut Workload,
     moves: usize,
-    mode: &str,
+    options: &[&str],
     mut after_each: impl FnMut(usize, &[Service; 2]) -> Result,
 ) -> Result {
     lan.share_identity()?;
@@ -78,10 +83,10 @@ fn back_and_forth(
         let there = lan.other(here);
         let service = if here.name() == lan.a.name() { &services[1] } else { &services[0] };
         let outcome = lan
-            .move_to(here, service, workload.pid(), &["--mode", mode], MOVE)
+            .move_to(here, service, workload.pid(), options, MOVE)
             .and_then(Outcome::expect_moved)
             .map_err(|error| format!("move {round}: {error}"))?;
-        if mode == "postcopy" {
+        if options.contains(&"postcopy") {
             let late = outcome.report["pages_postcopy"].as_u64();
             ensure(late > Some(0), || format!("nothing followed after the resume: {}", outcome.report))?;
             count_is_exact(&outcome).map_err(|error| format!("move {round}: {error}"))?;

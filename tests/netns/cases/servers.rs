@@ -11,6 +11,7 @@ use migrate::testbed::{Lan, Spawn, TestbedError, wait_for};
 
 use crate::case::{Case, Need, Result, ensure};
 use crate::memcached::{self, Memcached};
+use crate::resets::Resets;
 
 const KEYS: u64 = 200_000;
 /// About 160 MiB.
@@ -95,10 +96,14 @@ fn under_writer<S: Store + 'static>(
         (load, activity)
     })?;
     // Whatever fails from here on, the writer is told to stop.
+    let resets = Resets::watch(lan, port)?;
     let outcome = under_load(lan, job.pid, options, &writes);
+    // Whoever closes the writer's connection may leave something of it unread.
+    let unbroken = if reconnects == 0 { resets.none(lan) } else { Ok(()) };
     stop.store(true, Ordering::Relaxed);
     let (load, activity) = writer.join().map_err(|_| "the writer panicked")??;
     outcome?;
+    unbroken?;
     let wrong = in_client(lan, "verify", move || load.verify::<S>(address))??;
     ensure(wrong.is_empty(), || format!("acknowledged writes are missing: {}", wrong.join("; ")))?;
     ensure(activity.reconnects == reconnects, || format!("{activity:?}"))?;

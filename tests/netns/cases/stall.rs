@@ -9,14 +9,17 @@ use std::time::Duration;
 use migrate::engine::sys::socket;
 use migrate::testbed::{Host, Lan, SHARED, wait_for};
 
-use super::tcp::{OPTIONS, PORT, tcp_counter};
+use super::tcp::{OPTIONS, PORT};
 use crate::case::{Case, Result, ensure};
+use crate::resets::{Resets, tcp_counter};
 use crate::workload::Workload;
 
 const MOVE: Duration = Duration::from_secs(120);
 const PATIENCE: Duration = Duration::from_secs(60);
 /// A client that waits as long before it repeats anything has been answered, or the test has failed.
 const LATE_US: &str = "100000000";
+/// From where a connection is asked for that nobody wants.
+const STRANGER: u16 = 4444;
 
 pub(crate) fn cases() -> Vec<Case> {
     vec![
@@ -63,6 +66,7 @@ fn sent(lan: &Lan, at: At) -> Result {
     let mut clients = lan.client("connect", connect)?.join().map_err(|_| "the client panicked")???;
     let resets = || tcp_counter(&lan.middle.net(&["cat", "/proc/net/snmp"])?, "OutRsts");
     let before = resets()?;
+    let capture = Resets::watch(lan, PORT)?;
 
     let options = if at == At::Destination { OPTIONS.to_vec() } else { [&OPTIONS[..], &hook].concat() };
     let job = lan.start_move(&lan.a, &service.address, workload.pid(), &options)?;
@@ -106,6 +110,8 @@ fn sent(lan: &Lan, at: At) -> Result {
         })?;
     }
     ensure(resets()? == before + 1, || "a connection was reset".to_owned())?;
+    let seen = capture.seen();
+    ensure(!seen.is_empty() && seen.iter().all(|(from, _)| from.port() == STRANGER), || format!("{seen:?}"))?;
     workload.check(here)
 }
 
@@ -126,7 +132,7 @@ fn repeated(stream: &TcpStream) -> Result<u32> {
 /// Sends one SYN that no socket of this host knows about.
 fn request(from: Ipv4Addr, to: Ipv4Addr) -> Option<()> {
     let mut tcp = Vec::with_capacity(20);
-    tcp.extend(4444u16.to_be_bytes());
+    tcp.extend(STRANGER.to_be_bytes());
     tcp.extend(PORT.to_be_bytes());
     tcp.extend([0, 0, 0, 1, 0, 0, 0, 0, 5 << 4, 2, 0xff, 0xff, 0, 0, 0, 0]);
     let words = [&from.octets()[..], &to.octets(), &[0, 6, 0, 20], &tcp].concat();

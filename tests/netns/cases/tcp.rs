@@ -15,6 +15,7 @@ use migrate::testbed::{Host, Lan, Outcome, SHARED, Service, Spawn, redis, wait_f
 use super::crash::{SETTLE, settled};
 use super::limbo::at_state;
 use crate::case::{Case, Choices, Need, Result, ensure};
+use crate::resets::{Resets, tcp_counter};
 use crate::workload::{Workload, build};
 
 pub(super) const PORT: u16 = 7;
@@ -66,6 +67,7 @@ fn echo(lan: &Lan, moves: usize, mode: &str, crowd: Crowd) -> Result {
     lan.share_identity()?;
     let services = [lan.serve(&lan.a)?, lan.serve(&lan.b)?];
     let clients = Clients::start(lan, Lan::SERVICE, crowd)?;
+    let resets = Resets::watch(lan, PORT)?;
     let (mut here, mut downtimes) = (&lan.a, Vec::new());
     for round in 1..=moves {
         clients.get_on()?;
@@ -85,7 +87,7 @@ fn echo(lan: &Lan, moves: usize, mode: &str, crowd: Crowd) -> Result {
     let longest = clients.finish()?;
     let longest = longest.as_secs_f64() * 1000.0;
     println!("    longest wait of a client {longest:.1} ms, downtimes {} ms", downtimes.join(", "));
-    no_resets_since(lan, [0; 4])
+    resets.none(lan)
 }
 
 /// When the source command is killed.
@@ -103,6 +105,7 @@ fn source_killed(lan: &Lan, blow: Blow) -> Result {
     lan.share_identity()?;
     let services = [lan.serve(&lan.a)?, lan.serve(&lan.b)?];
     let clients = Clients::start(lan, Lan::SERVICE, FEW)?;
+    let resets = Resets::watch(lan, PORT)?;
     let mut here = &lan.a;
     let begin = Instant::now();
     lan.move_to(here, service_of_other(lan, here, &services), workload.pid(), &OPTIONS, MOVE)?
@@ -149,21 +152,30 @@ fn source_killed(lan: &Lan, blow: Blow) -> Result {
     }
     println!("    of {blows} disturbed moves {moved} arrived");
     clients.finish()?;
-    no_resets_since(lan, [0; 4])
+    resets.none(lan)
+}
+
+/// An address that both hosts have, behind a router.
+pub(super) const ON_BOTH: &str = "10.78.0.5";
+
+/// Gives [`ON_BOTH`] to both; it leads to the first.
+pub(super) fn give_to_both(lan: &Lan) -> Result {
+    for host in [&lan.a, &lan.b] {
+        host.net(&["ip", "address", "add", &format!("{ON_BOTH}/32"), "dev", "lo"])?;
+    }
+    lead_to(lan, &lan.a)
+}
+
+/// From now on [`ON_BOTH`] leads to this host.
+pub(super) fn lead_to(lan: &Lan, host: &Host) -> Result {
+    lan.middle.net(&["ip", "route", "replace", ON_BOTH, "via", lan.address(host)])?;
+    Ok(())
 }
 
 /// Behind a router, with an address that both hosts have all the time: nothing but the lock keeps the one kernel
 /// from answering for a process that is on its way, and the other for one that is not there yet.
 fn address_on_both_hosts(lan: &Lan) -> Result {
-    const ADDRESS: &str = "10.78.0.5";
-    let route = |how, host: &Host| {
-        let words = ["ip", "route", how, ADDRESS, "via", lan.address(host)];
-        lan.middle.net(&words).map(drop)
-    };
-    for host in [&lan.a, &lan.b] {
-        host.net(&["ip", "address", "add", &format!("{ADDRESS}/32"), "dev", "lo"])?;
-    }
-    route("add", &lan.a)?;
+    give_to_both(lan)?;
     let mut workload = Workload::start(&lan.a, "tcp_echo", &[&PORT.to_string()])?;
     lan.share_identity()?;
     let hook = format!(
@@ -172,7 +184,8 @@ fn address_on_both_hosts(lan: &Lan) -> Result {
     );
     let hook = ["--hook", &hook];
     let services = [lan.serve_with(&lan.a, &hook)?, lan.serve_with(&lan.b, &hook)?];
-    let clients = Clients::start(lan, ADDRESS, FEW)?;
+    let clients = Clients::start(lan, ON_BOTH, FEW)?;
+    let resets = Resets::watch(lan, PORT)?;
     let repeated = || tcp_counter(&lan.middle.net(&["cat", "/proc/net/snmp"])?, "RetransSegs");
     let repeat = || -> Result {
         let before = repeated()?;
@@ -181,25 +194,31 @@ fn address_on_both_hosts(lan: &Lan) -> Result {
         })?;
         Ok(())
     };
+    // A reset explains the rest.
+    let quiet = |result: Result| resets.none(lan).and(result);
     let mut here = &lan.a;
     for _ in 0..4 {
-        clients.get_on()?;
+        quiet(clients.get_on())?;
         let to = &service_of_other(lan, here, &services).address;
         let job = lan.start_move(here, to, workload.pid(), &["--tcp-established"])?;
         let shared = |name| lan.a.outside(format!("{SHARED}/{name}"));
-        wait_for("the hook", MOVE, || Ok(shared("held").exists().then_some(())))?;
+        wait_for("the hook", MOVE, || {
+            Ok((shared("held").exists() || here.exit_of(job.pid).is_some()).then_some(()))
+        })?;
+        let held = shared("held").exists();
+        quiet(ensure(held, || format!("no hook: {}{}", here.stdout(&job), here.stderr(&job))))?;
         // Nobody answers, neither the host that it comes from nor the one that it goes to.
-        repeat()?;
-        route("replace", lan.other(here))?;
-        repeat()?;
+        quiet(repeat())?;
+        lead_to(lan, lan.other(here))?;
+        quiet(repeat())?;
         std::fs::write(shared("go"), "")?;
         lan.finish_move(here, &job, MOVE)?.expect_moved()?;
         here = lan.other(here);
         workload.check(here)?;
-        clients.get_on()?;
+        quiet(clients.get_on())?;
     }
     clients.finish()?;
-    no_resets_since(lan, [0; 4])
+    resets.none(lan)
 }
 
 /// Pipelining from 20 connections, unbroken.
@@ -213,7 +232,7 @@ fn redis_benchmark(lan: &Lan) -> Result {
     .join()
     .map_err(|_| "the client panicked")???;
     // Whoever connected before it listened was refused.
-    let before = resets(lan)?;
+    let resets = Resets::watch(lan, redis::PORT)?;
     lan.share_identity()?;
     let services = [lan.serve(&lan.a)?, lan.serve(&lan.b)?];
     let words = ["redis-benchmark", "-h", Lan::SERVICE, "-p", &port, "-c", "20", "-P", "16", "-n", "5000000"];
@@ -235,7 +254,7 @@ fn redis_benchmark(lan: &Lan) -> Result {
         busy(here)?;
     }
     // Before its end: then it closes connections with answers under way, which resets them.
-    no_resets_since(lan, before)?;
+    resets.none(lan)?;
     let said = || format!("{}{}", lan.middle.stdout(&bench), lan.middle.stderr(&bench));
     wait_for("the end of redis-benchmark", MOVE, || Ok(said().contains("requests per second").then_some(())))
         .map_err(|error| format!("{error}: {}", said()))?;
@@ -271,33 +290,6 @@ pub(super) fn service_of_other<'s>(lan: &Lan, here: &Host, services: &'s [Servic
 /// Segments that a host has received.
 fn received(host: &Host) -> Result<u64> {
     tcp_counter(&host.net(&["cat", "/proc/net/snmp"])?, "InSegs")
-}
-
-pub(super) fn tcp_counter(text: &str, name: &str) -> Result<u64> {
-    let mut lines = text.lines().filter(|line| line.starts_with("Tcp:"));
-    let (names, values) = (lines.next().ok_or("no TCP")?, lines.next().ok_or("no TCP")?);
-    let at = names.split(' ').position(|word| word == name).ok_or("no such counter")?;
-    Ok(values.split(' ').nth(at).ok_or("no value")?.parse()?)
-}
-
-/// Resets sent by each host, and those that the clients suffered. (A source that lets go of a connection in
-/// silence counts it as reset.)
-pub(super) fn resets(lan: &Lan) -> Result<[u64; 4]> {
-    let count = |host: &Host, name| tcp_counter(&host.net(&["cat", "/proc/net/snmp"])?, name);
-    let clients = &lan.middle;
-    Ok([
-        count(&lan.a, "OutRsts")?,
-        count(&lan.b, "OutRsts")?,
-        count(clients, "OutRsts")?,
-        count(clients, "EstabResets")?,
-    ])
-}
-
-pub(super) fn no_resets_since(lan: &Lan, before: [u64; 4]) -> Result {
-    let now = resets(lan)?;
-    ensure(now == before, || {
-        format!("resets by a, by b, by the clients, suffered by them: {before:?}, {now:?}")
-    })
 }
 
 /// Streams through the echo in both directions, one request after the other, and connections that wait.

@@ -1,6 +1,6 @@
-//! TCP segments over IPv4 over Ethernet, as bytes and as what they mean.
+//! TCP segments over IPv4 or IPv6 over Ethernet, as bytes and as what they mean.
 
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 
 pub(crate) const FIN: u8 = 1;
 pub(crate) const SYN: u8 = 2;
@@ -9,8 +9,14 @@ pub(crate) const PSH: u8 = 8;
 pub(crate) const ACK: u8 = 16;
 
 const ETHERNET: usize = 14;
-const IP: usize = 20;
+const IPV4: usize = 20;
+const IPV6: usize = 40;
 const TCP: usize = 20;
+/// What a frame says that it holds, and what a packet says.
+const HOLDS_IPV4: [u8; 2] = [0x08, 0];
+const HOLDS_IPV6: [u8; 2] = [0x86, 0xdd];
+const HOLDS_TCP: u8 = 6;
+const HOPS: u8 = 64;
 
 /// One segment.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -42,7 +48,7 @@ pub(crate) struct Options {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Place {
     pub(crate) mac: [u8; 6],
-    pub(crate) ip: Ipv4Addr,
+    pub(crate) ip: IpAddr,
 }
 
 impl Segment {
@@ -50,15 +56,19 @@ impl Segment {
         self.flags & flag != 0
     }
 
-    /// Reads a frame; `None` if it is anything but TCP over IPv4.
+    /// Reads a frame; `None` if it is anything but TCP over IP.
     pub(crate) fn parse(frame: &[u8]) -> Option<Self> {
-        let ip = frame.get(ETHERNET..).filter(|_| frame[12..ETHERNET] == [8, 0])?;
-        let header = usize::from(ip.first()? & 15) * 4;
-        if ip.get(9) != Some(&6) {
+        let ip = frame.get(ETHERNET..)?;
+        let (holds, header, total) = match *frame[12..].first_chunk()? {
+            HOLDS_IPV4 => (ip.get(9)?, usize::from(ip.first()? & 15) * 4, half(ip, 2)?.into()),
+            HOLDS_IPV6 => (ip.get(6)?, IPV6, IPV6 + usize::from(half(ip, 4)?)),
+            _ => return None,
+        };
+        if *holds != HOLDS_TCP {
             return None;
         }
         // Short frames are padded.
-        let tcp = ip.get(header..usize::from(half(ip, 2)?))?;
+        let tcp = ip.get(header..total)?;
         let data = usize::from(tcp.get(12)? >> 4) * 4;
         Some(Self {
             from: half(tcp, 0)?,
@@ -87,22 +97,49 @@ impl Segment {
         tcp.extend([0; 4]);
         tcp.extend(options);
         tcp.extend(&self.payload);
-        let mut pseudo = [from.ip.octets(), to.ip.octets()].concat();
-        pseudo.extend([0, 6]);
+        // The two pseudo-headers have the same sum but for the addresses.
+        let mut pseudo = [octets(from.ip), octets(to.ip)].concat();
+        pseudo.extend([0, HOLDS_TCP]);
         pseudo.extend(length.to_be_bytes());
         pseudo.extend(&tcp);
         tcp[16..18].copy_from_slice(&checksum(&pseudo).to_be_bytes());
+        let (holds, ip) = if from.ip.is_ipv4() {
+            (HOLDS_IPV4, ipv4(length, from.ip, to.ip))
+        } else {
+            (HOLDS_IPV6, ipv6(length, from.ip, to.ip))
+        };
+        [&to.mac[..], &from.mac, &holds, &ip, &tcp].concat()
+    }
+}
 
-        let total = length + u16::try_from(IP).unwrap();
-        let mut ip = vec![0x45, 0];
-        ip.extend(total.to_be_bytes());
-        // No number, not to be fragmented, 64 hops, TCP, and the checksum.
-        ip.extend([0, 0, 0x40, 0, 64, 6, 0, 0]);
-        ip.extend(from.ip.octets());
-        ip.extend(to.ip.octets());
-        let sum = checksum(&ip);
-        ip[10..12].copy_from_slice(&sum.to_be_bytes());
-        [&to.mac[..], &from.mac, &[8, 0], &ip, &tcp].concat()
+/// A header for so many bytes of TCP.
+fn ipv4(length: u16, from: IpAddr, to: IpAddr) -> Vec<u8> {
+    let total = length + u16::try_from(IPV4).unwrap();
+    let mut ip = vec![0x45, 0];
+    ip.extend(total.to_be_bytes());
+    // No number, not to be fragmented, and the checksum.
+    ip.extend([0, 0, 0x40, 0, HOPS, HOLDS_TCP, 0, 0]);
+    ip.extend(octets(from));
+    ip.extend(octets(to));
+    let sum = checksum(&ip);
+    ip[10..12].copy_from_slice(&sum.to_be_bytes());
+    ip
+}
+
+/// The same, without class and label.
+fn ipv6(length: u16, from: IpAddr, to: IpAddr) -> Vec<u8> {
+    let mut ip = vec![0x60, 0, 0, 0];
+    ip.extend(length.to_be_bytes());
+    ip.extend([HOLDS_TCP, HOPS]);
+    ip.extend(octets(from));
+    ip.extend(octets(to));
+    ip
+}
+
+fn octets(ip: IpAddr) -> Vec<u8> {
+    match ip {
+        IpAddr::V4(ip) => ip.octets().to_vec(),
+        IpAddr::V6(ip) => ip.octets().to_vec(),
     }
 }
 

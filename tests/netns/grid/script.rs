@@ -331,6 +331,10 @@ impl<'w> Script<'_, 'w> {
         p.until_have(whole)?;
         // What comes before the end is sent again, the new host does not take: it acknowledges too much.
         p.until("the end once more", |p| !cell.state.has_shut() || p.ended)?;
+        if cell.fault == Fault::DownLostAfter && p.ended {
+            // It was lost, but was known before: without this it would come again and again after our end.
+            p.acknowledge()?;
+        }
         if missing >= p.agreed.full() && p.largest != p.agreed.full() {
             return Err(format!("segments of {}, not of {} bytes", p.largest, p.agreed.full()));
         }

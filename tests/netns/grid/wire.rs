@@ -2,7 +2,7 @@
 //! send comes here and nowhere else; what they get, we have made.
 
 use std::collections::HashMap;
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::ops::Deref;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::process::Command;
@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use migrate::testbed::{Host, Lan};
 use nix::errno::Errno;
@@ -29,13 +29,18 @@ use crate::case::Result;
 /// The name of the device on both hosts.
 const DEVICE: &str = "wire0";
 /// Where we are, to the hosts.
-const OURS: Place = Place { mac: [2, 0, 0, 0, 8, 9], ip: Ipv4Addr::new(10, 88, 0, 9) };
-/// The address that moves.
-const SERVICE: Ipv4Addr = Ipv4Addr::new(10, 88, 0, 1);
-/// [`SERVICE`] in the form that `--move-ip` takes.
+const OUR_MAC: [u8; 6] = [2, 0, 0, 0, 8, 9];
+/// The last numbers of addresses: ours, the one that moves, and that of the first host itself.
+const OURS: u8 = 9;
+const SERVICE: u8 = 1;
+const HOST: u8 = 11;
+/// The address that moves, in the form that `--move-ip` takes.
 pub(crate) const MOVE_IP: &str = "10.88.0.1/24@wire0";
+const MOVE_IPV6: &str = "fd00:88::1/64@wire0";
 /// How long the thread waits for a frame before it looks whether it should go on.
 const TURN_MS: u16 = 5;
+/// How long a host may take to have room for a frame.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 /// One of the two hosts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -57,6 +62,38 @@ impl Side {
     }
 }
 
+/// What carries the segments.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Version {
+    V4,
+    V6,
+}
+
+impl Version {
+    fn address(self, last: u8) -> IpAddr {
+        match self {
+            Self::V4 => Ipv4Addr::new(10, 88, 0, last).into(),
+            Self::V6 => Ipv6Addr::new(0xfd00, 0x88, 0, 0, 0, 0, 0, last.into()).into(),
+        }
+    }
+
+    /// The address that moves, in the form that `--move-ip` takes.
+    pub(crate) fn move_ip(self) -> &'static str {
+        match self {
+            Self::V4 => MOVE_IP,
+            Self::V6 => MOVE_IPV6,
+        }
+    }
+
+    /// Gives a host an address, to be used at once.
+    fn give(self, host: &Host, last: u8) -> Result {
+        let (bits, rest) = if self == Self::V4 { (24, &[][..]) } else { (64, &["nodad"][..]) };
+        let address = format!("{}/{bits}", self.address(last));
+        host.net(&[&["ip", "address", "add", &address, "dev", DEVICE], rest].concat())?;
+        Ok(())
+    }
+}
+
 /// A segment that has come.
 #[derive(Debug, Clone)]
 pub(crate) struct Arrival {
@@ -67,6 +104,7 @@ pub(crate) struct Arrival {
 
 /// The wire, to be shared by all that have an end of a connection.
 pub(crate) struct Wire {
+    version: Version,
     socket: OwnedFd,
     ends: [LinkAddr; 2],
     inboxes: Mutex<HashMap<u16, Sender<Arrival>>>,
@@ -101,12 +139,17 @@ impl Drop for Running {
 }
 
 impl Running {
-    /// Plugs both hosts in; the service address is on `a` or `on_both`.
+    /// Plugs both hosts in, for IPv4; the service address is on `a` or `on_both`.
     pub(crate) fn start(lan: &Lan, on_both: bool) -> Result<Self> {
+        Self::with(lan, Version::V4, on_both)
+    }
+
+    /// The same for either version.
+    pub(crate) fn with(lan: &Lan, version: Version, on_both: bool) -> Result<Self> {
         let inits = [lan.a.init(), lan.b.init()];
         let (ready, made) = channel();
         let thread = std::thread::Builder::new().name("wire".to_owned()).spawn(move || {
-            match Wire::new(inits) {
+            match Wire::new(version, inits) {
                 Ok(wire) => {
                     let wire = Arc::new(wire);
                     let _ = ready.send(Ok(Arc::clone(&wire)));
@@ -120,37 +163,25 @@ impl Running {
         let wire = made.recv()??;
         let running = Self { wire, thread: Some(thread) };
         for (side, host) in [(Side::A, &lan.a), (Side::B, &lan.b)] {
-            set_up(side, host)?;
+            set_up(version, side, host)?;
         }
         for host in if on_both { vec![&lan.a, &lan.b] } else { vec![&lan.a] } {
-            host.net(&["ip", "address", "add", &format!("{SERVICE}/24"), "dev", DEVICE])?;
+            version.give(host, SERVICE)?;
         }
         Ok(running)
     }
 }
 
-fn set_up(side: Side, host: &Host) -> Result {
+fn set_up(version: Version, side: Side, host: &Host) -> Result {
     let mac = |bytes: [u8; 6]| bytes.map(|b| format!("{b:02x}")).join(":");
-    let own = format!("10.88.0.{}/24", 11 + side as u8);
-    host.net(&["ip", "address", "add", &own, "dev", DEVICE])?;
     // One segment a frame, however much the stack would like to hand over at once.
     host.net(&["ip", "link", "set", DEVICE, "address", &mac(side.mac()), "gso_max_segs", "1", "up"])?;
-    let ours = OURS.ip.to_string();
-    host.net(&[
-        "ip",
-        "neighbour",
-        "replace",
-        &ours,
-        "lladdr",
-        &mac(OURS.mac),
-        "dev",
-        DEVICE,
-        "nud",
-        "permanent",
-    ])?;
+    version.give(host, HOST + side as u8)?;
+    let ours = version.address(OURS).to_string();
+    let neighbour = ["lladdr", &mac(OUR_MAC), "dev", DEVICE, "nud", "permanent"];
+    host.net(&[&["ip", "neighbour", "replace", &ours], &neighbour[..]].concat())?;
     // Before the move no timer of a host's is to come into it; after it, a new connection has another one.
-    let route = format!("{ours}/32");
-    host.net(&["ip", "route", "add", &route, "dev", DEVICE, "scope", "link", "rto_min", "20s"])?;
+    host.net(&["ip", "route", "add", &ours, "dev", DEVICE, "rto_min", "20s"])?;
     // What one connection has learned must not change the next, and each segment is to be answered.
     for (name, value) in [("tcp_no_metrics_save", 1), ("tcp_invalid_ratelimit", 0)] {
         host.net(&["sh", "-c", &format!("echo {value} > /proc/sys/net/ipv4/{name}")])?;
@@ -160,7 +191,7 @@ fn set_up(side: Side, host: &Host) -> Result {
 
 impl Wire {
     /// To be called in the thread that will carry: it gets a network of its own.
-    fn new(inits: [i32; 2]) -> Result<Self> {
+    fn new(version: Version, inits: [i32; 2]) -> Result<Self> {
         unshare(CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWNS)?;
         let none: Option<&str> = None;
         mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none)?;
@@ -184,6 +215,7 @@ impl Wire {
                 .ok_or(Errno::ENODEV)
         };
         Ok(Self {
+            version,
             socket,
             ends: [end("wire-a")?, end("wire-b")?],
             inboxes: Mutex::default(),
@@ -253,11 +285,19 @@ impl Wire {
 
     /// Gives a host a segment.
     pub(crate) fn send(&self, to: Side, segment: &Segment) -> std::result::Result<(), String> {
-        let frame = segment.frame(OURS, Place { mac: to.mac(), ip: SERVICE });
+        let ours = Place { mac: OUR_MAC, ip: self.version.address(OURS) };
+        let frame = segment.frame(ours, Place { mac: to.mac(), ip: self.version.address(SERVICE) });
         let end = &self.ends[to as usize];
-        match sendto(self.socket.as_raw_fd(), &frame, end, MsgFlags::empty()) {
-            Ok(_) => Ok(()),
-            Err(errno) => Err(format!("sending a frame: {errno}")),
+        let limit = Instant::now() + PATIENCE;
+        loop {
+            match sendto(self.socket.as_raw_fd(), &frame, end, MsgFlags::empty()) {
+                Ok(_) => return Ok(()),
+                // On a busy machine the host has not taken yet what it was given before.
+                Err(Errno::EAGAIN) if Instant::now() < limit => {
+                    let _ = poll(&mut [PollFd::new(self.socket.as_fd(), PollFlags::POLLOUT)], TURN_MS);
+                }
+                Err(errno) => return Err(format!("sending a frame: {errno}")),
+            }
         }
     }
 

@@ -1,15 +1,19 @@
 /* Counts: `counter [STATE...]`. Its mappings and descriptors must stay what they were when it began: what
  * a failed or refused move leaves behind in it shows here. Each STATE is something that cannot be moved. */
 #include "workload.h"
+#include <asm/ldt.h>
 #include <dirent.h>
 #include <linux/filter.h>
 #include <linux/seccomp.h>
 #include <netinet/in.h>
+#include <sys/eventfd.h>
 #include <sys/file.h>
 #include <sys/inotify.h>
 #include <sys/mount.h>
+#include <sys/msg.h>
 #include <sys/prctl.h>
 #include <sys/ptrace.h>
+#include <sys/sem.h>
 #include <sys/shm.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
@@ -256,6 +260,20 @@ static void a_mapped_memfd_held(void)
     CHECK(mmap(NULL, 65536, PROT_READ, MAP_SHARED, fd, 0) != MAP_FAILED && close(fd) == 0, "mmap");
 }
 
+static void a_file_held(void)
+{
+    int fd = opened("/run/shared/held-%d");
+    if (a_stranger(fd))
+        wait_here();
+}
+static void an_eventfd_held(void)
+{
+    int fd = eventfd(0, EFD_CLOEXEC);
+    CHECK(fd >= 0, "eventfd");
+    if (a_stranger(fd))
+        wait_here();
+}
+
 static size_t free_huge_pages(void)
 {
     FILE *file = fopen("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages", "re");
@@ -299,12 +317,58 @@ static void a_port(void)
     CHECK(bind(listener, (struct sockaddr *)&name, sizeof name) == 0 && listen(listener, 1) == 0, "listen");
 }
 
+static void a_key(void)
+{
+    const long of_process = -2;
+    CHECK(syscall(SYS_add_key, "user", "counter", "secret", 6, of_process) > 0, "add_key");
+}
+
+static void *sleep_on(void *unused)
+{
+    for (;;)
+        pause();
+    return unused;
+}
+
+/* With a thread beside it the process has a list of adjustments in any case. */
+static void an_adjusted_semaphore(void)
+{
+    pthread_t thread;
+    CHECK(pthread_create(&thread, NULL, sleep_on, NULL) == 0, "thread");
+    int id = semget(IPC_PRIVATE, 1, 0600);
+    struct sembuf one = {0, 1, SEM_UNDO};
+    CHECK(id >= 0 && semop(id, &one, 1) == 0, "semaphore");
+}
+
+static void a_message_queue(void)
+{
+    struct { long type; char text[8]; } message = {1, "message"};
+    int id = msgget(IPC_PRIVATE, 0600);
+    CHECK(id >= 0 && msgsnd(id, &message, sizeof message.text, 0) == 0, "queue");
+}
+
+static void a_segment_of_code(void)
+{
+    struct user_desc entry = {.entry_number = 2, .base_addr = 0x1000, .limit = 0xfff, .useable = 1, .seg_32bit = 1};
+    CHECK(syscall(SYS_modify_ldt, 1, &entry, sizeof entry) == 0, "modify_ldt");
+}
+
+static void a_watched_directory(void)
+{
+    int fd = open("/tmp", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    CHECK(fd >= 0 && signal(SIGIO, SIG_IGN) != SIG_ERR, "open");
+    CHECK(fcntl(fd, F_NOTIFY, DN_CREATE | DN_MULTISHOT) == 0, "F_NOTIFY");
+}
+
 static const struct { const char *name; void (*make)(void); } states[] = {
     {"inotify", an_inotify}, {"half_udp", half_a_datagram}, {"child", a_child}, {"traced", a_tracer},
     {"seccomp", a_filter}, {"deleted", a_deleted_file}, {"lock", a_lock}, {"private_file", a_private_file},
     {"sysv", a_sysv_segment},
     {"memfd_held", a_memfd_held}, {"memfd_mapped", a_memfd_mapped}, {"mapped_memfd_held", a_mapped_memfd_held},
+    {"file_held", a_file_held}, {"eventfd_held", an_eventfd_held},
     {"huge", more_than_half_of_the_huge_pages}, {"hugetlbfs", a_hugetlbfs_file}, {"connection", a_connection}, {"port", a_port},
+    {"key", a_key}, {"semaphore", an_adjusted_semaphore}, {"queue", a_message_queue},
+    {"segment", a_segment_of_code}, {"watched", a_watched_directory},
 };
 
 int main(int argc, char **argv)

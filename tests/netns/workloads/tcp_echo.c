@@ -1,4 +1,5 @@
-/* An echo server that never loses a byte: `tcp_echo PORT`. It sends back what it got, in order, and keeps
+/* An echo server that never loses a byte: `tcp_echo PORT [BACKLOG]`. With a backlog it listens on all addresses of
+ * both versions of IP, and accepts nobody before SIGUSR2. It sends back what it got, in order, and keeps
  * what a client does not take yet, up to a limit beyond which it reads no more from it: both queues fill.
  * A connection may end only as its client ends it; any error fails. */
 #include "workload.h"
@@ -77,20 +78,38 @@ static void serve(struct connection *c)
     watch(c, EPOLL_CTL_MOD, c->fd, c->start < c->end ? EPOLLOUT : EPOLLIN);
 }
 
+static volatile sig_atomic_t may_accept;
+
+static void on_go(int signal)
+{
+    (void)signal;
+    may_accept = 1;
+}
+
 int main(int argc, char **argv)
 {
-    CHECK(argc == 2, "usage");
-    struct sockaddr_in name = {.sin_family = AF_INET, .sin_port = htons(atoi(argv[1]))};
-    int listener = socket(AF_INET, SOCK_STREAM | SOCK_NONBLOCK, 0), one = 1;
+    CHECK(argc == 2 || argc == 3, "usage");
+    int patient = argc == 3, backlog = patient ? atoi(argv[2]) : 512, one = 1;
+    struct sockaddr_in v4 = {.sin_family = AF_INET, .sin_port = htons(atoi(argv[1]))};
+    struct sockaddr_in6 v6 = {.sin6_family = AF_INET6, .sin6_port = v4.sin_port};
+    struct sockaddr *name = patient ? (struct sockaddr *)&v6 : (struct sockaddr *)&v4;
+    int listener = socket(name->sa_family, SOCK_STREAM | SOCK_NONBLOCK, 0);
     CHECK(setsockopt(listener, SOL_SOCKET, SO_REUSEADDR, &one, sizeof one) == 0, "SO_REUSEADDR");
-    CHECK(bind(listener, (struct sockaddr *)&name, sizeof name) == 0 && listen(listener, 512) == 0, "listen");
+    CHECK(bind(listener, name, patient ? sizeof v6 : sizeof v4) == 0, "bind");
+    CHECK(listen(listener, backlog) == 0, "listen");
     CHECK((epoll = epoll_create1(0)) >= 0, "epoll");
-    watch(NULL, EPOLL_CTL_ADD, listener, EPOLLIN);
+    may_accept = !patient;
     struct sigaction action = {.sa_handler = on_ask, .sa_flags = SA_RESTART};
     CHECK(sigaction(SIGUSR1, &action, NULL) == 0, "sigaction");
+    action.sa_handler = on_go;
+    CHECK(sigaction(SIGUSR2, &action, NULL) == 0, "sigaction");
     dprintf(1, "ready\n");
     for (;;) {
         struct epoll_event events[64];
+        if (may_accept) {
+            may_accept = 0;
+            watch(NULL, EPOLL_CTL_ADD, listener, EPOLLIN);
+        }
         int count = epoll_wait(epoll, events, 64, 100);
         CHECK(count >= 0 || errno == EINTR, "epoll_wait");
         for (int i = 0; i < count; i++) {

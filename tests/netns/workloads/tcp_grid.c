@@ -1,4 +1,6 @@
-/* Holds connections in the states and with the queues that their clients ask for: `tcp_grid PORT`.
+/* Holds connections in the states and with the queues that their clients ask for: `tcp_grid PORT FAMILY`.
+ *
+ * FAMILY is 4, or 6 for sockets of IPv6, which take clients of IPv4 as well.
  *
  * PORT has buffers of the usual size, PORT + 1 small ones. The first 32 bytes of a connection are an order,
  * which is carried out at once; the rest of the input stays unread until SIGUSR2. Then each connection
@@ -24,6 +26,12 @@ struct order {
     /* 1: end the output after write_now. 2: likewise, when the end of the input has come. */
     uint8_t shut;
     uint8_t rest[13];
+};
+
+union name {
+    struct sockaddr any;
+    struct sockaddr_in v4;
+    struct sockaddr_in6 v6;
 };
 
 struct connection {
@@ -83,16 +91,17 @@ static void shut(struct connection *c)
 /* A connection that we make: to the client that ordered it. */
 static void dial(struct connection *orderer)
 {
-    struct sockaddr_in local, remote;
+    union name local, remote;
     socklen_t len = sizeof local;
     int one = 1;
-    CHECK(getsockname(orderer->fd, (struct sockaddr *)&local, &len) == 0, "getsockname");
-    CHECK(getpeername(orderer->fd, (struct sockaddr *)&remote, &len) == 0, "getpeername");
-    local.sin_port = remote.sin_port = htons(orderer->order.dial);
-    int fd = socket(AF_INET, SOCK_STREAM | SOCK_NONBLOCK, 0);
+    CHECK(getsockname(orderer->fd, &local.any, &len) == 0, "getsockname");
+    CHECK(getpeername(orderer->fd, &remote.any, &len) == 0, "getpeername");
+    /* At the same place in both. */
+    local.v4.sin_port = remote.v4.sin_port = htons(orderer->order.dial);
+    int fd = socket(local.any.sa_family, SOCK_STREAM | SOCK_NONBLOCK, 0);
     CHECK(setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &one, sizeof one) == 0, "SO_REUSEADDR");
-    CHECK(bind(fd, (struct sockaddr *)&local, sizeof local) == 0, "bind to dial");
-    CHECK(connect(fd, (struct sockaddr *)&remote, sizeof remote) < 0 && errno == EINPROGRESS, "connect");
+    CHECK(bind(fd, &local.any, len) == 0, "bind to dial");
+    CHECK(connect(fd, &remote.any, len) < 0 && errno == EINPROGRESS, "connect");
     struct connection *c = hold(fd, EPOLLIN | EPOLLRDHUP);
     c->order = orderer->order;
     c->has_order = 1;
@@ -180,14 +189,15 @@ static void take_new(int listener)
     CHECK(errno == EAGAIN, "accept");
 }
 
-static int listen_on(int port, int buffer)
+static int listen_on(int port, int family, int buffer)
 {
-    struct sockaddr_in name = {.sin_family = AF_INET, .sin_port = htons(port)};
-    int fd = socket(AF_INET, SOCK_STREAM | SOCK_NONBLOCK, 0), one = 1;
+    union name name = {.v6 = {.sin6_family = family, .sin6_port = htons(port)}};
+    socklen_t len = family == AF_INET ? sizeof name.v4 : sizeof name.v6;
+    int fd = socket(family, SOCK_STREAM | SOCK_NONBLOCK, 0), one = 1;
     CHECK(setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &one, sizeof one) == 0, "SO_REUSEADDR");
     if (buffer)
         CHECK(setsockopt(fd, SOL_SOCKET, SO_RCVBUF, &buffer, sizeof buffer) == 0, "SO_RCVBUF");
-    CHECK(bind(fd, (struct sockaddr *)&name, sizeof name) == 0 && listen(fd, 4096) == 0, "listen");
+    CHECK(bind(fd, &name.any, len) == 0 && listen(fd, 4096) == 0, "listen");
     struct epoll_event event = {.events = EPOLLIN, .data.u64 = (uint64_t)fd};
     CHECK(epoll_ctl(epoll, EPOLL_CTL_ADD, fd, &event) == 0, "epoll_ctl");
     return fd;
@@ -195,10 +205,10 @@ static int listen_on(int port, int buffer)
 
 int main(int argc, char **argv)
 {
-    CHECK(argc == 2, "usage");
+    CHECK(argc == 3, "usage");
     CHECK((epoll = epoll_create1(0)) >= 0, "epoll");
-    int port = atoi(argv[1]);
-    int listeners[] = {listen_on(port, 0), listen_on(port + 1, SMALL_BUFFER)};
+    int port = atoi(argv[1]), family = atoi(argv[2]) == 6 ? AF_INET6 : AF_INET;
+    int listeners[] = {listen_on(port, family, 0), listen_on(port + 1, family, SMALL_BUFFER)};
     struct sigaction asking = {.sa_handler = on_ask}, going = {.sa_handler = on_go};
     CHECK(sigaction(SIGUSR1, &asking, NULL) == 0 && sigaction(SIGUSR2, &going, NULL) == 0, "sigaction");
     dprintf(1, "ready\n");

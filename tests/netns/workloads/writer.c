@@ -1,7 +1,7 @@
-/* The rolling-pattern writer: `writer THREADS MIB FILE PACE [shared] [memfd] [sysv] [huge]`.
+/* The rolling-pattern writer: `writer THREADS MIB FILE PACE [nofile] [shared] [memfd] [sysv] [huge]`.
  *
  * Each thread owns regions of memory (private anonymous and private file; with the words also shared
- * anonymous, memfd, System V, and some of huge pages), stamps their pages with a sequence over the whole page, and knows for each page what it must
+ * anonymous, memfd, System V, and some of huge pages; with `nofile` no private file), stamps their pages with a sequence over the whole page, and knows for each page what it must
  * contain. Under way it maps, unmaps, moves, grows, shrinks and drops parts of them. One byte that is
  * stale, lost or invented ends the program. PACE is how many stamps a thread makes per millisecond.
  *
@@ -357,10 +357,12 @@ static void check_all(void)
 
 int main(int argc, char **argv)
 {
-    CHECK(argc >= 5, "usage: writer THREADS MIB FILE PACE [shared] [memfd] [sysv] [huge]");
+    CHECK(argc >= 5, "usage: writer THREADS MIB FILE PACE [nofile] [shared] [memfd] [sysv] [huge]");
     thread_count = atoi(argv[1]);
     pace = atoi(argv[4]);
     for (int i = 5; i < argc; i++) {
+        if (strcmp(argv[i], "nofile") == 0)
+            kinds[1] = ANON;
         static const struct { const char *word; enum kind first, last; } words[] = {
             {"shared", SHARED, SHARED}, {"memfd", MEMFD, MEMFD}, {"sysv", SYSV, SYSV},
             {"huge", HUGE_PRIVATE, HUGE_SHARED},

@@ -118,7 +118,16 @@ static void six_fully(void)
     six_send();
 }
 
-/* One group on the loopback device; another socket of the same port has not joined it. */
+/* Sends to a group by a device that it is told by its number alone; no route leads there otherwise. */
+static int by_number(const char *device)
+{
+    struct ip_mreqn choice = {.imr_ifindex = (int)if_nametoindex(device)};
+    int fd = socket(AF_INET, SOCK_DGRAM | SOCK_NONBLOCK, 0);
+    CHECK(setsockopt(fd, IPPROTO_IP, IP_MULTICAST_IF, &choice, sizeof choice) == 0, "number of %s", device);
+    return fd;
+}
+
+/* A group on each device; another socket of the same port has joined neither. */
 static void group_prepare(void)
 {
     struct ip_mreqn group = {.imr_ifindex = (int)if_nametoindex("lo")};
@@ -131,16 +140,23 @@ static void group_prepare(void)
         CHECK(bind(fds[i], (struct sockaddr *)&name, sizeof name) == 0, "bind");
     }
     CHECK(setsockopt(fds[0], IPPROTO_IP, IP_ADD_MEMBERSHIP, &group, sizeof group) == 0, "join");
+    group = (struct ip_mreqn){.imr_ifindex = (int)if_nametoindex("eth0")};
+    group.imr_multiaddr = four("239.7.7.8", 0).sin_addr;
+    CHECK(setsockopt(fds[0], IPPROTO_IP, IP_ADD_MEMBERSHIP, &group, sizeof group) == 0, "join");
+    fds[3] = by_number("lo");
+    fds[4] = by_number("eth0");
     fds[2] = udp_at("127.0.0.1", 4321);
     struct in_addr device = four("127.0.0.1", 0).sin_addr;
     CHECK(setsockopt(fds[2], IPPROTO_IP, IP_MULTICAST_IF, &device, sizeof device) == 0, "device");
 }
 static void group_fully(void)
 {
-    struct sockaddr_in to = four("239.7.7.7", 4320);
-    CHECK(sendto(fds[2], "group", 5, 0, (struct sockaddr *)&to, sizeof to) == 5, "send");
-    CHECK(recv(fds[0], text, 100, 0) == 5, "joined");
-    CHECK(recv(fds[1], text, 100, 0) < 0 && errno == EAGAIN, "not joined");
+    for (int i = 2; i < 5; i++) {
+        struct sockaddr_in to = four(i < 4 ? "239.7.7.7" : "239.7.7.8", 4320);
+        CHECK(sendto(fds[i], "group", 5, 0, (struct sockaddr *)&to, sizeof to) == 5, "send by %d", i);
+        CHECK(recv(fds[0], text, 100, 0) == 5, "joined, by %d", i);
+        CHECK(recv(fds[1], text, 100, 0) < 0 && errno == EAGAIN, "not joined");
+    }
 }
 
 /* A filter that lets no datagram of less than twelve bytes through. */

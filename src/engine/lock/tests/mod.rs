@@ -281,7 +281,9 @@ fn what_a_process_has_is_found_with_what_it_has_not_accepted() {
 
         // All of it is locked, and nothing else.
         let mut lock = Lock::open("migrate-test").unwrap();
-        assert_eq!(sorted(lock.close_on_process(&mine).unwrap()), expected);
+        let locked = lock.close_on_process(&mine).unwrap();
+        assert_eq!(sorted(locked.all), expected);
+        assert_eq!(locked.queued, [Connection { local: at(V4), remote: waits.local_addr().ok() }]);
         for mut client in [&v4.client, &v6.client, &waits] {
             client.write_all(b"x").unwrap();
             until_repeated(client);
@@ -290,6 +292,54 @@ fn what_a_process_has_is_found_with_what_it_has_not_accepted() {
         strange.round_trip();
         assert!(!has_input(&v4.server) && !has_input(&v6.server));
         request_is_dropped(&mut lock, at(V6), &[theirs.local_addr().unwrap()]);
+    });
+}
+
+/// Where a server has accepted many, their common end is locked; one by one, if another process has one too.
+#[test]
+fn a_crowded_end_is_locked_as_a_whole_unless_somebody_else_has_it() {
+    in_a_namespace(|| {
+        for ip in [V4, V6] {
+            let listener = TcpListener::bind((ip, 0)).unwrap();
+            let to = listener.local_addr().unwrap();
+            let mut pairs: Vec<Pair> = (0..70).map(|_| Pair::on(&listener)).collect();
+            let mut strange = pairs.pop().unwrap();
+            let connections: Vec<Connection> = pairs.iter().map(Pair::connection).collect();
+            let servers: Vec<&dyn AsFd> = pairs.iter().map(|pair| &pair.server as &dyn AsFd).collect();
+            let mine = inodes(&servers);
+
+            let mut lock = Lock::open("migrate-test").unwrap();
+            for by_process in [false, true] {
+                match by_process {
+                    false => lock.close_on(&connections).unwrap(),
+                    true => drop(lock.close_on_connections(&mine, &[]).unwrap()),
+                }
+                pairs[3].client.write_all(b"?").unwrap();
+                pairs[68].server.write_all(b"!").unwrap();
+                until_repeated(&pairs[3].client);
+                strange.round_trip();
+                assert!(!has_input(&pairs[3].server) && !has_input(&pairs[68].client));
+                lock.release().unwrap();
+                pairs[3].server.read_exact(&mut [0]).unwrap();
+                pairs[68].client.read_exact(&mut [0]).unwrap();
+            }
+
+            drop(strange);
+            let beside = TcpListener::bind((ip, 0)).unwrap();
+            let passing = [beside.local_addr().unwrap()];
+            for by_process in [false, true] {
+                match by_process {
+                    false => lock.close_on(&connections).unwrap(),
+                    true => drop(lock.close_on_connections(&mine, &[]).unwrap()),
+                }
+                pairs[0].client.write_all(b"?").unwrap();
+                until_repeated(&pairs[0].client);
+                assert!(!has_input(&pairs[0].server));
+                // It is not in the list: only the whole end can keep it out.
+                request_is_dropped(&mut lock, to, &passing);
+                pairs[0].server.read_exact(&mut [0]).unwrap();
+            }
+        }
     });
 }
 
@@ -311,10 +361,9 @@ fn thousands_are_locked_at_once() {
         const MANY: u16 = 20_000;
         let mut lock = Lock::open("migrate-test").unwrap();
         for ip in [V4, V6] {
-            let remote = |port| Some(SocketAddr::new(ip, port));
-            let all: Vec<_> = (1..=MANY)
-                .map(|port| Connection { local: SocketAddr::new(ip, 80), remote: remote(port) })
-                .collect();
+            let remote = Some(SocketAddr::new(ip, 80));
+            let all: Vec<_> =
+                (1..=MANY).map(|port| Connection { local: SocketAddr::new(ip, port), remote }).collect();
             lock.close_on(&all).unwrap();
             // Once more is no error.
             lock.close_on(&all[..1]).unwrap();

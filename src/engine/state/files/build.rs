@@ -6,13 +6,14 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
 use super::capture::boot_id;
-use super::tcp::{NewSockets, SilentConnections};
+use super::tcp::{Recipes, Silent, SilentConnections};
 use super::unix_names::UnixNames;
 use super::{
     RestoreFilesError, Trouble, errno_of, eventfd, ip_socket, memfd, netlink, path, pipe, signalfd, tcp,
     timerfd, unix, unix_single,
 };
 use crate::engine::clocks::Shift;
+use crate::engine::many;
 use crate::engine::state::objects::Objects;
 use crate::engine::sys::fds;
 use crate::proto::files::description::Kind;
@@ -97,17 +98,29 @@ pub fn build(
 /// The connections, in TCP_REPAIR. Last: there they bind beside a socket that will listen on their port,
 /// which the other way round is refused.
 fn connect(files: &Files, made: &mut [Option<OwnedFd>]) -> Result<SilentConnections, RestoreFilesError> {
-    let (mut silent, mut new) = (SilentConnections::default(), NewSockets::default());
-    for (index, (description, made)) in files.descriptions.iter().zip(made).enumerate() {
+    let mut recipes = Recipes::default();
+    let mut wanted = Vec::new();
+    for (index, description) in files.descriptions.iter().enumerate() {
         if let Some(Kind::TcpConnection(image)) = &description.kind {
-            let connected = silent.add(image, description.flags.cast_signed(), &mut new).and_then(|fd| {
-                finish(&fd, description)?;
-                Ok(fd)
-            });
-            *made = Some(connected.map_err(|t| t.for_fd(number_of(files, index)))?);
+            let recipe =
+                recipes.of(image, &files.option_sets).map_err(|t| t.for_fd(number_of(files, index)))?;
+            wanted.push((index, description, image, recipe));
         }
     }
-    Ok(silent)
+    let connections = many::map(&wanted, |(index, description, image, recipe)| {
+        let connection = Silent::make(image, description.flags.cast_signed(), recipe);
+        let finished = connection.and_then(|(silent, fd)| finish(&fd, description).map(|()| (silent, fd)));
+        finished.map_err(|t| t.for_fd(number_of(files, *index)))
+    });
+    let mut all = Vec::with_capacity(connections.len());
+    for ((index, ..), connection) in wanted.iter().zip(connections) {
+        let (silent, fd) = connection?;
+        all.push(silent);
+        if let Some(slot) = made.get_mut(*index) {
+            *slot = Some(fd);
+        }
+    }
+    Ok(SilentConnections::new(all))
 }
 
 /// The description without what only the making of connections needs, which may be much.
@@ -125,6 +138,7 @@ fn outline(files: &Files) -> Files {
         pipes: files.pipes.clone(),
         pairs: files.pairs.clone(),
         boot_id: files.boot_id.clone(),
+        ..Files::default()
     }
 }
 
@@ -202,8 +216,11 @@ fn make(
 /// Sets flags and signal, and sees that they took. O_ASYNC needs its owner first, which the process sets.
 pub(super) fn finish(fd: &OwnedFd, description: &Description) -> Result<(), Trouble> {
     let wanted = description.flags.cast_signed() & !libc::O_ASYNC;
+    // A connection was made with them.
+    let is_made_so = matches!(description.kind, Some(Kind::TcpConnection(_)))
+        && wanted & !libc::O_NONBLOCK == libc::O_RDWR;
     let flags = || fds::status_flags(fd.as_fd()).map_err(Trouble::step("reading flags"));
-    if flags()? != wanted {
+    if !is_made_so && flags()? != wanted {
         fds::set_status_flags(fd.as_fd(), wanted).map_err(Trouble::step("setting flags"))?;
         let now = flags()?;
         if now != wanted {

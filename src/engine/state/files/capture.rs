@@ -13,16 +13,20 @@ use nix::errno::Errno;
 
 use super::holders::{Holders, ScannedProcesses};
 use super::scan::{Descriptors, Open, Table};
-use super::tcp;
+use super::tcp::{self, Captures};
 use super::{
-    CaptureFilesError, FilesCheck, FilesOptions, Stop, epoll, eventfd, memfd, path, pipe, signalfd, timerfd,
+    CaptureFilesError, EarlyLook, FilesCheck, FilesOptions, Stop, anycast, epoll, eventfd, memfd, path, pipe,
+    reuseport, signalfd, timerfd,
 };
 use crate::engine::clocks::{self, Shift};
+use crate::engine::many;
+use crate::engine::procfs;
 use crate::engine::reason::Reason;
 use crate::engine::remote::Tid;
 use crate::engine::sys::fds;
 use crate::proto::files::description::Kind;
-use crate::proto::files::{Description, Fd, Files, LeftBehind, Pipe, PipeEnd, UnixPair};
+use crate::proto::files::{Description, Fd, Files, LeftBehind, OptionSet, Pipe, PipeEnd, UnixPair};
+use sockets::Seen;
 
 /// The descriptors of a stopped process.
 #[derive(Debug)]
@@ -42,7 +46,8 @@ pub struct CapturedFiles {
 /// If the process is gone or cannot be looked at; what cannot be carried is in the answer.
 pub fn check(pid: Tid, options: &FilesOptions) -> Result<FilesCheck, CaptureFilesError> {
     let table = Table::read(pid, true)?;
-    let collected = Collector::new(&table, options, false, &ScannedProcesses::default()).collect();
+    let collector = Collector::new(&table, options, false, &ScannedProcesses::default());
+    let collected = collector.collect(Captures::new(false, None));
     let reasons = collected.reasons(&table, true)?;
     let highest = table.opens.last().map_or(0, |open| open.number.unsigned_abs());
     let mut found = FilesCheck { reasons, scanned: collected.scanned, highest, ..FilesCheck::default() };
@@ -76,13 +81,14 @@ pub fn capture(pid: Tid, options: &FilesOptions) -> Result<CapturedFiles, Captur
 /// # Errors
 /// As [`capture`].
 pub fn capture_after(
-    descriptors: Descriptors,
+    mut descriptors: Descriptors,
     options: &FilesOptions,
     scanned: &ScannedProcesses,
 ) -> Result<CapturedFiles, CaptureFilesError> {
+    let captures = Captures::new(true, descriptors.take_early().and_then(EarlyLook::into_seen));
     let table = Table::of(descriptors)?;
     let pid = table.pid;
-    let collected = Collector::new(&table, options, true, scanned).collect();
+    let collected = Collector::new(&table, options, true, scanned).collect(captures);
     let reasons = collected.reasons(&table, false)?;
     if !reasons.is_empty() {
         return Err(CaptureFilesError::Refused { pid, reasons });
@@ -113,7 +119,17 @@ struct Collected {
     pairs: Vec<UnixPair>,
     closing: Vec<usize>,
     foreign_tables: Vec<Tid>,
+    /// What stands in the way and shows only in the network as a whole.
+    network: Vec<Reason>,
     scanned: ScannedProcesses,
+    option_sets: Vec<OptionSet>,
+}
+
+/// What is seen of a description by itself: of all of them at the same time.
+struct Look {
+    /// Whether the process asked for SIGIO, and by which signal.
+    signal: Result<(bool, u32), Stop>,
+    socket: Option<Result<Seen, Stop>>,
 }
 
 struct Collector<'a> {
@@ -131,8 +147,6 @@ struct Collector<'a> {
     /// By inode: pair and end.
     unix_index: HashMap<u64, Result<(u32, u32), Stop>>,
     closing: Vec<usize>,
-    /// Bytes that the queues of connections may still have.
-    room: usize,
 }
 
 fn index(len: usize) -> u32 {
@@ -155,19 +169,22 @@ impl<'a> Collector<'a> {
             pairs: Vec::new(),
             unix_index: HashMap::new(),
             closing: Vec::new(),
-            room: tcp::MAX_QUEUED_BYTES,
         }
     }
 
-    fn collect(mut self) -> Collected {
+    fn collect(mut self, captures: Captures) -> Collected {
         let table = self.table;
         let mut kinds = Vec::new();
         let mut signals = Vec::new();
-        for description in 0..table.first.len() {
-            let Some(open) = table.open(description) else { continue };
-            let signal = self.signal(open);
-            signals.push(signal.clone().unwrap_or_default());
-            kinds.push(signal.and_then(|_| self.kind(description, open)));
+        let opens: Vec<&Open> = (0..table.first.len()).filter_map(|at| table.open(at)).collect();
+        let looks = many::map(&opens, |open| self.look(open, &captures));
+        let option_sets = captures.into_sets();
+        for (description, (open, look)) in opens.into_iter().zip(looks).enumerate() {
+            signals.push(look.signal.clone().unwrap_or_default());
+            kinds.push(look.signal.and_then(|_| match look.socket {
+                Some(seen) => self.socket(description, open, seen?),
+                None => self.kind(description, open),
+            }));
         }
         // A left-behind stream leads to another kind of file there, which an epoll may not be able to watch.
         for description in 0..kinds.len() {
@@ -189,8 +206,22 @@ impl<'a> Collector<'a> {
             .filter_map(|e| e.file_name().to_str()?.parse::<Tid>().ok())
             .filter(|tid| matches!(fds::kcmp_tables(table.pid, *tid), Ok(false)))
             .collect();
+        let mut network = reuseport::reasons(table, &kinds);
+        // The sockets of another network are refused each.
+        if !self.other_network {
+            network.extend(anycast::reasons(table));
+        }
         let Self { pipes, pairs, closing, holders, .. } = self;
-        Collected { kinds, signals, pipes, pairs, closing, foreign_tables, scanned: holders.scanned }
+        let scanned = holders.scanned;
+        Collected { kinds, signals, pipes, pairs, closing, foreign_tables, network, scanned, option_sets }
+    }
+
+    fn look(&self, open: &Open, captures: &Captures) -> Look {
+        let seen = || match self.other_network {
+            true => Err(Stop::refuse("is a socket of another network namespace than ours")),
+            false => sockets::look(open, self.options, captures),
+        };
+        Look { signal: self.signal(open), socket: open.link_starts_with("socket:[").then(seen) }
     }
 
     /// What shows only when all connections are known.
@@ -212,13 +243,18 @@ impl<'a> Collector<'a> {
         }
     }
 
-    /// Whether the process asked for SIGIO, and by which signal.
     fn signal(&self, open: &Open) -> Result<(bool, u32), Stop> {
         if open.is_path_only() {
             return Ok((false, 0));
         }
         let (owner, signal) =
             fds::signal_owner(open.fd()).map_err(Stop::failed("asking for the SIGIO owner"))?;
+        if owner.pid != 0 && open.stat.is_dir() {
+            // Nobody else gives a directory an owner, and it shows nowhere else.
+            let why =
+                format!("is told of changes in {} (F_NOTIFY), which cannot be carried", open.link.display());
+            return Err(Stop::refuse(why));
+        }
         match (owner.kind, owner.pid) {
             (_, 0) => Ok((false, signal.unsigned_abs())),
             (1, pid) if pid == self.table.pid => Ok((true, signal.unsigned_abs())),
@@ -230,7 +266,12 @@ impl<'a> Collector<'a> {
 
     fn kind(&mut self, description: usize, open: &Open) -> Result<Kind, Stop> {
         if let Some(name) = open.link.to_str().and_then(|l| l.strip_prefix("anon_inode:")) {
-            return match name.trim_matches(['[', ']']) {
+            let name = name.trim_matches(['[', ']']);
+            if let Some(pids) = self.holders.others_of_description(description) {
+                let what = anonymous_words(name);
+                return Err(Stop::refuse(format!("is {what} that another process holds too ({pids})")));
+            }
+            return match name {
                 "eventfd" => eventfd::capture(open).map(Kind::Eventfd),
                 "timerfd" => {
                     let unknown =
@@ -246,9 +287,6 @@ impl<'a> Collector<'a> {
         }
         if open.link_starts_with("pipe:[") {
             return self.pipe_end(open);
-        }
-        if open.link_starts_with("socket:[") {
-            return self.socket(description, open);
         }
         if path::is_terminal(open) && self.is_left(open) {
             return Ok(left_behind());
@@ -268,7 +306,20 @@ impl<'a> Collector<'a> {
             Err(Stop::Refused { why, .. }) if path::is_terminal(open) => {
                 Err(Stop::advise(why, "use --shell-job to leave standard streams behind"))
             }
-            image => image.map(Kind::Path),
+            image => {
+                let image = image?;
+                if let Some(pids) = self.holders.others_of_description(description)
+                    && !self.options.shell_job
+                {
+                    let why = format!(
+                        "shares its open file {} with another process ({pids}), and so the position in it",
+                        open.link.display()
+                    );
+                    let remedy = "with --shell-job it goes on with a position of its own";
+                    return Err(Stop::advise(why, remedy));
+                }
+                Ok(Kind::Path(image))
+            }
         }
     }
 
@@ -342,12 +393,18 @@ impl Collected {
                 }
             }
         }
+        reasons.extend(self.network.iter().cloned());
         Ok(reasons)
     }
 
     fn into_files(self, table: &Table) -> Files {
-        let mut files =
-            Files { pipes: self.pipes, pairs: self.pairs, boot_id: boot_id(), ..Files::default() };
+        let mut files = Files {
+            pipes: self.pipes,
+            pairs: self.pairs,
+            boot_id: boot_id(),
+            option_sets: self.option_sets,
+            ..Files::default()
+        };
         for ((kind, (owned, signal)), first) in self.kinds.into_iter().zip(self.signals).zip(&table.first) {
             let flags = table.opens.get(*first).map_or(0, |o| o.flags).cast_unsigned();
             files.descriptions.push(Description { flags, owned, signal, kind: kind.ok() });
@@ -378,12 +435,15 @@ fn left_behind() -> Kind {
 
 /// Identifies the running kernel.
 pub(super) fn boot_id() -> Vec<u8> {
-    fs::read("/proc/sys/kernel/random/boot_id").unwrap_or_default()
+    procfs::read("/proc/sys/kernel/random/boot_id").unwrap_or_default()
 }
 
 fn anonymous_words(name: &str) -> String {
     match name {
         "inotify" | "fanotify" | "userfaultfd" | "io_uring" | "pidfd" => format!("an {name} descriptor"),
+        "eventfd" => "an eventfd".to_owned(),
+        "eventpoll" => "an epoll".to_owned(),
+        "timerfd" | "signalfd" => format!("a {name}"),
         "perf_event" => "a performance counter".to_owned(),
         bpf if bpf.starts_with("bpf") => format!("a BPF object ({bpf})"),
         other => format!("an object of kind {other}"),

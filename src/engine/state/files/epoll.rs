@@ -2,11 +2,31 @@
 
 use super::Stop;
 use super::scan::{Open, Table};
-use crate::engine::sys::fds;
+use crate::engine::sys::{fds, socket};
 use crate::proto::files::{Epoll, Watch};
 
 /// Bits that say how to report and not what: a one-shot registration that has fired keeps only these.
 const HOW: u32 = 0xf000_0000;
+
+/// Whether this is a one-shot registration that has fired. epoll_ctl cannot make one: it has to be armed and to fire.
+pub(super) fn is_spent(events: u32) -> bool {
+    events & !HOW == 0
+}
+
+/// What one is armed with so that it fires: such a description is ready for something ([`always_ready`]).
+pub(super) const ANYTHING: u32 = (libc::EPOLLIN | libc::EPOLLOUT | libc::EPOLLRDHUP).cast_unsigned();
+
+/// Whether a description is ready to be read or written whatever its state: sockets and eventfds, which were just
+/// made, take something. (Listening sockets do not.)
+fn always_ready(table: &Table, description: usize) -> bool {
+    let Some(open) = table.open(description) else { return false };
+    let events = libc::POLLIN | libc::POLLOUT;
+    let ready = fds::poll_now(open.fd(), events).is_ok_and(|seen| seen != 0);
+    // Connections that wait to be accepted come later.
+    let socket = open.link_starts_with("socket:[")
+        && socket::int_option(open.fd(), libc::SOL_SOCKET, libc::SO_ACCEPTCONN) != Ok(1);
+    ready && (socket || open.link_starts_with("anon_inode:[eventfd"))
+}
 
 struct Line {
     number: u32,
@@ -37,18 +57,18 @@ pub(super) fn capture(table: &Table, open: &Open) -> Result<Epoll, Stop> {
         let nth = seen.entry(line.number).or_default();
         let description = find(table, open, &line, *nth)?;
         *nth += 1;
-        if line.events & !HOW == 0 {
-            return Err(Stop::advise(
-                format!("is an epoll with a one-shot registration of fd {} that has fired", line.number),
-                "try again",
-            ));
-        }
         let Some(description) = description else {
             return Err(Stop::refuse(format!(
                 "is an epoll that watches what fd {} once was, which lives on outside the process",
                 line.number
             )));
         };
+        if is_spent(line.events) && !always_ready(table, description) {
+            return Err(Stop::advise(
+                format!("is an epoll with a one-shot registration of fd {} that has fired", line.number),
+                "try again",
+            ));
+        }
         let description = u32::try_from(description).unwrap_or(u32::MAX);
         watches.push(Watch { number: line.number, description, events: line.events, data: line.data });
     }

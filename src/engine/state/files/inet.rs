@@ -28,7 +28,8 @@ const SOL_RAW: c_int = 255;
 const ICMP_FILTER: c_int = 1;
 const IPV6_CHECKSUM: c_int = 7;
 
-/// What a socket of datagrams has beyond [`super::options::COMMON`]. `SO_INCOMING_CPU` is not among them: here the kernel changes it itself.
+/// What a socket of datagrams has beyond [`super::options::COMMON`]. `SO_INCOMING_CPU` is not among them: here
+/// the kernel changes it itself.
 pub(super) const DATAGRAM: &[(c_int, c_int)] = &[
     (IPPROTO_IPV6, libc::IPV6_V6ONLY),
     (SOL_SOCKET, libc::SO_REUSEADDR),
@@ -157,7 +158,7 @@ pub(super) fn own_address(fd: BorrowedFd<'_>) -> Result<SocketAddr, Errno> {
     datagram::address_of(&datagram::raw_name(fd)?).ok_or(Errno::EAFNOSUPPORT)
 }
 
-/// Reads the options that name a device. (`IP_MULTICAST_IF` given by number alone cannot be read.)
+/// Reads the options that name a device. (`IP_MULTICAST_IF` given by number alone: see [`super::multicast_if`].)
 pub(super) fn capture_devices(fd: BorrowedFd<'_>) -> Result<Vec<DeviceOption>, Stop> {
     let mut found = Vec::new();
     for (level, name, names) in DEVICES {

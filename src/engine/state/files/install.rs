@@ -11,7 +11,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use nix::errno::Errno;
 
 use super::build::{Built, finish};
-use super::{RestoreFilesError, errno_of, tcp, unix};
+use super::{RestoreFilesError, epoll, errno_of, tcp, unix};
 use crate::engine::remote::{Arg, Batch, InjectError, RemoteCalls};
 use crate::engine::sys::pidfd;
 use crate::engine::sys::socket::{MAX_FDS_PER_MESSAGE, send_fds};
@@ -40,7 +40,7 @@ pub fn install(
     let mut built = built;
     let files = std::mem::take(&mut built.files);
     let watched = files.descriptions.iter().filter_map(|d| match &d.kind {
-        Some(Kind::Epoll(epoll)) => epoll.watches.iter().map(|w| w.number).max(),
+        Some(Kind::Epoll(image)) => image.watches.iter().map(|w| w.number).max(),
         _ => None,
     });
     let highest = files.fds.iter().map(|f| f.number).chain(watched).max().unwrap_or(0);
@@ -76,8 +76,14 @@ pub fn install(
             continue;
         }
         let number = built.number_of(index);
-        if let Some(Kind::Epoll(epoll)) = &description.kind {
-            for watch in &epoll.watches {
+        if let Some(Kind::Epoll(image)) = &description.kind {
+            // First those that fire at once, while no other can.
+            let spent = |watch: &&Watch| epoll::is_spent(watch.events);
+            for watch in image.watches.iter().filter(spent) {
+                add_watch(&mut calls, &built, number, watch, parked + 1)?;
+                calls.flush()?;
+            }
+            for watch in image.watches.iter().filter(|watch| !spent(watch)) {
                 add_watch(&mut calls, &built, number, watch, parked + 1)?;
             }
         }
@@ -123,6 +129,19 @@ impl Calls<'_> {
         let tid = self.process.pid();
         let what = "preparing for descriptors".to_owned();
         outcome.ret(last).map_err(|errno| InjectError::Call { what, tid, errno }.into())
+    }
+
+    /// Takes the one event that an epoll has, of a one-shot registration.
+    fn fire(&mut self, epoll: u32) -> Result<(), RestoreFilesError> {
+        let mut batch = std::mem::take(&mut self.batch);
+        let event = batch.output(12);
+        let now = [epoll.into(), event, 1u64.into(), 0u64.into()];
+        let last = batch.call(libc::SYS_epoll_wait, &now);
+        let outcome = self.process.run_all_ok("placing descriptors", &batch)?;
+        match outcome.ret(last) {
+            Ok(1) => Ok(()),
+            _ => Err(self.failed("letting a one-shot registration of an epoll fire")(Errno::EAGAIN)),
+        }
     }
 
     fn failed(&self, step: &'static str) -> impl FnOnce(Errno) -> RestoreFilesError + use<> {
@@ -322,7 +341,7 @@ fn receive(
 fn add_watch(
     calls: &mut Calls<'_>,
     built: &Built,
-    epoll: u32,
+    into: u32,
     watch: &Watch,
     spare: u32,
 ) -> Result<(), RestoreFilesError> {
@@ -339,12 +358,16 @@ fn add_watch(
         }
         dup(calls, built.number_of(watch.description as usize), watch.number)?;
     }
+    let spent = epoll::is_spent(watch.events);
+    let events = if spent { watch.events | epoll::ANYTHING } else { watch.events };
     let mut event = [0u8; 12];
-    event[..4].copy_from_slice(&watch.events.to_ne_bytes());
+    event[..4].copy_from_slice(&events.to_ne_bytes());
     event[4..].copy_from_slice(&watch.data.to_ne_bytes());
     let event = calls.batch.input(&event);
-    calls
-        .add(libc::SYS_epoll_ctl, &[epoll.into(), libc::EPOLL_CTL_ADD.into(), watch.number.into(), event])?;
+    calls.add(libc::SYS_epoll_ctl, &[into.into(), libc::EPOLL_CTL_ADD.into(), watch.number.into(), event])?;
+    if spent {
+        calls.fire(into)?;
+    }
     if moved && there.is_some() {
         dup(calls, spare, watch.number)?;
         calls.add(libc::SYS_close, &[spare.into()])?;

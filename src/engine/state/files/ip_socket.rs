@@ -7,7 +7,6 @@
 mod queue;
 
 use std::ffi::c_int;
-use std::fs;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
@@ -19,7 +18,8 @@ use nix::sys::socket::{Shutdown, shutdown};
 use super::inet::{self, DATAGRAM};
 use super::options::{self, COMMON};
 use super::scan::Open;
-use super::{Stop, Trouble, filter, multicast};
+use super::{Stop, Trouble, filter, multicast, multicast_if};
+use crate::engine::procfs;
 use crate::engine::sys::{datagram, fds, socket};
 use crate::proto::files::IpSocket;
 
@@ -79,12 +79,15 @@ pub(super) fn capture(
     if !udp && peer.is_none() && is_connected(open, family, kind) {
         return Err(Stop::refuse(format!("is {what} that is connected, which cannot be carried yet")));
     }
-    if datagram::holds_half_a_datagram(fd) && udp {
+    // One without a port has begun none, and would be given a port by the question.
+    if udp && has_port && datagram::holds_half_a_datagram(fd) {
         let why = format!("is {what} with a datagram begun and not sent (UDP_CORK or MSG_MORE)");
         return Err(Stop::advise(why, "try again"));
     }
     let mut options = options::capture(fd, &[DATAGRAM, BINDING, NOT_LOCAL, COMMON])?;
     options.extend(options::capture_buffers(fd)?);
+    let mut device_options = inet::capture_devices(fd)?;
+    device_options.extend(multicast_if::capture(fd, (family, kind, protocol), own, contents)?);
     let mut image = IpSocket {
         family,
         r#type: kind,
@@ -92,7 +95,7 @@ pub(super) fn capture(
         local: (has_port || !own.ip().is_unspecified()).then(|| inet::endpoint(own)).transpose()?,
         peer: peer.map(inet::endpoint).transpose()?,
         options,
-        device_options: inet::capture_devices(fd)?,
+        device_options,
         memberships: multicast::capture(fd, family)?,
         filter: filter::capture(fd)?,
         shutdown: ends(fd)?,
@@ -134,7 +137,7 @@ fn is_connected(open: &Open, family: c_int, kind: c_int) -> bool {
         (false, true) => "icmp",
         (false, false) => "icmp6",
     };
-    let text = fs::read_to_string(format!("/proc/thread-self/net/{table}")).unwrap_or_default();
+    let text = procfs::read_text(format!("/proc/thread-self/net/{table}")).unwrap_or_default();
     let inode = open.stat.ino().to_string();
     // sl, local, remote, state, queues, timer, retransmissions, uid, timeout, inode
     text.lines().any(|line| {

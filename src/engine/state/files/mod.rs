@@ -11,8 +11,10 @@
 //! Descriptors are duplicated from the process (`pidfd_getfd`), so everything is asked of the object
 //! itself and not of a path that may lead elsewhere by now. What is not known here is refused by name.
 
+mod anycast;
 mod build;
 mod capture;
+mod early;
 mod epoll;
 mod eventfd;
 mod filter;
@@ -22,10 +24,12 @@ mod install;
 mod ip_socket;
 mod memfd;
 mod multicast;
+mod multicast_if;
 mod netlink;
 mod options;
 mod path;
 mod pipe;
+mod reuseport;
 mod scan;
 mod signalfd;
 mod tcp;
@@ -45,13 +49,15 @@ use crate::proto::files::FileRef;
 
 pub use build::{Built, build};
 pub use capture::{CapturedFiles, capture, capture_after, check};
+pub use early::EarlyLook;
 pub use holders::ScannedProcesses;
 pub use install::install;
 pub use path::{add_content, compare_here, describe};
 pub use scan::Descriptors;
+pub(in crate::engine) use tcp::received_by;
 pub use tcp::{
-    ListenPort, SilentConnections, close_peers, drop_connections, drop_silently, is_unsettled, leave_repair,
-    port_free, unsettled, wake_connections,
+    ListenPort, SilentConnections, TakenQueues, close_peers, drop_connections, drop_silently, is_listening,
+    is_unsettled, leave_repair, port_free, take_queued, unsettled, wake_connections,
 };
 pub use unix_names::UnixNames;
 
@@ -64,6 +70,8 @@ pub struct FilesOptions {
     pub tcp_close: bool,
     /// Leave standard streams behind that lead out of the process.
     pub shell_job: bool,
+    /// Connections that are not accepted yet are carried, too: see [`take_queued`].
+    pub tcp_queued: bool,
 }
 
 /// What a look at the running process found.

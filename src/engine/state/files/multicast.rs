@@ -1,7 +1,6 @@
 //! Multicast groups that a socket has joined. The kernel does not list them per socket, but tells for one
 //! group and device whether it is joined and from which sources: every group that a device has is asked for.
 
-use std::fs;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::BorrowedFd;
 
@@ -11,6 +10,7 @@ use nix::errno::Errno;
 use super::inet::{device_index, device_name, ip_of};
 use super::{Stop, Trouble};
 use crate::engine::address::octets;
+use crate::engine::procfs;
 use crate::engine::sys::{datagram, socket};
 use crate::proto::files::Membership;
 
@@ -25,7 +25,7 @@ const MAX_SOURCES: usize = 1024;
 fn groups(v6_too: bool) -> Vec<(u32, IpAddr)> {
     let mut found = Vec::new();
     let mut device = 0;
-    for line in fs::read_to_string("/proc/thread-self/net/igmp").unwrap_or_default().lines() {
+    for line in procfs::read_text("/proc/thread-self/net/igmp").unwrap_or_default().lines() {
         // A device: `2 eth0 : 1 V3`; below it, indented, its groups in the byte order of the processor.
         let first = line.split_whitespace().next().unwrap_or_default();
         if !line.starts_with(char::is_whitespace) {
@@ -34,7 +34,7 @@ fn groups(v6_too: bool) -> Vec<(u32, IpAddr)> {
             found.push((device, Ipv4Addr::from(group.to_ne_bytes()).into()));
         }
     }
-    let table = if v6_too { fs::read_to_string("/proc/thread-self/net/igmp6") } else { Ok(String::new()) };
+    let table = if v6_too { procfs::read_text("/proc/thread-self/net/igmp6") } else { Ok(String::new()) };
     for line in table.unwrap_or_default().lines() {
         let mut words = line.split_whitespace();
         let device = words.next().and_then(|w| w.parse().ok());

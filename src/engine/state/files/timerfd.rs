@@ -1,11 +1,11 @@
 //! timerfd: clock, setting, what is left, and expirations not read yet.
 
-use std::fs;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
 use super::scan::Open;
 use super::{Stop, Trouble, errno_of};
 use crate::engine::clocks::Shift;
+use crate::engine::procfs;
 use crate::engine::sys::fds;
 use crate::proto::files::TimerFd;
 
@@ -17,7 +17,7 @@ pub(super) fn capture(open: &Open, shift: &Shift) -> Result<TimerFd, Stop> {
     let failed = Stop::failed;
     // Asking for the time first makes the kernel count overdue periods into the ticks.
     let spec = fds::timerfd_gettime(open.fd()).map_err(failed("reading a timerfd"))?;
-    let info = fs::read_to_string(format!("/proc/self/fdinfo/{}", open.ours.as_raw_fd()))
+    let info = procfs::read_text(format!("/proc/self/fdinfo/{}", open.ours.as_raw_fd()))
         .map_err(|e| Stop::Failed { step: "reading fdinfo of a timerfd", errno: errno_of(&e) })?;
     let field = |name: &str| info.lines().find_map(|l| Some(l.strip_prefix(name)?.strip_prefix(':')?.trim()));
     let clock = field("clockid").and_then(|s| s.parse::<i32>().ok());

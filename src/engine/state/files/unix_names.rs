@@ -23,6 +23,7 @@ use nix::sched::{CloneFlags, unshare};
 use nix::unistd::{chroot, fchdir, geteuid};
 
 use super::{Trouble, errno_of};
+use crate::engine::procfs;
 use crate::engine::reason::Reason;
 use crate::engine::sys::datagram;
 use crate::proto::files::UnixName;
@@ -154,7 +155,7 @@ fn check_place(place: &Path) -> Result<(), Reason> {
         return Err(Reason::new(object(), "has its name where another kind of file is here", ""));
     }
     // Flags, type, state, inode and so on, then the name.
-    let table = fs::read("/proc/thread-self/net/unix").unwrap_or_default();
+    let table = procfs::read("/proc/thread-self/net/unix").unwrap_or_default();
     let is_it = |line: &[u8]| {
         line.iter().position(|b| *b == b'/').and_then(|at| line.get(at..))
             == Some(place.as_os_str().as_bytes())

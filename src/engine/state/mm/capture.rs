@@ -13,7 +13,7 @@ use crate::proto::files::FileRef;
 use crate::proto::image::{Layout, Mm, ObjectKind, Vma, VmaKind};
 
 fn read(path: String) -> Result<(Vec<u8>, String), MapError> {
-    match std::fs::read(&path) {
+    match procfs::read(&path) {
         Ok(bytes) => Ok((bytes, path)),
         Err(source) => Err(MapError::Read { path, source }),
     }
@@ -60,13 +60,12 @@ pub(super) const ADVICE: [(&[u8; 2], i32, i32); 8] = [
 ];
 
 /// VmFlags that no mapping of ours may have, and what they mean.
-const REFUSED_FLAGS: [(&[u8; 2], &str); 7] = [
+const REFUSED_FLAGS: [(&[u8; 2], &str); 6] = [
     (b"um", "is watched by a userfaultfd of its own"),
     (b"io", "maps device memory"),
     (b"pf", "maps device memory (PFN range)"),
     (b"mm", "maps device memory (mixed)"),
     (b"sf", "is a DAX mapping with MAP_SYNC"),
-    (b"dp", "is droppable memory (MAP_DROPPABLE)"),
     (b"ss", "is a shadow stack"),
 ];
 
@@ -142,6 +141,7 @@ pub fn capture(pid: Tid, flags: &FlagCache) -> Result<CapturedMap, MapError> {
     let entries = procfs::parse_maps(&text).map_err(|source| MapError::Parse { path, source })?;
     let mut files = Vec::new();
     let mut known: HashMap<Vec<u8>, Option<u32>> = HashMap::new();
+    let mut systems = HashMap::new();
     let mut map = CapturedMap { layout: Layout::default(), reasons: Vec::new() };
     for m in &entries {
         let vm_flags = flags.of(m);
@@ -153,11 +153,12 @@ pub fn capture(pid: Tid, flags: &FlagCache) -> Result<CapturedMap, MapError> {
                 map.reasons.push(Reason::new(describe(m), why, "it must be unmapped before the move"));
                 continue;
             }
+            (Ok(Some(_)), None) if vm_flags.contains(b"dp") => VmaKind::VmaDroppable,
             (Ok(Some(kind)), None) => kind,
         };
         let file = if matches!(kind, VmaKind::VmaFilePrivate | VmaKind::VmaFileShared) {
             let file = known.entry(m.path.clone()).or_insert_with(|| {
-                let file = file_ref(m).map_err(|r| map.reasons.push(r)).ok()?;
+                let file = file_ref(m, &mut systems).map_err(|r| map.reasons.push(r)).ok()?;
                 files.push(file);
                 u32::try_from(files.len() - 1).ok()
             });
@@ -193,20 +194,25 @@ pub fn capture(pid: Tid, flags: &FlagCache) -> Result<CapturedMap, MapError> {
                 && !vm_flags.is_empty()
                 && !has(b"mw"),
             accounted: has(b"ac") && !m.write && !m.shared,
+            sealed: has(b"sl") && kind != VmaKind::VmaVdso,
         });
     }
     map.layout.files = files;
     Ok(map)
 }
 
-/// The file behind a mapping, which must still be what its path leads to.
-fn file_ref(m: &MapsEntry) -> Result<FileRef, Reason> {
+/// The file behind a mapping, which must still be what its path leads to. `systems`: by device, whether it is one
+/// of huge pages.
+fn file_ref(m: &MapsEntry, systems: &mut HashMap<u64, bool>) -> Result<FileRef, Reason> {
     let path = std::path::Path::new(std::ffi::OsStr::from_bytes(&m.path));
     let meta = std::fs::metadata(path).map_err(|e| {
         Reason::new(describe(m), format!("maps a file that cannot be reached by its path: {e}"), "")
     })?;
-    let system = nix::sys::statfs::statfs(path).map(|fs| fs.filesystem_type());
-    if system == Ok(nix::sys::statfs::HUGETLBFS_MAGIC) {
+    let of_huge_pages = || {
+        let system = nix::sys::statfs::statfs(path).map(|fs| fs.filesystem_type());
+        system == Ok(nix::sys::statfs::HUGETLBFS_MAGIC)
+    };
+    if *systems.entry(meta.dev()).or_insert_with(of_huge_pages) {
         let why = "maps a file of huge pages (hugetlbfs), which cannot be carried yet";
         return Err(Reason::new(describe(m), why, ""));
     }
@@ -248,7 +254,7 @@ pub fn check_shared(pid: Tid, layout: &Layout) -> Result<Vec<Reason>, ObjectErro
     let others = std::fs::read_dir("/proc").into_iter().flatten().flatten();
     let others = others.filter_map(|e| e.file_name().to_str()?.parse::<Tid>().ok());
     for other in others.filter(|p| *p != pid && *p != us) {
-        let text = std::fs::read(format!("/proc/{other}/maps")).unwrap_or_default();
+        let text = procfs::read(format!("/proc/{other}/maps")).unwrap_or_default();
         let maps = procfs::parse_maps(&text).unwrap_or_default();
         let mapped = maps.iter().filter_map(|m| {
             let kind = kind_of(m).ok()??;

@@ -39,7 +39,7 @@ fn same_backing(a: &Vma, b: &Vma, a_files: &[FileRef], b_files: &[FileRef]) -> b
         && a.page_bytes == b.page_bytes
         && a.never_writable == b.never_writable
         && match b.kind() {
-            VmaKind::VmaAnonPrivate | VmaKind::VmaVdso => true,
+            VmaKind::VmaAnonPrivate | VmaKind::VmaVdso | VmaKind::VmaDroppable => true,
             _ if from_object(b) => a.shm_inode == b.shm_inode && object(a) == object(b),
             VmaKind::VmaAnonShared => a.shm_inode == b.shm_inode && object(a) == object(b),
             _ => path(a, a_files) == path(b, b_files) && object(a) == object(b),

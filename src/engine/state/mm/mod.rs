@@ -7,6 +7,7 @@
 mod canonical;
 mod capture;
 mod changes;
+mod resident;
 mod restore;
 mod segments;
 

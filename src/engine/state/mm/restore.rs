@@ -2,7 +2,7 @@
 
 use super::capture::ADVICE;
 use super::changes::{Change, changes, vdso_group};
-use super::segments;
+use super::{resident, segments};
 use crate::engine::remote::{Arg, Batch, Call, InjectError, RemoteCalls};
 use crate::engine::state::objects::{Objects, by_window};
 use crate::proto::image::{Layout, Mm, Vma, VmaKind};
@@ -10,6 +10,10 @@ use crate::proto::image::{Layout, Mm, Vma, VmaKind};
 /// `arch_prctl` code: map the vdso group at this address (include/uapi/asm/prctl.h).
 const ARCH_MAP_VDSO_64: u64 = 0x2003;
 const MAP_FIXED_NOREPLACE: i32 = 0x10_0000;
+/// Instead of MAP_PRIVATE or MAP_SHARED (include/uapi/linux/mman.h).
+const MAP_DROPPABLE: i32 = 8;
+/// mseal(2).
+const SYS_MSEAL: i64 = 462;
 
 /// What a mapping is made from, and how that is opened.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -46,9 +50,9 @@ pub fn unmap(process: &mut dyn RemoteCalls, now: &Layout, wanted: &Layout) -> Re
     run_expecting(process, "unmapping", &batch, &expected)
 }
 
-/// The second half, after [`unmap`]: brings the skeleton's memory map to `wanted`, whose `objects` are there. Shared anonymous
-/// memory of ordinary pages is mapped writable whatever it will be, so that its pages can be placed; see
-/// [`finish`].
+/// The second half, after [`unmap`]: brings the skeleton's memory map to `wanted`, whose `objects` are there.
+/// Shared anonymous memory of ordinary pages is mapped writable whatever it will be, so that its pages can be
+/// placed; see [`finish`].
 ///
 /// # Errors
 /// If a call fails: the map is then in between, and the skeleton of no use.
@@ -93,6 +97,7 @@ pub fn reconcile(
                 continue;
             }
             VmaKind::VmaAnonPrivate => flags |= libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+            VmaKind::VmaDroppable => flags |= MAP_DROPPABLE | libc::MAP_ANONYMOUS,
             VmaKind::VmaFilePrivate | VmaKind::VmaMemfdPrivate => flags |= libc::MAP_PRIVATE,
             VmaKind::VmaFileShared | VmaKind::VmaMemfdShared | VmaKind::VmaAnonShared => {
                 flags |= libc::MAP_SHARED;
@@ -166,22 +171,7 @@ pub fn reconcile(
     map_shared(process, now, wanted, &shared)?;
     let (batch, expected) = segments::attach(wanted, &attached)?;
     run_expecting(process, "attaching shared memory", &batch, &expected)?;
-    show_file_pages(process, wanted)
-}
-
-/// Maps the pages of files that the source has mapped: they count in the resident size, and the process
-/// finds them without a fault. Which is all they are for, so failing is no error.
-fn show_file_pages(process: &mut dyn RemoteCalls, wanted: &Layout) -> Result<(), InjectError> {
-    const MADV_POPULATE_READ: i32 = 22;
-    let mut batch = Batch::new();
-    for range in wanted.vmas.iter().flat_map(|v| &v.resident) {
-        let len = range.end.saturating_sub(range.start);
-        batch.call(libc::SYS_madvise, &[range.start.into(), len.into(), MADV_POPULATE_READ.into()]);
-    }
-    if !batch.is_empty() {
-        process.run(&batch)?;
-    }
-    Ok(())
+    resident::show(process, wanted)
 }
 
 fn run_expecting(
@@ -289,8 +279,8 @@ fn map_shared(
     Ok(())
 }
 
-/// What can only be done once all pages are in: protections of shared memory, locks, guards, and the
-/// numbers of the mm (heap, stack, arguments, auxv).
+/// What can only be done once all pages are in: protections of shared memory, locks, guards, the numbers of
+/// the mm (heap, stack, arguments, auxv), and seals.
 ///
 /// # Errors
 /// If a call fails.
@@ -352,5 +342,10 @@ pub fn finish(process: &mut dyn RemoteCalls, layout: &Layout, mm: &Mm) -> Result
     expected.push(Some(0));
     batch.call(libc::SYS_close, &[0u64.into()]);
     expected.push(Some(0));
+    // Last: nothing that changes a mapping works on it afterwards.
+    for vma in layout.vmas.iter().filter(|v| v.sealed) {
+        batch.call(SYS_MSEAL, &[vma.start.into(), (vma.end - vma.start).into(), 0u64.into()]);
+        expected.push(Some(0));
+    }
     run_expecting(process, "finishing the memory map", &batch, &expected)
 }

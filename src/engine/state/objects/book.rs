@@ -1,6 +1,6 @@
 //! The objects of a process at the source: found again at every look, kept open, read.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
@@ -42,7 +42,7 @@ pub(super) struct Held {
     /// Its pages that were mapped at the last selection, as offsets.
     mapped: Extents,
     /// When it was seen first (s).
-    seen_at: u64,
+    pub(super) seen_at: u64,
     /// What was selected as perhaps changed and held nothing, as addresses of the window.
     pub(super) holes: Extents,
     /// At the last look, and at the one before.
@@ -56,12 +56,14 @@ pub struct ObjectBook {
     pid: Tid,
     pub(super) held: BTreeMap<u64, Held>,
     next_window: u64,
+    /// Descriptors that lead to no object, at the next look.
+    passed_over: HashSet<i32>,
 }
 
 impl ObjectBook {
     /// Nothing known yet.
     pub fn new(pid: Tid) -> Self {
-        Self { pid, held: BTreeMap::new(), next_window: WINDOWS_START }
+        Self { pid, held: BTreeMap::new(), next_window: WINDOWS_START, passed_over: HashSet::new() }
     }
 
     /// Takes down how the objects of the stopped process are, to know later which were changed by calls: no
@@ -79,13 +81,18 @@ impl ObjectBook {
         Ok(())
     }
 
+    /// At the next look, these descriptors of the stopped process need not be looked at: they are sockets.
+    pub fn pass_over(&mut self, sockets: HashSet<i32>) {
+        self.passed_over = sockets;
+    }
+
     /// Finds the objects that are mapped in `layout` or open, and adds them to it. Mappings of a running
     /// process whose object cannot be reached any more are taken out: they are gone.
     ///
     /// # Errors
     /// See [`ObjectError`].
     pub fn look(&mut self, layout: &mut Layout, running: bool) -> Result<Vec<Reason>, ObjectError> {
-        let leads = leads(self.pid, &layout.vmas)?;
+        let leads = leads(self.pid, &layout.vmas, &std::mem::take(&mut self.passed_over))?;
         let segments = leads.values().flatten().any(|lead| lead.kind == ObjectKind::ObjectSysv);
         let table = if segments { sysv::table()? } else { Vec::new() };
         let mut reasons = Vec::new();
@@ -280,12 +287,13 @@ impl Held {
     /// nothing else reaches it than mappings that were there all along, each page by one. A segment tells
     /// when it was last attached or detached, to the second.
     pub(super) fn is_changed_by_stores_only(&self) -> bool {
-        let attached = self.now.attached.iter().any(|at| *at >= self.seen_at);
+        // By a clock that is up to a tick behind ours.
+        let attached = self.now.attached.iter().any(|at| at.saturating_add(1) >= self.seen_at);
         self.was_stored && !self.was_open && !self.has_views && !attached
     }
 }
 
-fn since_epoch() -> Duration {
+pub(super) fn since_epoch() -> Duration {
     SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default()
 }
 
@@ -301,7 +309,11 @@ fn mapped_at(layout: &Layout, object: &Object, offset: u64) -> Option<u64> {
 }
 
 /// All ways to each object.
-fn leads(pid: Tid, vmas: &[Vma]) -> Result<BTreeMap<(u64, i32), Vec<Lead>>, ObjectError> {
+fn leads(
+    pid: Tid,
+    vmas: &[Vma],
+    passed_over: &HashSet<i32>,
+) -> Result<BTreeMap<(u64, i32), Vec<Lead>>, ObjectError> {
     let mut leads: BTreeMap<(u64, i32), Vec<Lead>> = BTreeMap::new();
     for vma in vmas.iter().filter(|v| from_object(v)) {
         let kind = match vma.kind() {
@@ -314,7 +326,7 @@ fn leads(pid: Tid, vmas: &[Vma]) -> Result<BTreeMap<(u64, i32), Vec<Lead>>, Obje
         leads.entry((lead.id, kind.into())).or_default().push(lead);
     }
     let mut once: HashMap<u64, ()> = HashMap::new();
-    for lead in find::open_memfds(pid)? {
+    for lead in find::open_memfds(pid, passed_over)? {
         // A process may have one open very often; one more way is enough.
         if once.insert(lead.id, ()).is_none() {
             leads.entry((lead.id, lead.kind.into())).or_default().push(lead);

@@ -1,5 +1,6 @@
 //! Which objects there are, by device and inode, and what each is.
 
+use std::collections::HashSet;
 use std::fs::{File, Metadata};
 use std::os::fd::AsFd;
 use std::os::unix::ffi::OsStrExt;
@@ -95,12 +96,17 @@ pub(super) struct Lead {
     pub(super) is_descriptor: bool,
 }
 
-/// The memfds that a process has open, once per descriptor.
-pub(super) fn open_memfds(pid: Tid) -> Result<Vec<Lead>, ObjectError> {
+/// The memfds that a process has open, once per descriptor. `others` are numbers of descriptors that are known to be
+/// something else: to ask what each leads to takes its time.
+pub(super) fn open_memfds(pid: Tid, others: &HashSet<i32>) -> Result<Vec<Lead>, ObjectError> {
     let mut found = Vec::new();
     let failed = || ObjectError::sys("listing the descriptors", format!("process {pid}"));
     for entry in std::fs::read_dir(format!("/proc/{pid}/fd")).map_err(failed())? {
-        let path = entry.map_err(failed())?.path();
+        let entry = entry.map_err(failed())?;
+        if entry.file_name().to_str().and_then(|s| s.parse().ok()).is_some_and(|n| others.contains(&n)) {
+            continue;
+        }
+        let path = entry.path();
         // Closed meanwhile, or none: nothing to carry.
         let Ok(link) = std::fs::read_link(&path) else { continue };
         if !link.as_os_str().as_bytes().starts_with(b"/memfd:") {
@@ -212,5 +218,5 @@ fn name(file: &File, lead: &Lead) -> Result<Vec<u8>, ObjectError> {
 
 /// The memfds that another process has open, by id; nothing if it is gone.
 pub fn open_in(pid: Tid) -> Vec<u64> {
-    open_memfds(pid).unwrap_or_default().into_iter().map(|lead| lead.id).collect()
+    open_memfds(pid, &HashSet::new()).unwrap_or_default().into_iter().map(|lead| lead.id).collect()
 }

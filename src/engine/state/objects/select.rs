@@ -241,4 +241,64 @@ mod tests {
         assert_eq!(look(&mut book, "select-huge", false).1, []);
         assert_eq!(look(&mut book, "select-huge", true).1, [(0, HUGE)]);
     }
+
+    /// A segment tells when it was attached: what was stored through an attachment that is gone again is read at
+    /// the last look, although stores were reported that its times could tell of.
+    #[test]
+    fn a_segment_that_was_attached_meanwhile_is_suspected() {
+        use std::io::{BufRead, BufReader, Write};
+        use std::process::{Command, Stdio};
+        let code = "
+import ctypes
+l = ctypes.CDLL(None); l.shmat.restype = ctypes.c_void_p; l.shmdt.argtypes = [ctypes.c_void_p]
+id = l.shmget(0, 0x4000, 0o600)
+a = l.shmat(id, None, 0); l.shmctl(id, 0, None)
+ctypes.memset(a, 1, 0x4000); print(hex(a), flush=True); input()
+ctypes.memset(a, 2, 1); print(flush=True); input()
+b = l.shmat(id, None, 0); ctypes.memset(b + 0x3000, 2, 1); l.shmdt(b); print(flush=True); input()";
+        let mut child = Command::new("python3")
+            .args(["-c", code])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let (mut to, mut from) = (child.stdin.take().unwrap(), BufReader::new(child.stdout.take().unwrap()));
+        let mut line = String::new();
+        from.read_line(&mut line).unwrap();
+        let start = u64::from_str_radix(line.trim().trim_start_matches("0x"), 16).unwrap();
+        let pid = Tid::try_from(child.id()).unwrap();
+        let layout = |book: &mut ObjectBook| {
+            let flags = crate::engine::state::mm::FlagCache::look(pid).unwrap();
+            let mut layout = crate::engine::state::mm::capture(pid, &flags).unwrap().layout;
+            assert_eq!(book.look(&mut layout, false).unwrap(), []);
+            layout
+        };
+        let mut book = ObjectBook::new(pid);
+        let now = layout(&mut book);
+        book.start(&mut now.clone()).unwrap();
+        let window = now.objects[0].window;
+        book.select(&now, vec![RemoteRange { start, len: 0x4000 }], false);
+        // Long ago, as far as its times can tell.
+        let held = book.held.values_mut().next().unwrap();
+        (held.baseline, held.seen_at) = (Some(held.now), held.now.attached[0] + 2);
+        let mut go_on = || {
+            to.write_all(b"\n").unwrap();
+            from.read_line(&mut line).unwrap();
+        };
+        go_on();
+        let stored = vec![RemoteRange { start, len: 0x1000 }];
+        let now = layout(&mut book);
+        let selected = book.select(&now, stored.clone(), true);
+        assert!(selected.suspects.is_empty() && !selected.windows.is_empty());
+        let until = book.held.values().next().unwrap().seen_at;
+        while super::super::book::since_epoch().as_secs() < until {
+            std::thread::yield_now();
+        }
+        go_on();
+        let now = layout(&mut book);
+        let selected = book.select(&now, stored, true);
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert_eq!(selected.suspects.iter().collect::<Vec<_>>(), [(window, window + 0x4000)]);
+    }
 }

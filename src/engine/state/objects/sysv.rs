@@ -2,6 +2,7 @@
 
 use super::{ObjectError, name_of};
 use crate::engine::memory::PAGE_BYTES;
+use crate::engine::procfs;
 use crate::engine::reason::Reason;
 use crate::engine::remote::Tid;
 use crate::engine::sys::shm;
@@ -54,7 +55,7 @@ impl Row {
 
 /// All segments of our namespace, which is also that of the process.
 pub(super) fn table() -> Result<Vec<Row>, ObjectError> {
-    let text = std::fs::read_to_string(TABLE).map_err(ObjectError::sys("reading", TABLE.to_owned()))?;
+    let text = procfs::read_text(TABLE).map_err(ObjectError::sys("reading", TABLE.to_owned()))?;
     Ok(parse(&text))
 }
 

@@ -3,46 +3,44 @@
 use libc::SOL_SOCKET;
 
 use super::super::scan::Open;
-use super::super::tcp::{self, Tcp};
-use super::super::{Stop, ip_socket, netlink};
+use super::super::tcp::{self, Captures, Tcp};
+use super::super::{FilesOptions, Stop, ip_socket, netlink};
 use super::Collector;
 use crate::engine::sys::socket;
 use crate::proto::files::description::Kind;
 
-impl Collector<'_> {
-    pub(super) fn socket(&mut self, description: usize, open: &Open) -> Result<Kind, Stop> {
-        if self.other_network {
-            return Err(Stop::refuse("is a socket of another network namespace than ours"));
+/// What a socket is, and all of it if it is one of TCP.
+pub(super) enum Seen {
+    Tcp(Tcp),
+    Other { domain: i32, kind: i32, protocol: i32 },
+}
+
+/// Looks at a socket. Of these a server has thousands: all processors do it at once.
+pub(super) fn look(open: &Open, options: &FilesOptions, all: &Captures) -> Result<Seen, Stop> {
+    if let Some(family) = all.family_of(open) {
+        return tcp::capture(open, family, options, all).map(Seen::Tcp);
+    }
+    let option = |name| {
+        socket::int_option(open.fd(), SOL_SOCKET, name).map_err(Stop::failed("asking what a socket is"))
+    };
+    let (domain, kind) = (option(libc::SO_DOMAIN)?, option(libc::SO_TYPE)?);
+    let protocol = option(libc::SO_PROTOCOL)?;
+    match (domain, kind, protocol) {
+        (libc::AF_INET | libc::AF_INET6, libc::SOCK_STREAM, libc::IPPROTO_TCP) => {
+            tcp::capture(open, domain, options, all).map(Seen::Tcp)
         }
-        let option = |name| {
-            socket::int_option(open.fd(), SOL_SOCKET, name).map_err(Stop::failed("asking what a socket is"))
+        _ => Ok(Seen::Other { domain, kind, protocol }),
+    }
+}
+
+impl Collector<'_> {
+    pub(super) fn socket(&mut self, description: usize, open: &Open, seen: Seen) -> Result<Kind, Stop> {
+        let (domain, kind, protocol) = match seen {
+            Seen::Tcp(tcp) => return self.tcp(description, open, tcp),
+            Seen::Other { domain, kind, protocol } => (domain, kind, protocol),
         };
-        let (domain, kind) = (option(libc::SO_DOMAIN)?, option(libc::SO_TYPE)?);
-        let protocol = option(libc::SO_PROTOCOL)?;
         match (domain, kind, protocol) {
             (libc::AF_UNIX, ..) => self.unix_end(open, kind),
-            (libc::AF_INET | libc::AF_INET6, libc::SOCK_STREAM, libc::IPPROTO_TCP) => {
-                let room = self.contents.then_some(&mut self.room);
-                match tcp::capture(open, self.options, room)? {
-                    Tcp::Idle(image) => {
-                        // Held so that connections which arrive after the freeze are ended cleanly.
-                        if image.listening {
-                            self.closing.push(description);
-                        }
-                        Ok(Kind::Tcp(image))
-                    }
-                    Tcp::Live(image) => match self.holders.others(&open.link) {
-                        Some(pids) => self.held_too(open, "a TCP connection", &pids),
-                        None => Ok(Kind::TcpConnection(image)),
-                    },
-                    Tcp::Dead { image, close_later } => {
-                        if close_later {
-                            self.closing.push(description);
-                        }
-                        Ok(Kind::TcpClosed(image))
-                    }
-                }
-            }
             (libc::AF_INET | libc::AF_INET6, ..) if ip_socket::is_known(kind, protocol) => {
                 if let Some(pids) = self.holders.others(&open.link) {
                     return self.held_too(open, ip_socket::words(kind, protocol), &pids);
@@ -59,6 +57,28 @@ impl Collector<'_> {
                 "is {}, which cannot be carried yet",
                 socket_words(domain, kind, protocol)
             ))),
+        }
+    }
+
+    fn tcp(&mut self, description: usize, open: &Open, tcp: Tcp) -> Result<Kind, Stop> {
+        match tcp {
+            Tcp::Idle(image) => {
+                // Held so that connections which arrive after the freeze are ended cleanly.
+                if image.listening {
+                    self.closing.push(description);
+                }
+                Ok(Kind::Tcp(image))
+            }
+            Tcp::Live(image) => match self.holders.others(&open.link) {
+                Some(pids) => self.held_too(open, "a TCP connection", &pids),
+                None => Ok(Kind::TcpConnection(image)),
+            },
+            Tcp::Dead { image, close_later } => {
+                if close_later {
+                    self.closing.push(description);
+                }
+                Ok(Kind::TcpClosed(image))
+            }
         }
     }
 }

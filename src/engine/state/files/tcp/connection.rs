@@ -16,40 +16,31 @@
 use std::ffi::c_int;
 use std::net::IpAddr;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use libc::{IPPROTO_IP, IPPROTO_TCP, SOL_SOCKET};
 use nix::errno::Errno;
 use nix::sys::socket::{MsgFlags, recv, send};
 
-use super::super::scan::Open;
 use super::super::{Stop, Trouble};
-use super::address_of;
+use super::buffers::{Room, has_usual_buffers, set_buffers};
 use super::list::peer;
-use super::table::{self, NewSocket, value_of};
+use super::recipe::Recipe;
+use super::table::Known;
+use super::{Captures, address_of};
 use crate::engine::address::octets;
 use crate::engine::sys::tcp::{self, Queue, REPAIR_OFF_SILENTLY, REPAIR_ON};
 use crate::engine::sys::{fds, socket};
 use crate::proto::files::TcpConnection;
 
 /// Most bytes in the queues of all connections together: they travel within the final state.
-pub(in super::super) const MAX_QUEUED_BYTES: usize = 192 << 20;
+const MAX_QUEUED_BYTES: usize = 192 << 20;
 /// How often a connection that changes under the look is looked at again.
 const LOOKS: usize = 8;
 /// Beside what the peer has not acknowledged, the first segment may hold this much that it has.
-const SEGMENT_BYTES: usize = 128 << 10;
+pub(super) const SEGMENT_BYTES: usize = 128 << 10;
 /// Bytes handed over in one call.
 const PIECE_BYTES: usize = 1 << 20;
-/// What a queue may use beyond its bytes while it is filled: the size is set right afterwards.
-const ROOM_BYTES: usize = 256 << 10;
-
-/// What the kernel gives a new connection to send from, about: it grows by itself.
-const USUAL_SEND_BUFFER: c_int = 128 << 10;
-
-/// Where `struct tcp_repair_window` has the receive window, and what it counts from.
-const WINDOW: usize = 12;
-const WINDOW_START: usize = 16;
-/// The bit of the receive buffer in `SO_BUF_LOCK`.
-const RECEIVE_LOCKED: c_int = 2;
 
 /// What `TCP_MAXSEG` takes.
 const LEAST_SEGMENT: u32 = 88;
@@ -87,8 +78,8 @@ struct Repair<'a> {
 }
 
 impl<'a> Repair<'a> {
-    fn enter(fd: BorrowedFd<'a>) -> Result<Self, Errno> {
-        let reuse = socket::int_option(fd, SOL_SOCKET, libc::SO_REUSEADDR)?;
+    /// `reuse`: its SO_REUSEADDR.
+    fn enter(fd: BorrowedFd<'a>, reuse: c_int) -> Result<Self, Errno> {
         tcp::set_repair(fd, REPAIR_ON)?;
         Ok(Self { fd, reuse })
     }
@@ -99,82 +90,111 @@ impl Drop for Repair<'_> {
         // The connection may have been ended by the network meanwhile: then there is nothing to undo.
         let _ = tcp::choose_queue(self.fd, Queue::None);
         let _ = tcp::set_repair(self.fd, REPAIR_OFF_SILENTLY);
-        let _ = socket::set_int_option(self.fd, SOL_SOCKET, libc::SO_REUSEADDR, self.reuse);
+        // It is off now.
+        if self.reuse != 0 {
+            let _ = socket::set_int_option(self.fd, SOL_SOCKET, libc::SO_REUSEADDR, self.reuse);
+        }
     }
 }
 
-/// Reads a connection; its queues, for which `room` bytes are left, only if `room` is given.
-pub(super) fn capture(
-    open: &Open,
-    state: u8,
-    info: &[u8],
-    room: Option<&mut usize>,
-) -> Result<TcpConnection, Stop> {
-    let fd = open.fd();
-    let (local, local_port, scope) = socket::local_address(fd).map_err(read_step)?;
-    let link_local = || Stop::refuse("is a TCP connection of a link-local address, which cannot be carried");
+/// What is known of a socket by the time that it turns out to be a connection.
+pub(super) struct Seen<'a> {
+    pub(super) fd: BorrowedFd<'a>,
+    pub(super) family: c_int,
+    pub(super) state: u8,
+    /// TCP_INFO.
+    pub(super) info: &'a [u8],
+    pub(super) local: (IpAddr, u16),
+    /// What poll(2) says, of [`POLLED`] and of errors.
+    pub(super) polled: i16,
+    /// Its options.
+    pub(super) options: Known,
+}
+
+/// What is asked of poll(2).
+pub(super) const POLLED: i16 = libc::POLLRDHUP | libc::POLLPRI;
+
+/// Reads a connection; its queues only if there is room for them.
+pub(super) fn capture(seen: &Seen<'_>, all: &Captures) -> Result<TcpConnection, Stop> {
+    let &Seen { fd, family, state, polled, .. } = seen;
     let remote = peer(fd).map_err(|errno| match errno {
-        Errno::EADDRNOTAVAIL => link_local(),
+        Errno::EADDRNOTAVAIL => {
+            Stop::refuse("is a TCP connection of a link-local address, which cannot be carried")
+        }
         errno => read_step(errno),
     })?;
-    if scope != 0 {
-        return Err(link_local());
-    }
     let connecting = state == SYN_SENT;
     if !connecting && ![ESTABLISHED, FIN_WAIT1, FIN_WAIT2, CLOSE_WAIT, LAST_ACK, CLOSING].contains(&state) {
         return Err(Stop::refuse(format!("is a TCP connection in state {state}, which cannot be carried")));
     }
-    let seen = fds::poll_now(fd, libc::POLLRDHUP | libc::POLLPRI).map_err(read_step)?;
-    if seen & libc::POLLERR != 0 {
+    if polled & libc::POLLERR != 0 {
         return Err(Stop::refuse("is a TCP connection with an error that was not yet reported"));
     }
-    if seen & libc::POLLPRI != 0 {
+    if polled & libc::POLLPRI != 0 {
         return Err(Stop::refuse("is a TCP connection with urgent data not yet read"));
     }
-    refuse_rare(fd)?;
-    let read = |name| socket::int_option(fd, IPPROTO_TCP, name).map_err(read_step);
-    if connecting && read(libc::TCP_FASTOPEN_CONNECT)? != 0 {
+    let read = |level, name| socket::int_option(fd, level, name).map_err(read_step);
+    if connecting && read(IPPROTO_TCP, libc::TCP_FASTOPEN_CONNECT)? != 0 {
         return Err(Stop::refuse("is a TCP connection being made with TCP Fast Open"));
     }
-    let byte = |at: usize| info.get(at).copied().map_or(0, u32::from);
-    let family = if local.is_ipv4() { libc::AF_INET } else { libc::AF_INET6 };
+    let byte = |at: usize| seen.info.get(at).copied().map_or(0, u32::from);
     let mut image = TcpConnection {
         family,
-        local: octets(local),
-        local_port: local_port.into(),
+        local: octets(seen.local.0),
+        local_port: seen.local.1.into(),
         remote: octets(remote.ip()),
         remote_port: remote.port().into(),
         connecting,
-        read_ended: seen & libc::POLLRDHUP != 0,
+        read_ended: polled & libc::POLLRDHUP != 0,
         write_ended: [FIN_WAIT1, FIN_WAIT2, LAST_ACK, CLOSING].contains(&state),
         negotiated: byte(5),
         send_scale: byte(6) & 15,
         receive_scale: byte(6) >> 4,
-        window_clamp: read(libc::TCP_WINDOW_CLAMP)?.cast_unsigned(),
-        options: table::capture(fd, family)?,
+        window_clamp: read(IPPROTO_TCP, libc::TCP_WINDOW_CLAMP)?.cast_unsigned(),
+        option_set: seen.options.number,
+        send_buffer: read(SOL_SOCKET, libc::SO_SNDBUF)?.cast_unsigned(),
+        receive_buffer: read(SOL_SOCKET, libc::SO_RCVBUF)?.cast_unsigned(),
         ..TcpConnection::default()
     };
-    let Some(room) = room else { return Ok(image) };
+    let Some(room) = all.room() else { return Ok(image) };
+    let reuse = seen.options.value(SOL_SOCKET, libc::SO_REUSEADDR);
     for _ in 0..LOOKS {
-        let repair = Repair::enter(fd).map_err(Stop::failed("entering TCP_REPAIR"))?;
-        if look(&repair, state, &mut image, *room)? {
-            *room -= image.received.len() + image.sent.len() + image.unsent.len();
+        let repair = Repair::enter(fd, reuse).map_err(Stop::failed("entering TCP_REPAIR"))?;
+        if look(&repair, state, &mut image, room)? {
             return Ok(image);
         }
     }
     Err(Stop::refuse("is a TCP connection that changes while its process stands still"))
 }
 
-/// What is seen by the socket itself, and cannot be given to a new one.
-fn refuse_rare(fd: BorrowedFd<'_>) -> Result<(), Stop> {
-    let value = |name| socket::int_option(fd, SOL_SOCKET, name).map_err(read_step);
+/// Bytes that the queues of all connections may still have.
+#[derive(Debug)]
+pub(super) struct QueueRoom(AtomicUsize);
+
+impl QueueRoom {
+    /// All of it.
+    pub(super) fn new() -> Self {
+        Self(AtomicUsize::new(MAX_QUEUED_BYTES))
+    }
+
+    fn take(&self, bytes: usize) -> bool {
+        self.0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(bytes)).is_ok()
+    }
+
+    fn give_back(&self, bytes: usize) {
+        self.0.fetch_add(bytes, Ordering::Relaxed);
+    }
+}
+
+/// What is seen by the socket itself, and cannot be given to a new one. All of it comes by setsockopt(2).
+pub(super) fn refuse_rare(fd: BorrowedFd<'_>, options: &Known) -> Result<(), Stop> {
     let refuse =
         |with: &str| Err(Stop::refuse(format!("is a TCP connection {with}, which cannot be carried")));
     if tcp::is_in_repair(fd).map_err(read_step)? {
         return refuse("in TCP_REPAIR");
     }
     // The kernel numbers what it reports as sent, from the beginning of the connection.
-    if value(libc::SO_ZEROCOPY)? != 0 {
+    if options.value(SOL_SOCKET, libc::SO_ZEROCOPY) != 0 {
         return refuse("with SO_ZEROCOPY");
     }
     if socket::int_option(fd, SOL_SOCKET, fds::SO_PEEK_OFF).is_ok_and(|offset| offset >= 0) {
@@ -187,7 +207,7 @@ fn refuse_rare(fd: BorrowedFd<'_>) -> Result<(), Stop> {
 }
 
 /// One look at sequence numbers and queues; false if they have changed under it.
-fn look(repair: &Repair<'_>, state: u8, image: &mut TcpConnection, room: usize) -> Result<bool, Stop> {
+fn look(repair: &Repair<'_>, state: u8, image: &mut TcpConnection, room: &QueueRoom) -> Result<bool, Stop> {
     let fd = repair.fd;
     tcp::choose_queue(fd, Queue::Send).map_err(read_step)?;
     let end = tcp::sequence(fd).map_err(read_step)?;
@@ -197,7 +217,7 @@ fn look(repair: &Repair<'_>, state: u8, image: &mut TcpConnection, room: usize) 
         return Ok(true);
     }
     let outstanding = tcp::unacknowledged(fd).map_err(read_step)?;
-    let unsent = tcp::never_sent(fd).map_err(read_step)?;
+    let unsent = if outstanding == 0 { 0 } else { tcp::never_sent(fd).map_err(read_step)? };
     // An end that the peer has not acknowledged counts as a byte that is not in the queue.
     let end_waits = u32::from([FIN_WAIT1, LAST_ACK, CLOSING].contains(&state));
     let (Some(written), unsent) = (outstanding.checked_sub(end_waits), unsent.saturating_sub(end_waits))
@@ -205,15 +225,31 @@ fn look(repair: &Repair<'_>, state: u8, image: &mut TcpConnection, room: usize) 
         return Ok(false);
     };
     let waiting = fds::readable_bytes(fd).map_err(read_step)?;
-    if written as usize + waiting > room {
+    let queued = written as usize + waiting;
+    if !room.take(queued) {
         let limit = MAX_QUEUED_BYTES >> 20;
         return Err(Stop::refuse(format!(
             "is a TCP connection with {written} bytes not acknowledged and {waiting} not read: more than \
              {limit} MiB with those of the others, which cannot be carried"
         )));
     }
+    let whole = unsent <= written
+        && look_at_queues(fd, image, (end, outstanding, state), (written, unsent, waiting))?;
+    if !whole {
+        room.give_back(queued);
+    }
+    Ok(whole)
+}
+
+/// The rest of a look: what the queues hold.
+fn look_at_queues(
+    fd: BorrowedFd<'_>,
+    image: &mut TcpConnection,
+    (end, outstanding, state): (u32, u32, u8),
+    (written, unsent, waiting): (u32, u32, usize),
+) -> Result<bool, Stop> {
     let mut queue = peek(fd, written as usize, SEGMENT_BYTES)?;
-    if queue.len() < written as usize || unsent > written {
+    if queue.len() < written as usize {
         return Ok(false);
     }
     queue.drain(..queue.len() - written as usize);
@@ -255,11 +291,11 @@ fn peek(fd: BorrowedFd<'_>, len: usize, more: usize) -> Result<Vec<u8>, Stop> {
 
 /// A socket in `TCP_REPAIR` with one end of a connection; [`complete`] gives it the other. `flags` are those
 /// of the description.
-pub(super) fn make(image: &TcpConnection, flags: c_int, new: &NewSocket) -> Result<OwnedFd, Trouble> {
+pub(super) fn make(image: &TcpConnection, flags: c_int, recipe: &Recipe) -> Result<OwnedFd, Trouble> {
     let step = Trouble::step;
     // Saves setting it later.
     let fd = super::new_socket(image.family, flags & libc::SOCK_NONBLOCK)?;
-    table::apply(fd.as_fd(), &image.options, &new.options)?;
+    recipe.apply(fd.as_fd())?;
     tcp::set_repair(fd.as_fd(), REPAIR_ON).map_err(step("entering TCP_REPAIR"))?;
     // The address may come later.
     socket::set_int_option(fd.as_fd(), IPPROTO_IP, libc::IP_TRANSPARENT, 1)
@@ -269,10 +305,8 @@ pub(super) fn make(image: &TcpConnection, flags: c_int, new: &NewSocket) -> Resu
         tcp::choose_queue(fd.as_fd(), queue).map_err(step("choosing a queue"))?;
         tcp::set_sequence(fd.as_fd(), sequence).map_err(step("setting a sequence number"))?;
     }
-    if !has_usual_buffers(image, new) {
-        set_send_buffer(fd.as_fd(), image, Room::ToFill)?;
-        set_receive_buffer(fd.as_fd(), image, Room::ToFill, new)?;
-        lock_buffers(fd.as_fd(), image)?;
+    if !has_usual_buffers(image, recipe) {
+        set_buffers(fd.as_fd(), image, Room::ToFill, recipe)?;
     }
     socket::bind(fd.as_fd(), local, port).map_err(step("binding a TCP connection"))?;
     Ok(fd)
@@ -367,84 +401,4 @@ pub(super) fn push(fd: BorrowedFd<'_>, mut bytes: &[u8]) -> Result<(), Errno> {
         bytes = bytes.get(taken..).unwrap_or_default();
     }
     Ok(())
-}
-
-/// Whether a new connection has buffers like these anyway, and nothing to put into them.
-fn has_usual_buffers(image: &TcpConnection, new: &NewSocket) -> bool {
-    let value = |name| value_of(&image.options, SOL_SOCKET, name);
-    let empty = image.received.is_empty() && image.sent.is_empty() && image.unsent.is_empty();
-    empty
-        && value(table::SO_BUF_LOCK) == Some(0)
-        && value(libc::SO_RCVBUF) == Some(new.receive_buffer)
-        && value(libc::SO_SNDBUF).is_some_and(|size| size <= USUAL_SEND_BUFFER)
-}
-
-/// Whether a buffer is being filled, or has what it will have.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Room {
-    /// As much as it takes to fill it: pages that were full at the source need not be so here.
-    ToFill,
-    /// What it had.
-    AsBefore,
-}
-
-/// Sizes the send buffer.
-pub(super) fn set_send_buffer(fd: BorrowedFd<'_>, image: &TcpConnection, room: Room) -> Result<(), Trouble> {
-    let queued = image.sent.len() + image.unsent.len();
-    let needed = if room == Room::ToFill && queued > 0 { queued * 4 + ROOM_BYTES } else { 0 };
-    set_buffer(fd, image, (libc::SO_SNDBUF, libc::SO_SNDBUFFORCE), needed)
-}
-
-/// Sizes the receive buffer. What the peer was allowed to send must find room, also in small segments: a
-/// kernel that runs out of it takes the allowance back, and then drops what the peer acknowledges together
-/// with what it has sent. If the process meanwhile waits to write, neither side gets on any more. Only a
-/// size that the program has chosen itself stays exactly what it was.
-pub(super) fn set_receive_buffer(
-    fd: BorrowedFd<'_>,
-    image: &TcpConnection,
-    room: Room,
-    new: &NewSocket,
-) -> Result<(), Trouble> {
-    let queued = image.received.len();
-    let locked = value_of(&image.options, SOL_SOCKET, table::SO_BUF_LOCK).unwrap_or(0) & RECEIVE_LOCKED != 0;
-    let needed = match room {
-        Room::ToFill if queued > 0 => queued * 4 + ROOM_BYTES,
-        Room::AsBefore if !locked => {
-            // Not without bound: it would grow from move to move.
-            (queued + queued / 8 + 2 * allowed(image) as usize + SEGMENT_BYTES).min(2 * new.largest_buffer)
-        }
-        _ => 0,
-    };
-    set_buffer(fd, image, (libc::SO_RCVBUF, libc::SO_RCVBUFFORCE), needed)
-}
-
-/// How much the peer may send beyond what has come.
-fn allowed(image: &TcpConnection) -> u32 {
-    let word = |at: usize| {
-        image.window.get(at..).and_then(|b| b.first_chunk()).map_or(0, |b| u32::from_ne_bytes(*b))
-    };
-    let come = image.receive_sequence.wrapping_add(u32::try_from(image.received.len()).unwrap_or(0));
-    let end = word(WINDOW_START).wrapping_add(word(WINDOW));
-    // Beyond the largest window there is: nonsense of a peer.
-    Some(end.wrapping_sub(come)).filter(|left| *left < 1 << 30).unwrap_or(0)
-}
-
-fn set_buffer(
-    fd: BorrowedFd<'_>,
-    image: &TcpConnection,
-    (name, force): (c_int, c_int),
-    needed: usize,
-) -> Result<(), Trouble> {
-    let size = value_of(&image.options, SOL_SOCKET, name).unwrap_or(0);
-    let size = size.max(c_int::try_from(needed).unwrap_or(c_int::MAX - 1));
-    // The kernel doubles what it is given.
-    socket::set_int_option(fd, SOL_SOCKET, force, size / 2 + size % 2)
-        .map_err(Trouble::step("sizing a TCP connection's buffer"))
-}
-
-/// Whether the program or the kernel sizes the buffers: setting them makes it the program.
-pub(super) fn lock_buffers(fd: BorrowedFd<'_>, image: &TcpConnection) -> Result<(), Trouble> {
-    let locked = value_of(&image.options, SOL_SOCKET, table::SO_BUF_LOCK).unwrap_or(0) & 3;
-    socket::set_int_option(fd, SOL_SOCKET, table::SO_BUF_LOCK, locked)
-        .map_err(Trouble::step("locking a TCP connection's buffers"))
 }

@@ -8,7 +8,9 @@ use nix::errno::Errno;
 use nix::sys::socket::{MsgFlags, SockProtocol, recv, send, setsockopt, sockopt};
 use nix::sys::time::TimeVal;
 
+use super::STATE_LISTEN;
 use super::connection::SYN_SENT;
+use crate::engine::many;
 use crate::engine::sys::netlink::{Netlink, attributes, u16_at, u32_at};
 use crate::engine::sys::socket;
 
@@ -28,7 +30,10 @@ const RECEIVE_QUEUE: usize = 56;
 const INODE: usize = 68;
 /// `INET_DIAG_INFO` as a bit.
 const INFO: u8 = 2;
+const ATTR_INFO: u16 = 2;
 const ATTR_SIGNATURES: u16 = 18;
+/// Where struct tcp_info has the number of bytes that have come, the end included.
+const BYTES_RECEIVED: usize = 128;
 /// The kernel answers at once, or never.
 const PATIENCE: TimeVal = TimeVal::new(5, 0);
 /// Questions asked at once: their answers fit into the buffer of the socket.
@@ -41,22 +46,36 @@ pub(super) struct Seen {
     pub(super) unread: u32,
     /// Its segments are signed (TCP_MD5SIG, TCP-AO).
     pub(super) signed: bool,
+    /// Bytes received since it began, the end included.
+    received: u64,
+    /// It is no connection: in its absence the kernel tells of what listens for it.
+    listens: bool,
 }
 
 /// Asks about connections by their two ends; `None` for one that is not there any more.
 pub(super) fn ask(ends: &[(SocketAddr, SocketAddr)]) -> Result<Vec<Option<Seen>>, Errno> {
+    let blocks: Vec<_> = ends.chunks(AT_ONCE).collect();
+    let answers = many::map_large(&blocks, ask_once);
+    Ok(answers.into_iter().collect::<Result<Vec<_>, _>>()?.concat())
+}
+
+/// How many bytes have come by each of these connections since it began, the end of the stream included; `None` for
+/// one that is not there.
+pub(in crate::engine) fn received_by(ends: &[(SocketAddr, SocketAddr)]) -> Result<Vec<Option<usize>>, Errno> {
+    let received = |seen: Seen| usize::try_from(seen.received).unwrap_or(usize::MAX);
+    Ok(ask(ends)?.into_iter().map(|seen| seen.filter(|seen| !seen.listens).map(received)).collect())
+}
+
+fn ask_once(ends: &&[(SocketAddr, SocketAddr)]) -> Result<Vec<Option<Seen>>, Errno> {
     let fd = socket::socket(libc::AF_NETLINK, libc::SOCK_RAW, NETLINK_SOCK_DIAG)?;
     setsockopt(&fd, sockopt::ReceiveTimeout, &PATIENCE)?;
-    let mut seen = vec![None; ends.len()];
-    for (first, some) in ends.chunks(AT_ONCE).enumerate() {
-        let mut message = Vec::with_capacity(some.len() * (HEADER + REQUEST));
-        for (i, (local, remote)) in some.iter().enumerate() {
-            request(&mut message, u32::try_from(i).unwrap_or(u32::MAX), *local, *remote);
-        }
-        send(fd.as_raw_fd(), &message, MsgFlags::empty())?;
-        let slots = seen.get_mut(first * AT_ONCE..).unwrap_or_default();
-        answers(&fd, some.len(), slots)?;
+    let mut message = Vec::with_capacity(ends.len() * (HEADER + REQUEST));
+    for (i, (local, remote)) in ends.iter().enumerate() {
+        request(&mut message, u32::try_from(i).unwrap_or(u32::MAX), *local, *remote);
     }
+    send(fd.as_raw_fd(), &message, MsgFlags::empty())?;
+    let mut seen = vec![None; ends.len()];
+    answers(&fd, ends.len(), &mut seen)?;
     Ok(seen)
 }
 
@@ -133,9 +152,17 @@ fn answers(fd: &OwnedFd, count: usize, seen: &mut [Option<Seen>]) -> Result<(), 
         match kind {
             SOCK_DIAG_BY_FAMILY => {
                 let unread = u32_at(body, RECEIVE_QUEUE).ok_or(Errno::EPROTO)?;
-                let attributes = attributes(body.get(ANSWER..).unwrap_or_default());
-                let signed = attributes.into_iter().any(|(kind, _)| kind == ATTR_SIGNATURES);
-                *seen.get_mut(number as usize).ok_or(Errno::EPROTO)? = Some(Seen { unread, signed });
+                let (mut signed, mut received) = (false, 0);
+                for (kind, value) in attributes(body.get(ANSWER..).unwrap_or_default()) {
+                    signed |= kind == ATTR_SIGNATURES;
+                    if kind == ATTR_INFO {
+                        let bytes = value.get(BYTES_RECEIVED..).and_then(|bytes| bytes.first_chunk());
+                        received = bytes.map_or(0, |bytes| u64::from_ne_bytes(*bytes));
+                    }
+                }
+                let listens = body.get(1) == Some(&STATE_LISTEN);
+                *seen.get_mut(number as usize).ok_or(Errno::EPROTO)? =
+                    Some(Seen { unread, signed, received, listens });
             }
             NLMSG_ERROR => {
                 let code = u32_at(body, 0).ok_or(Errno::EPROTO)?.cast_signed();

@@ -65,7 +65,7 @@ pub(super) fn each_tcp(pid: Tid, mut act: impl FnMut(BorrowedFd<'_>)) -> Result<
     Ok(())
 }
 
-fn is_tcp(fd: BorrowedFd<'_>) -> bool {
+pub(super) fn is_tcp(fd: BorrowedFd<'_>) -> bool {
     let option = |name: c_int| socket::int_option(fd, SOL_SOCKET, name);
     option(libc::SO_PROTOCOL) == Ok(IPPROTO_TCP)
         && matches!(option(libc::SO_DOMAIN), Ok(AF_INET | AF_INET6))

@@ -5,19 +5,23 @@
 //! `TCP_REPAIR_QUEUE` is the send queue. So a service that finds them after its predecessor died knows
 //! which connections are whole, and which would miss bytes: those it resets.
 
+use std::collections::HashMap;
 use std::ffi::c_int;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
 
 use libc::{IPPROTO_IP, IPPROTO_TCP, SOL_SOCKET};
 use nix::errno::Errno;
 use nix::sys::socket::Shutdown;
 
 use super::super::{CaptureFilesError, Trouble};
-use super::connection::{Room, complete, lock_buffers, make, push, set_receive_buffer, set_send_buffer};
+use super::buffers::{Room, is_quiet, lock_buffers, set_buffers, set_send_buffer};
+use super::connection::{complete, make, push};
 use super::list::{each_tcp, state};
-use super::table::{NewSockets, value_of};
+use super::recipe::Recipe;
 use super::{STATE_CLOSE, STATE_LISTEN, address_of, shut};
+use crate::engine::many;
 use crate::engine::reason::Reason;
 use crate::engine::remote::Tid;
 use crate::engine::sys::socket;
@@ -28,13 +32,22 @@ use crate::proto::files::TcpConnection;
 #[derive(Debug)]
 pub(in super::super) struct Silent {
     fd: OwnedFd,
-    /// SO_REUSEADDR and IP_TRANSPARENT as they were.
-    reuse: c_int,
-    transparent: c_int,
+    /// Has what it gets back when it is live.
+    recipe: Arc<Recipe>,
     /// As far as it is still needed.
     image: TcpConnection,
     complete: bool,
+    /// A queue is chosen: see above.
+    owes: bool,
+    /// Nothing needs to be said when it is live.
+    quiet: bool,
 }
+
+/// Of so many connections of one local end, those that have nothing to say say nothing: a probe and its answer take
+/// about as long as all the rest of waking a connection. Of fewer, each does: a peer whose last word was lost
+/// is told at once. And connections that the process has opened do, each of which has a local end of its own: a
+/// firewall of this host that knows connections would take what their peers send for something new.
+const MANY: usize = 1000;
 
 /// What is in the kernel by now is not kept twice: of most connections that is nearly all.
 fn still_needed(image: &TcpConnection, complete: bool) -> TcpConnection {
@@ -49,8 +62,7 @@ fn still_needed(image: &TcpConnection, complete: bool) -> TcpConnection {
         connecting: image.connecting,
         write_ended: image.write_ended,
         unsent: image.unsent.clone(),
-        // For the sizes of the buffers.
-        options: if image.unsent.is_empty() { Vec::new() } else { image.options.clone() },
+        send_buffer: image.send_buffer,
         ..TcpConnection::default()
     }
 }
@@ -60,30 +72,9 @@ fn still_needed(image: &TcpConnection, complete: bool) -> TcpConnection {
 pub struct SilentConnections(Vec<Silent>);
 
 impl SilentConnections {
-    /// Makes one more, in `TCP_REPAIR`.
-    pub(in super::super) fn add(
-        &mut self,
-        image: &TcpConnection,
-        flags: c_int,
-        new: &mut NewSockets,
-    ) -> Result<OwnedFd, Trouble> {
-        let fd = make(image, flags, new.of(image.family)?)?;
-        let complete = image.connecting || complete(fd.as_fd(), image)?;
-        let owes = !complete || image.connecting || image.write_ended || !image.unsent.is_empty();
-        let queue = if owes { Queue::Send } else { Queue::None };
-        tcp::choose_queue(fd.as_fd(), queue).map_err(Trouble::step("leaving a queue"))?;
-        if complete && !(image.sent.is_empty() && image.received.is_empty()) {
-            set_send_buffer(fd.as_fd(), image, Room::AsBefore)?;
-            set_receive_buffer(fd.as_fd(), image, Room::AsBefore, new.of(image.family)?)?;
-            lock_buffers(fd.as_fd(), image)?;
-        }
-        let ours =
-            fd.try_clone().map_err(|e| Trouble::Step("duplicating a socket", super::super::errno_of(&e)))?;
-        let value = |level, name| value_of(&image.options, level, name).unwrap_or(0);
-        let reuse = value(SOL_SOCKET, libc::SO_REUSEADDR);
-        let transparent = value(IPPROTO_IP, libc::IP_TRANSPARENT);
-        self.0.push(Silent { fd: ours, reuse, transparent, image: still_needed(image, complete), complete });
-        Ok(fd)
+    /// These.
+    pub(in super::super) fn new(all: Vec<Silent>) -> Self {
+        Self(all)
     }
 
     /// How many.
@@ -99,32 +90,66 @@ impl SilentConnections {
     /// Makes those whole that could not be before their addresses were here; no packet may come meanwhile. One
     /// that cannot be is reset, and named: its stream would not be what it was.
     pub fn complete(&mut self) -> Vec<Reason> {
-        let mut new = NewSockets::default();
-        self.keep(|silent| silent.complete(&mut new))
+        if self.0.iter().all(|silent| silent.complete) {
+            return Vec::new();
+        }
+        let lost = self.keep(Silent::complete);
+        self.0.iter_mut().for_each(|silent| silent.complete = true);
+        lost
     }
 
     /// All of them come to life. One that cannot is reset, and named, likewise.
     pub fn go_live(mut self) -> Vec<Reason> {
         let mut lost = self.complete();
-        lost.extend(self.keep(|silent| silent.go_live()));
+        let mut counts: HashMap<(Vec<u8>, u32), usize> = HashMap::new();
+        let end = |image: &TcpConnection| (image.local.clone(), image.local_port);
+        if self.0.len() >= MANY {
+            self.0.iter().for_each(|silent| *counts.entry(end(&silent.image)).or_default() += 1);
+        }
+        let many = |silent: &Silent| counts.get(&end(&silent.image)).is_some_and(|count| *count >= MANY);
+        lost.extend(self.keep(|silent| silent.go_live(many(silent))));
         lost
     }
 
-    fn keep(&mut self, mut act: impl FnMut(&mut Silent) -> Result<(), Trouble>) -> Vec<Reason> {
+    fn keep(&mut self, act: impl Fn(&Silent) -> Result<(), Trouble> + Sync) -> Vec<Reason> {
+        let done = many::map(&self.0, |silent| act(silent).map_err(|trouble| silent.reset(&trouble)));
         let mut lost = Vec::new();
-        self.0.retain_mut(|silent| match act(silent) {
-            Ok(()) => true,
-            Err(trouble) => {
-                lost.push(silent.reset(&trouble));
+        let mut done = done.into_iter();
+        self.0.retain(|_| match done.next() {
+            Some(Err(reason)) => {
+                lost.push(reason);
                 false
             }
+            _ => true,
         });
         lost
     }
 }
 
 impl Silent {
-    fn complete(&mut self, new: &mut NewSockets) -> Result<(), Trouble> {
+    /// Makes one, in `TCP_REPAIR`; the second descriptor of it is for the process. `flags` are those of the
+    /// description.
+    pub(in super::super) fn make(
+        image: &TcpConnection,
+        flags: c_int,
+        recipe: &Arc<Recipe>,
+    ) -> Result<(Self, OwnedFd), Trouble> {
+        let fd = make(image, flags, recipe)?;
+        let complete = image.connecting || complete(fd.as_fd(), image)?;
+        let owes = !complete || image.connecting || image.write_ended || !image.unsent.is_empty();
+        let queue = if owes { Queue::Send } else { Queue::None };
+        tcp::choose_queue(fd.as_fd(), queue).map_err(Trouble::step("leaving a queue"))?;
+        if complete && !(image.sent.is_empty() && image.received.is_empty()) {
+            set_buffers(fd.as_fd(), image, Room::AsBefore, recipe)?;
+        }
+        let ours =
+            fd.try_clone().map_err(|e| Trouble::Step("duplicating a socket", super::super::errno_of(&e)))?;
+        let (quiet, recipe) = (!image.connecting && is_quiet(image), recipe.clone());
+        let image = still_needed(image, complete);
+        Ok((Self { fd: ours, recipe, image, complete, owes, quiet }, fd))
+    }
+
+    fn complete(&self) -> Result<(), Trouble> {
         let (fd, image) = (self.fd.as_fd(), &self.image);
         if self.complete {
             return Ok(());
@@ -132,38 +157,36 @@ impl Silent {
         if !complete(fd, image)? {
             return Err(Trouble::Step("finding a route to the peer", Errno::ENETUNREACH));
         }
-        set_send_buffer(fd, image, Room::AsBefore)?;
-        set_receive_buffer(fd, image, Room::AsBefore, new.of(image.family)?)?;
-        lock_buffers(fd, image)?;
-        self.complete = true;
-        Ok(())
+        set_buffers(fd, image, Room::AsBefore, &self.recipe)
     }
 
-    fn go_live(&mut self) -> Result<(), Trouble> {
+    fn go_live(&self, many: bool) -> Result<(), Trouble> {
         let (fd, image, step) = (self.fd.as_fd(), &self.image, Trouble::step);
-        tcp::choose_queue(fd, Queue::None).map_err(step("leaving a queue"))?;
+        if self.owes {
+            tcp::choose_queue(fd, Queue::None).map_err(step("leaving a queue"))?;
+        }
         // The answer to the probe tells what the peer has got meanwhile.
-        let off = if image.connecting { REPAIR_OFF_SILENTLY } else { REPAIR_OFF };
+        let off = if image.connecting || self.quiet && many { REPAIR_OFF_SILENTLY } else { REPAIR_OFF };
         tcp::set_repair(fd, off).map_err(step("leaving TCP_REPAIR"))?;
         let set = |level, name, value| {
             socket::set_int_option(fd, level, name, value).map_err(step("setting an option again"))
         };
-        set(SOL_SOCKET, libc::SO_REUSEADDR, self.reuse)?;
+        set(SOL_SOCKET, libc::SO_REUSEADDR, self.recipe.reuse)?;
         if image.connecting {
             let (remote, port) = address_of(&image.remote, image.remote_port)?;
             let connected = match tcp::connect(fd, remote, port) {
                 Ok(()) | Err(Errno::EINPROGRESS) => Ok(()),
                 Err(errno) => Err(Trouble::Step("connecting again", errno)),
             };
-            set(IPPROTO_IP, libc::IP_TRANSPARENT, self.transparent)?;
+            set(IPPROTO_IP, libc::IP_TRANSPARENT, self.recipe.transparent)?;
             return connected;
         }
-        set(IPPROTO_IP, libc::IP_TRANSPARENT, self.transparent)?;
+        set(IPPROTO_IP, libc::IP_TRANSPARENT, self.recipe.transparent)?;
         if !image.unsent.is_empty() {
             set_send_buffer(fd, image, Room::ToFill)?;
             push(fd, &image.unsent).map_err(step("sending what was not sent yet"))?;
             set_send_buffer(fd, image, Room::AsBefore)?;
-            lock_buffers(fd, image)?;
+            lock_buffers(fd, &self.recipe)?;
         }
         if image.write_ended {
             shut(fd, Shutdown::Write)?;
@@ -251,7 +274,8 @@ pub fn drop_connections(pid: Tid) -> Result<(), CaptureFilesError> {
     })
 }
 
-fn silence(fd: BorrowedFd<'_>) {
+/// Takes a connection out of the kernel without a word.
+pub(super) fn silence(fd: BorrowedFd<'_>) {
     // A connection that has ended by itself refuses; there is nothing to silence then.
     if tcp::set_repair(fd, tcp::REPAIR_ON).is_ok() {
         let _ = tcp::disconnect(fd);

@@ -9,15 +9,20 @@
 //! with EPERM; with repair off it sends its FIN again and again.) The peer learns of the end from the
 //! source, by [`close_peers`] after the commit.
 
+mod buffers;
 mod connection;
 mod diag;
 mod list;
 mod live;
+mod queued;
+mod recipe;
 mod table;
 
+use std::collections::HashMap;
 use std::ffi::c_int;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
 
 use libc::{AF_INET, AF_INET6, IPPROTO_IP, IPPROTO_IPV6, IPPROTO_TCP, SOL_SOCKET};
 use nix::errno::Errno;
@@ -31,13 +36,17 @@ use crate::engine::address::octets;
 use crate::engine::reason::Reason;
 use crate::engine::sys::tcp::REPAIR_OFF_SILENTLY;
 use crate::engine::sys::{datagram, fds, socket, tcp};
-use crate::proto::files::{TcpClosed, TcpConnection, TcpSocket};
+use crate::proto::files::{OptionSet, SocketOption, TcpClosed, TcpConnection, TcpSocket};
+use connection::{POLLED, QueueRoom};
+pub(super) use table::{Known, Sets};
 
-pub(super) use connection::MAX_QUEUED_BYTES;
+pub(in crate::engine) use diag::received_by;
 pub(super) use list::examine;
 pub use list::{is_unsettled, unsettled};
+pub(super) use live::Silent;
 pub use live::{SilentConnections, drop_connections, drop_silently, leave_repair, wake_connections};
-pub(super) use table::NewSockets;
+pub use queued::{TakenQueues, is_listening, take_queued};
+pub(super) use recipe::Recipes;
 
 /// Headers of IPv6 that are sent with each segment.
 const EXTENSIONS: [c_int; 4] =
@@ -92,35 +101,80 @@ pub(super) enum Tcp {
     Live(TcpConnection),
 }
 
-fn int(open: &Open, level: c_int, name: c_int) -> Result<c_int, Stop> {
-    socket::int_option(open.fd(), level, name).map_err(Stop::failed("reading a TCP socket's option"))
+/// What the looks at all TCP sockets of a process have in common. Several threads may use it.
+#[derive(Debug)]
+pub(super) struct Captures {
+    sets: Sets,
+    /// The options of connections, by inode, that need not be read any more.
+    known: HashMap<u64, Known>,
+    /// None: queues are not read.
+    room: Option<QueueRoom>,
 }
 
-/// Reads a TCP socket; the queues of a live connection only if there is `room` for them.
-pub(super) fn capture(open: &Open, allowed: &FilesOptions, room: Option<&mut usize>) -> Result<Tcp, Stop> {
+impl Captures {
+    /// `queues`: what is in queues is read too. `early`: what was seen before and is so still.
+    pub(super) fn new(queues: bool, early: Option<(Sets, HashMap<u64, Known>)>) -> Self {
+        let (sets, known) = early.unwrap_or_default();
+        Self { sets, known, room: queues.then(QueueRoom::new) }
+    }
+
+    /// The family of a socket that is known to be a connection.
+    pub(super) fn family_of(&self, open: &Open) -> Option<c_int> {
+        self.known.get(&open.stat.ino()).map(|known| known.family)
+    }
+
+    fn room(&self) -> Option<&QueueRoom> {
+        self.room.as_ref()
+    }
+
+    /// The sets of options that connections were found to have, by number.
+    pub(super) fn into_sets(self) -> Vec<OptionSet> {
+        self.sets.into_all()
+    }
+}
+
+/// Reads a TCP socket of this family; the queues of a live connection only if there is room for them.
+pub(super) fn capture(
+    open: &Open,
+    family: c_int,
+    allowed: &FilesOptions,
+    all: &Captures,
+) -> Result<Tcp, Stop> {
     let fd = open.fd();
-    let info = socket::option(fd, IPPROTO_TCP, libc::TCP_INFO).map_err(Stop::failed("reading TCP_INFO"))?;
+    let mut info = [0; socket::VALUE_BYTES];
+    let info = socket::read_option(fd, IPPROTO_TCP, libc::TCP_INFO, &mut info)
+        .map_err(Stop::failed("reading TCP_INFO"))?;
     let state = *info.first().ok_or(Stop::Failed { step: "understanding TCP_INFO", errno: Errno::EPROTO })?;
     // Of a listening socket: the length of the accept queue, and its limit.
     let word = |at: usize| info.get(at..).and_then(|b| b.first_chunk()).map_or(0, |b| u32::from_ne_bytes(*b));
     let (queued, backlog) = (word(QUEUED), word(QUEUED + 4));
-    let family = int(open, SOL_SOCKET, libc::SO_DOMAIN)?;
     let (address, port, scope) =
         socket::local_address(fd).map_err(Stop::failed("asking for a local address"))?;
     if scope != 0 {
         return Err(Stop::refuse("is a TCP socket with a link-local address, which cannot be carried"));
     }
-    let shut = was_connected(fd)?;
+    let polled = fds::poll_now(fd, POLLED).map_err(Stop::failed("polling a TCP socket"))?;
+    // A socket that never was connected shows POLLHUP too, but not the end of input.
+    let was_connected = polled & libc::POLLRDHUP != 0;
     // What waits for a running process is no reason against a move: it gets a moment to take it, see
     // [`unsettled`].
-    let gives_way = allowed.tcp_close || allowed.tcp_established && room.is_none();
-    if state == STATE_LISTEN || state == STATE_CLOSE && !shut {
+    let gives_way = allowed.tcp_close || allowed.tcp_established && all.room.is_none();
+    if state == STATE_LISTEN || state == STATE_CLOSE && !was_connected {
         let listening = state == STATE_LISTEN;
+        if listening && queued > 0 && allowed.tcp_queued {
+            queued::refuse_queue(fd, queued)?;
+        }
+        let gives_way = gives_way || allowed.tcp_queued;
         return idle(open, family, listening, (address, port), (queued, backlog), gives_way).map(Tcp::Idle);
     }
     if state != STATE_CLOSE && allowed.tcp_established {
-        check_attachments(fd, family == AF_INET6)?;
-        return connection::capture(open, state, &info, room).map(Tcp::Live);
+        let options = match all.known.get(&open.stat.ino()) {
+            Some(known) => known.clone(),
+            None => settled(fd, family, &all.sets)?,
+        };
+        let local = (address, port);
+        let seen = connection::Seen { fd, family, state, info, local, polled, options };
+        return connection::capture(&seen, all).map(Tcp::Live);
     }
     let remedy = "use --tcp-close to give connections up";
     if state != STATE_CLOSE && !allowed.tcp_close {
@@ -175,10 +229,21 @@ fn check_attachments(fd: BorrowedFd<'_>, v6: bool) -> Result<(), Stop> {
     Ok(())
 }
 
-/// A socket that never was connected shows POLLHUP too, but not the end of input.
-fn was_connected(fd: BorrowedFd<'_>) -> Result<bool, Stop> {
-    let seen = fds::poll_now(fd, libc::POLLRDHUP).map_err(Stop::failed("polling a TCP socket"))?;
-    Ok(seen & libc::POLLRDHUP != 0)
+/// What only setsockopt(2) gives to a connection: the number of its options; or why it cannot be carried.
+fn settled(fd: BorrowedFd<'_>, family: c_int, sets: &Sets) -> Result<Known, Stop> {
+    check_attachments(fd, family == AF_INET6)?;
+    let options = sets.read(fd, family)?;
+    connection::refuse_rare(fd, &options)?;
+    Ok(options)
+}
+
+/// The options of a connection that is carried; `None` for another socket, and if they are a reason against a move.
+pub(super) fn options_of_connection(fd: BorrowedFd<'_>, sets: &Sets) -> Option<Known> {
+    if !list::is_tcp(fd) || matches!(list::state(fd), None | Some(STATE_LISTEN | STATE_CLOSE)) {
+        return None;
+    }
+    let family = socket::int_option(fd, SOL_SOCKET, libc::SO_DOMAIN).ok()?;
+    settled(fd, family, sets).ok()
 }
 
 fn has_error(fd: BorrowedFd<'_>) -> bool {
@@ -281,11 +346,10 @@ pub(super) fn start_listening(fd: BorrowedFd<'_>, image: &TcpSocket) -> Result<(
 pub(super) fn make_closed(image: &TcpClosed) -> Result<OwnedFd, Trouble> {
     let step = Trouble::step;
     let fd = new_socket(image.family, 0)?;
-    if let Some(v6only) =
-        image.options.iter().find(|o| (o.level, o.name) == (IPPROTO_IPV6, libc::IPV6_V6ONLY))
-    {
-        options::apply(fd.as_fd(), std::slice::from_ref(v6only), &[TCP_DEAD])?;
-    }
+    // To be set before it is bound, which sets it for an address of IPv6 that is not all of them, for good.
+    let is_early = |o: &SocketOption| (o.level, o.name) == (IPPROTO_IPV6, libc::IPV6_V6ONLY);
+    let (early, others): (Vec<_>, Vec<_>) = image.options.iter().cloned().partition(is_early);
+    options::apply(fd.as_fd(), &early, &[TCP_DEAD])?;
     if image.port != 0 {
         let (address, port) = address_of(&image.address, image.port)?;
         // In repair, a socket binds beside the one that listens on the same port.
@@ -297,7 +361,7 @@ pub(super) fn make_closed(image: &TcpClosed) -> Result<OwnedFd, Trouble> {
         socket::set_int_option(fd.as_fd(), IPPROTO_TCP, libc::TCP_REPAIR, REPAIR_OFF_SILENTLY)
             .map_err(step("leaving TCP_REPAIR"))?;
     }
-    options::apply(fd.as_fd(), &image.options, &[TCP_DEAD])?;
+    options::apply(fd.as_fd(), &others, &[TCP_DEAD])?;
     shut(fd.as_fd(), Shutdown::Both)?;
     Ok(fd)
 }
@@ -373,5 +437,6 @@ fn end(fd: &OwnedFd) {
 /// All that is carried of a connection's options.
 #[cfg(test)]
 pub(super) fn table_of_connection(fd: BorrowedFd<'_>) -> Vec<crate::proto::files::SocketOption> {
-    table::capture(fd, socket::int_option(fd, SOL_SOCKET, libc::SO_DOMAIN).unwrap_or(0)).unwrap_or_default()
+    let family = socket::int_option(fd, SOL_SOCKET, libc::SO_DOMAIN).unwrap_or(0);
+    Sets::default().read(fd, family).map(|known| known.set.options.clone()).unwrap_or_default()
 }

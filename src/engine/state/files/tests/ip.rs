@@ -14,7 +14,7 @@ use crate::proto::files::{Files, IpSocket};
 
 const IP_TRANSPARENT: i32 = libc::IP_TRANSPARENT;
 
-fn socket(s: &mut Held, family: i32, kind: i32, protocol: i32) -> i32 {
+pub(super) fn socket(s: &mut Held, family: i32, kind: i32, protocol: i32) -> i32 {
     s.call(libc::SYS_socket, &[family.into(), (kind | libc::SOCK_NONBLOCK).into(), protocol.into()]) as i32
 }
 
@@ -26,23 +26,23 @@ fn name_call(s: &mut Held, number: i64, fd: i32, address: SocketAddr) -> nix::Re
     })
 }
 
-fn bind(s: &mut Held, fd: i32, address: &str) -> SocketAddr {
+pub(super) fn bind(s: &mut Held, fd: i32, address: &str) -> SocketAddr {
     name_call(s, libc::SYS_bind, fd, address.parse().unwrap()).unwrap();
     UdpSocket::from(s.take(fd)).local_addr().unwrap()
 }
 
-fn connect(s: &mut Held, fd: i32, address: &str) {
+pub(super) fn connect(s: &mut Held, fd: i32, address: &str) {
     name_call(s, libc::SYS_connect, fd, address.parse().unwrap()).unwrap();
 }
 
-fn set_bytes(s: &mut Held, fd: i32, level: i32, name: i32, value: &[u8]) -> nix::Result<i64> {
+pub(super) fn set_bytes(s: &mut Held, fd: i32, level: i32, name: i32, value: &[u8]) -> nix::Result<i64> {
     s.with(|b| {
         let data = b.input(value);
         b.call(libc::SYS_setsockopt, &[fd.into(), level.into(), name.into(), data, value.len().into()])
     })
 }
 
-fn images(files: &Files) -> Vec<IpSocket> {
+pub(super) fn images(files: &Files) -> Vec<IpSocket> {
     let image = |k: &Option<Kind>| match k {
         Some(Kind::IpSocket(image)) => Some(image.clone()),
         _ => None,
@@ -51,7 +51,7 @@ fn images(files: &Files) -> Vec<IpSocket> {
 }
 
 /// Moves, and compares what a second capture of the new process says with the first.
-fn moved_the_same(s: Held) -> Held {
+pub(super) fn moved_the_same(s: Held) -> Held {
     let before = images(&capture(s.pid(), &options()).unwrap().image);
     let d = moved(s, &options());
     let after = images(&capture(d.pid(), &options()).unwrap().image);

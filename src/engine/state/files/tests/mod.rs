@@ -9,10 +9,13 @@
 )]
 
 mod connections;
+mod groups;
 mod ip;
+mod multicast_if;
 mod network;
 mod objects;
 mod refusals;
+mod shared;
 mod sockets;
 mod unix;
 

@@ -96,7 +96,7 @@ impl Network {
     }
 }
 
-fn ip(words: &str) {
+pub(super) fn ip(words: &str) {
     run(&format!("ip {words}"));
 }
 

@@ -10,7 +10,7 @@ use crate::engine::state::files::{
 use crate::engine::sys::socket;
 
 /// The reasons of preflight and of the capture, which must agree.
-fn reasons(s: &Held, options: &FilesOptions) -> Vec<String> {
+pub(super) fn reasons(s: &Held, options: &FilesOptions) -> Vec<String> {
     let seen: Vec<String> =
         check(s.pid(), options).unwrap().reasons.iter().map(ToString::to_string).collect();
     match capture(s.pid(), options) {
@@ -47,8 +47,8 @@ fn everything_unknown_is_refused_by_name_at_once() {
     std::fs::remove_file(&deleted).unwrap();
     s.open("/dev/ptmx".as_ref(), libc::O_RDWR);
     let epoll = s.call(libc::SYS_epoll_create1, &[0]) as i32;
-    let fired = s.call(libc::SYS_eventfd2, &[1, 0]) as i32;
-    s.epoll_add(epoll, fired, libc::EPOLLIN | libc::EPOLLONESHOT, 0);
+    let (_, fired) = s.pipe(0);
+    s.epoll_add(epoll, fired, libc::EPOLLOUT | libc::EPOLLONESHOT, 0);
     s.epoll_wait(epoll);
     let seen = reasons(&s, &options());
     let expected =

@@ -1,6 +1,7 @@
 //! Live TCP connections, moved under a client of another host.
 
 mod agreed;
+mod many;
 mod paths;
 mod queues;
 mod refused;

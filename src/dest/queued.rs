@@ -1,0 +1,200 @@
+//! Connections that the process had not accepted yet at the source: they come after the commit, and are put into the
+//! queues of its sockets here.
+//!
+//! The process runs by then. Until they are there, what comes for them is kept from a kernel that does not know them, and
+//! so are requests for new ones, which would take their places. That, and putting them in, is done by a thread of its own,
+//! which has the lock. If the source does not send them in time, because it or the link is gone, they are lost, and
+//! their peers learn that when they say something.
+
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::time::{Duration, Instant};
+
+use crate::engine::lock::{self, Connection, Lock};
+use crate::engine::queued::Placer;
+use crate::engine::reason::chain;
+use crate::engine::remap::{self, Remap};
+use crate::engine::strays::{self, Strays};
+use crate::proto::control;
+use crate::proto::files::{Files, TcpConnection};
+
+/// How long the source may take from the resume on until all of them are here.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// Those that are to come, and what has come for them.
+#[derive(Default)]
+pub(super) struct Queued {
+    placer: Option<Placer>,
+    expected: Vec<Connection>,
+    /// Those, and where the process listens.
+    closed: Vec<Connection>,
+    tap: Option<Strays>,
+    packets: Vec<Vec<u8>>,
+    thread: Option<Sender<Came>>,
+}
+
+/// What the thread hears of.
+enum Came {
+    Strays(Vec<Vec<u8>>),
+    Connections { images: Vec<TcpConnection>, last: bool },
+}
+
+impl Queued {
+    /// Finds out whether this host can do it. Takes milliseconds.
+    pub(super) fn prepare(&mut self) {
+        match Placer::prepare() {
+            Ok(placer) => self.placer = Some(placer),
+            Err(error) => {
+                tracing::info!(error = chain(&error), "connections not accepted yet cannot be taken")
+            }
+        }
+    }
+
+    /// Whether it can.
+    pub(super) fn is_able(&self) -> bool {
+        self.placer.is_some()
+    }
+
+    /// Those that the state names, and `all` that is to be locked.
+    pub(super) fn expect(&mut self, files: &Files, all: &[Connection]) {
+        self.expected = lock::queued_in_image(files);
+        if !self.expected.is_empty() {
+            let listening = all.iter().filter(|connection| connection.remote.is_none());
+            self.closed = listening.chain(&self.expected).copied().collect();
+        }
+    }
+
+    /// What must not be reached from outside before they are there; empty if there are none.
+    pub(super) fn closed(&self) -> &[Connection] {
+        &self.closed
+    }
+
+    /// Strays may be meant for them. The tap hears what comes to this host.
+    pub(super) fn keep(&mut self, packets: &[Vec<u8>], tap: Option<Strays>) {
+        if self.closed.is_empty() {
+            return;
+        }
+        self.tap = tap.or(self.tap.take());
+        match &self.thread {
+            // One that has ended needs none.
+            Some(thread) => drop(thread.send(Came::Strays(packets.to_vec()))),
+            None => self.packets.extend_from_slice(packets),
+        }
+    }
+
+    /// The process runs. Gives the lock back if there is nothing to be done with it.
+    pub(super) fn start(&mut self, lock: Lock) -> Option<Lock> {
+        if self.closed.is_empty() {
+            return Some(lock);
+        }
+        let (sender, inbox) = channel();
+        let placing = Placing {
+            lock,
+            placer: self.placer.take(),
+            expected: std::mem::take(&mut self.expected),
+            closed: self.closed.clone(),
+            tap: self.tap.take(),
+            packets: std::mem::take(&mut self.packets),
+        };
+        match std::thread::Builder::new().name("queued".into()).spawn(move || placing.run(&inbox)) {
+            Ok(_) => self.thread = Some(sender),
+            Err(error) => tracing::error!(%error, "connections not accepted yet are lost"),
+        }
+        None
+    }
+
+    /// They have come, or some of them.
+    pub(super) fn take(&mut self, queued: control::Queued, remaps: &[Remap]) {
+        let control::Queued { connections: mut images, last, .. } = queued;
+        for image in &mut images {
+            remap::apply_to(&mut image.local, remaps);
+        }
+        if let Some(thread) = &self.thread {
+            let _ = thread.send(Came::Connections { images, last });
+        }
+        if last {
+            self.thread = None;
+        }
+    }
+}
+
+/// What the thread has.
+struct Placing {
+    lock: Lock,
+    placer: Option<Placer>,
+    expected: Vec<Connection>,
+    closed: Vec<Connection>,
+    tap: Option<Strays>,
+    packets: Vec<Vec<u8>>,
+}
+
+impl Placing {
+    fn run(mut self, inbox: &Receiver<Came>) {
+        let images = self.await_all(inbox);
+        let lost = match &self.placer {
+            Some(placer) if !images.is_empty() => placer.place(&images).unwrap_or_else(|error| {
+                tracing::error!(
+                    count = images.len(),
+                    error = chain(&error),
+                    "connections not accepted yet are lost"
+                );
+                Vec::new()
+            }),
+            _ => {
+                if !images.is_empty() {
+                    tracing::error!(
+                        count = images.len(),
+                        "connections not accepted yet are lost: none are taken here"
+                    );
+                }
+                Vec::new()
+            }
+        };
+        for reason in lost {
+            tracing::error!(%reason, "a connection is lost");
+        }
+        if let Err(error) = self.lock.release() {
+            // The end of its socket lifts it as well.
+            tracing::error!(error = chain(&error), "the lock");
+            drop(self.lock);
+        }
+        if let Some(tap) = &mut self.tap {
+            self.packets.extend(tap.take(&self.closed));
+        }
+        match strays::put_in(&self.packets, &self.closed) {
+            Ok(count) => tracing::debug!(placed = images.len(), strays = count, "queues are as they were"),
+            Err(error) => tracing::warn!(error = chain(&error), "strays are lost"),
+        }
+    }
+
+    /// Those that were expected, in the order in which they come.
+    fn await_all(&mut self, inbox: &Receiver<Came>) -> Vec<TcpConnection> {
+        let mut all = Vec::new();
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            match inbox.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+                Ok(Came::Strays(packets)) => self.packets.extend(packets),
+                Ok(Came::Connections { images, last }) => {
+                    all.extend(images.into_iter().filter(|image| self.is_expected(image)));
+                    if last {
+                        return all;
+                    }
+                }
+                Err(_) => {
+                    let missing = self.expected.len();
+                    tracing::error!(
+                        missing,
+                        "connections not accepted yet are lost: the source has not sent them"
+                    );
+                    return all;
+                }
+            }
+        }
+    }
+
+    /// Each once.
+    fn is_expected(&mut self, image: &TcpConnection) -> bool {
+        let connection = lock::connection_of(image);
+        let place = self.expected.iter().position(|expected| Some(*expected) == connection);
+        place.map(|place| self.expected.swap_remove(place)).is_some()
+    }
+}

@@ -1,0 +1,151 @@
+//! The options of connections, read while the process runs.
+//!
+//! A connection has some sixty, each takes a call, and a server has connections by the thousand: to read them takes
+//! longer than all else that is done to a stopped process. Only setsockopt(2) changes them, so it is counted: if the
+//! process has not called it since before the look, what was seen is so still. If it has, or if calls cannot be counted
+//! here, the options are read again when it stands still.
+//!
+//! Counted are ends of calls, not beginnings: one that is under way when the counting begins may have its effect after
+//! the look. A thread does not stop within such a call, so all that had an effect are counted at the freeze.
+
+use std::collections::{HashMap, HashSet};
+use std::os::fd::{AsFd, OwnedFd};
+
+use nix::errno::Errno;
+
+use super::scan::numbers_of;
+use super::tcp::{self, Known, Sets};
+use super::{CaptureFilesError, Trouble};
+use crate::engine::freeze::thread_ids;
+use crate::engine::many;
+use crate::engine::remote::Tid;
+use crate::engine::sys::{perf, pidfd};
+
+/// Fewer sockets are read as fast when the process stands still.
+const WORTH_IT: usize = 100;
+/// With more threads the counting costs more than it saves.
+const MOST_THREADS: usize = 256;
+/// What changes options. What comes by io_uring is no call of its own; most kernels have it.
+const COUNTED: [(&str, bool); 3] = [
+    ("syscalls/sys_exit_setsockopt", true),
+    ("syscalls/sys_exit_io_uring_enter", false),
+    ("syscalls/sys_exit_io_uring_setup", false),
+];
+
+/// What was seen of the connections of a running process, and whether it is so still.
+#[derive(Debug)]
+pub struct EarlyLook {
+    sets: Sets,
+    /// By inode.
+    known: HashMap<u64, Known>,
+    calls: Calls,
+}
+
+impl EarlyLook {
+    /// Looks at the connections of a running process. `None`: it is not worth it, or it cannot be done here.
+    pub fn at(pid: Tid, sockets: &HashSet<u64>) -> Option<Self> {
+        if sockets.len() < WORTH_IT {
+            return None;
+        }
+        let look = Calls::count(pid).and_then(|calls| {
+            let (sets, known) = look(pid)?;
+            // One that was being born when its parent began to be counted is not counted, and shows only now.
+            let threads = thread_ids(pid).map_err(listing)?;
+            if threads.iter().any(|tid| !calls.seen.contains(tid)) {
+                return Err(Trouble::Step("counting the calls of all threads", Errno::EAGAIN));
+            }
+            Ok(Self { sets, known, calls })
+        });
+        look.inspect_err(|error| tracing::debug!(%error, "options are not read early")).ok()
+    }
+
+    /// Whether no option can have changed since. For sure once the process stands still.
+    pub fn holds(&self) -> bool {
+        self.calls.are_none()
+    }
+
+    /// What was seen, if it is so still.
+    pub(super) fn into_seen(self) -> Option<(Sets, HashMap<u64, Known>)> {
+        let holds = self.holds();
+        tracing::debug!(holds, connections = self.known.len(), "options were read early");
+        holds.then_some((self.sets, self.known))
+    }
+}
+
+fn listing(error: std::io::Error) -> Trouble {
+    Trouble::Step("listing threads", super::errno_of(&error))
+}
+
+/// Counters of the calls of all threads.
+#[derive(Debug)]
+struct Calls {
+    counters: Vec<OwnedFd>,
+    seen: HashSet<Tid>,
+}
+
+impl Calls {
+    fn count(pid: Tid) -> Result<Self, Trouble> {
+        let step = Trouble::step;
+        let files = perf::trace_files().map_err(step("opening the trace events"))?;
+        let mut events = Vec::new();
+        for (name, is_needed) in COUNTED {
+            match perf::trace_event(files.as_fd(), name) {
+                Ok(event) => events.push(event),
+                Err(Errno::ENOENT) if !is_needed => {}
+                Err(errno) => return Err(Trouble::Step("looking for a trace event", errno)),
+            }
+        }
+        let mut calls = Self { counters: Vec::new(), seen: HashSet::new() };
+        // Threads of a thread that is counted are counted too: when a list has no new one, none is missing.
+        loop {
+            let threads = thread_ids(pid).map_err(listing)?;
+            let new: Vec<Tid> = threads.into_iter().filter(|tid| calls.seen.insert(*tid)).collect();
+            if new.is_empty() {
+                return Ok(calls);
+            }
+            if calls.seen.len() > MOST_THREADS {
+                return Err(Trouble::Step("counting the calls of so many threads", Errno::E2BIG));
+            }
+            for tid in new {
+                for event in &events {
+                    match perf::count(tid, *event) {
+                        Ok(counter) => calls.counters.push(counter),
+                        // Gone: what it has done is done.
+                        Err(Errno::ESRCH) => {}
+                        Err(errno) => return Err(Trouble::Step("counting calls", errno)),
+                    }
+                }
+            }
+        }
+    }
+
+    fn are_none(&self) -> bool {
+        self.counters.iter().all(|counter| perf::counted(counter.as_fd()) == Ok(0))
+    }
+}
+
+impl Drop for Calls {
+    fn drop(&mut self) {
+        let counters = std::mem::take(&mut self.counters);
+        // The last one waits until no processor counts any more, some 30 ms.
+        let _ = std::thread::Builder::new().name("counters".into()).spawn(move || drop(counters));
+    }
+}
+
+/// Each by a duplicate of ours that is closed at once: what the process closes meanwhile must be closed.
+fn look(pid: Tid) -> Result<(Sets, HashMap<u64, Known>), Trouble> {
+    let (process, numbers) = numbers_of(pid).map_err(|error| match error {
+        CaptureFilesError::Process { step, errno, .. } => Trouble::Step(step, errno),
+        _ => Trouble::Step("finding the process", Errno::ESRCH),
+    })?;
+    let sets = Sets::default();
+    let known = many::map(&numbers, |number| {
+        // What was closed meanwhile, or cannot be read, is left for later.
+        let fd = pidfd::take_fd(process.as_fd(), *number).ok()?;
+        let seen = nix::sys::stat::fstat(&fd).ok()?;
+        let is_socket = seen.st_mode & libc::S_IFMT == libc::S_IFSOCK;
+        let options = is_socket.then(|| tcp::options_of_connection(fd.as_fd(), &sets))??;
+        Some((seen.st_ino, options))
+    });
+    Ok((sets, known.into_iter().flatten().collect()))
+}

@@ -1,0 +1,143 @@
+//! Nobody sends a reset: counted by each kernel, and seen on the bridge between the hosts.
+
+use std::fmt::Write as _;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+
+use migrate::engine::sys::{datagram, socket};
+use migrate::testbed::{Host, Lan};
+use nix::errno::Errno;
+use nix::sys::socket::{MsgFlags, recv};
+
+use crate::case::{Result, ensure};
+
+/// Room for those that come in a storm of them.
+const QUEUE_BYTES: i32 = 4 << 20;
+/// Those that are shown.
+const SHOWN: usize = 10;
+/// `AF_PACKET` and `ETH_P_ALL`.
+const PACKET: u16 = 17;
+const ALL: u16 = 3;
+const IPV4: u32 = 0x0800;
+const TCP: u32 = 6;
+const RST: u32 = 4;
+/// Bytes of an IPv4 header and of a TCP header without options.
+const HEADERS: usize = 40;
+
+/// Whether a connection was reset since this was made.
+pub(crate) struct Resets {
+    counted: [u64; 4],
+    capture: OwnedFd,
+}
+
+impl Resets {
+    /// Watches the connections of a port, from now on.
+    pub(crate) fn watch(lan: &Lan, port: u16) -> Result<Self> {
+        let open = move || -> std::result::Result<OwnedFd, Errno> {
+            // It names no protocol, so it receives nothing before it is bound.
+            let fd = socket::socket(libc::AF_PACKET, libc::SOCK_DGRAM | libc::SOCK_NONBLOCK, 0)?;
+            datagram::attach_filter(fd.as_fd(), &filter(port))?;
+            socket::set_int_option(fd.as_fd(), libc::SOL_SOCKET, libc::SO_RCVBUFFORCE, QUEUE_BYTES)?;
+            // struct sockaddr_ll: family, protocol, and no device: the bridge with its ports.
+            let mut name = [0; 20];
+            name[..2].copy_from_slice(&PACKET.to_ne_bytes());
+            name[2..4].copy_from_slice(&ALL.to_be_bytes());
+            datagram::bind_raw(fd.as_fd(), &name)?;
+            Ok(fd)
+        };
+        let capture = lan.client("capture", open)?.join().map_err(|_| "the capture panicked")???;
+        Ok(Self { counted: counted(lan)?, capture })
+    }
+
+    /// An error if there was one.
+    pub(crate) fn none(&self, lan: &Lan) -> Result {
+        let seen = self.seen();
+        ensure(seen.is_empty(), || {
+            let mut text = format!("{} resets, each seen at several places:", seen.len());
+            for (from, to) in seen.iter().take(SHOWN) {
+                let _ = write!(text, " {from} to {to},");
+            }
+            text
+        })?;
+        let now = counted(lan)?;
+        ensure(now == self.counted, || {
+            format!("resets by a, by b, by the clients, suffered by them: {:?}, {now:?}", self.counted)
+        })
+    }
+
+    /// Those that the capture has seen since the last time: from where to where. One that passes the bridge is seen
+    /// at each of its ports.
+    pub(crate) fn seen(&self) -> Vec<(SocketAddr, SocketAddr)> {
+        let mut packet = [0; HEADERS];
+        let mut seen = Vec::new();
+        while recv(self.capture.as_raw_fd(), &mut packet, MsgFlags::empty()).is_ok() {
+            let half = |at: usize| u16::from_be_bytes([packet[at], packet[at + 1]]);
+            let ip = |at: usize| Ipv4Addr::from([packet[at], packet[at + 1], packet[at + 2], packet[at + 3]]);
+            let tcp = usize::from(packet[0] & 15) * 4;
+            let ports = if tcp + 4 <= HEADERS { [half(tcp), half(tcp + 2)] } else { [0; 2] };
+            seen.push(((ip(12), ports[0]).into(), (ip(16), ports[1]).into()));
+        }
+        seen
+    }
+}
+
+/// Instructions that pick out resets of a port, from it or to it.
+fn filter(port: u16) -> Vec<u8> {
+    // Load a byte or a half word, also at the end of the IP header, whose length is loaded as an index.
+    const BYTE: u16 = 0x30;
+    const HALF: u16 = 0x28;
+    const BYTE_BEHIND: u16 = 0x50;
+    const HALF_BEHIND: u16 = 0x48;
+    const HEADER: u16 = 0xb1;
+    const IF_EQUAL: u16 = 0x15;
+    const IF_SET: u16 = 0x45;
+    const RETURN: u16 = 0x06;
+    // What the kernel knows beside the packet (`SKF_AD_OFF`): its protocol.
+    const PROTOCOL: u32 = 0xffff_f000;
+    // Code, how many to skip if true and if not, value.
+    let program: [(u16, u8, u8, u32); 14] = [
+        (HALF, 0, 0, PROTOCOL),
+        (IF_EQUAL, 0, 11, IPV4),
+        (BYTE, 0, 0, 9),
+        (IF_EQUAL, 0, 9, TCP),
+        (HALF, 0, 0, 6),
+        // No later fragment.
+        (IF_SET, 7, 0, 0x1fff),
+        (HEADER, 0, 0, 0),
+        (BYTE_BEHIND, 0, 0, 13),
+        (IF_SET, 0, 4, RST),
+        (HALF_BEHIND, 0, 0, 0),
+        (IF_EQUAL, 3, 0, port.into()),
+        (HALF_BEHIND, 0, 0, 2),
+        (IF_EQUAL, 1, 0, port.into()),
+        (RETURN, 0, 0, 0),
+    ];
+    let mut bytes = Vec::new();
+    for (code, yes, no, value) in program.into_iter().chain([(RETURN, 0, 0, u32::MAX)]) {
+        bytes.extend(code.to_ne_bytes());
+        bytes.extend([yes, no]);
+        bytes.extend(value.to_ne_bytes());
+    }
+    bytes
+}
+
+/// A counter of TCP in `/proc/net/snmp`.
+pub(crate) fn tcp_counter(text: &str, name: &str) -> Result<u64> {
+    let mut lines = text.lines().filter(|line| line.starts_with("Tcp:"));
+    let (names, values) = (lines.next().ok_or("no TCP")?, lines.next().ok_or("no TCP")?);
+    let at = names.split(' ').position(|word| word == name).ok_or("no such counter")?;
+    Ok(values.split(' ').nth(at).ok_or("no value")?.parse()?)
+}
+
+/// Resets sent by each host, and those that the clients suffered. (A source that lets go of a connection in
+/// silence counts it as reset.)
+fn counted(lan: &Lan) -> Result<[u64; 4]> {
+    let count = |host: &Host, name| tcp_counter(&host.net(&["cat", "/proc/net/snmp"])?, name);
+    let clients = &lan.middle;
+    Ok([
+        count(&lan.a, "OutRsts")?,
+        count(&lan.b, "OutRsts")?,
+        count(clients, "OutRsts")?,
+        count(clients, "EstabResets")?,
+    ])
+}
