@@ -1,12 +1,13 @@
 //! Preflight against real processes, each with one thing in the way.
 
 use std::io::{BufRead, BufReader};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, ChildStdout, Command, Stdio};
 
 use super::*;
 
-/// A child that is killed and reaped at the end.
-struct Victim(Child);
+/// A child that is killed and reaped at the end. What it prints after its first line has a reader until then: it would
+/// end by a broken pipe.
+struct Victim(Child, #[expect(dead_code, reason = "held open")] BufReader<ChildStdout>);
 
 impl Drop for Victim {
     fn drop(&mut self) {
@@ -27,8 +28,9 @@ impl Victim {
         );
         let mut child = Command::new("python3").args(["-c", &code]).stdout(Stdio::piped()).spawn().unwrap();
         let mut line = String::new();
-        BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
-        (Self(child), line)
+        let mut printed = BufReader::new(child.stdout.take().unwrap());
+        printed.read_line(&mut line).unwrap();
+        (Self(child, printed), line)
     }
 }
 
@@ -58,13 +60,13 @@ fn what_is_no_process_to_move() {
     if look(2, 2).is_some_and(|(stat, _)| stat.comm == b"kthreadd") {
         assert!(whys(2)[0].contains("kernel"));
     }
-    let mut zombie = Victim(Command::new("true").spawn().unwrap());
-    let zombie_pid = zombie.pid();
+    let mut zombie = Command::new("true").spawn().unwrap();
+    let zombie_pid = Tid::try_from(zombie.id()).unwrap();
     while look(zombie_pid, zombie_pid).unwrap().0.state != b'Z' {
         std::thread::yield_now();
     }
     assert!(whys(zombie_pid)[0].contains("zombie"));
-    zombie.0.wait().unwrap();
+    zombie.wait().unwrap();
 }
 
 #[test]
