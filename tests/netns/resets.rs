@@ -1,6 +1,6 @@
 //! Nobody sends a reset: counted by each kernel, and seen on the bridge between the hosts.
 
-use std::fmt::Write as _;
+use std::fmt::{self, Write as _};
 use std::net::{Ipv4Addr, SocketAddr};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
@@ -21,8 +21,30 @@ const ALL: u16 = 3;
 const IPV4: u32 = 0x0800;
 const TCP: u32 = 6;
 const RST: u32 = 4;
-/// Bytes of an IPv4 header and of a TCP header without options.
-const HEADERS: usize = 40;
+const ACK: u8 = 16;
+/// Bytes of the longest IPv4 header, and of a TCP header up to its flags.
+const LONGEST_IP: usize = 60;
+const TCP_PORTS_TO_FLAGS: usize = 14;
+
+/// A reset on the wire.
+#[derive(Debug)]
+pub(crate) struct Reset {
+    pub(crate) from: SocketAddr,
+    to: SocketAddr,
+    sequence: u32,
+    /// Without it the sender knows nothing of the connection: it answers a segment that reached nobody.
+    acknowledged: Option<u32>,
+}
+
+impl fmt::Display for Reset {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} to {} (sequence {}, ", self.from, self.to, self.sequence)?;
+        match self.acknowledged {
+            Some(number) => write!(f, "acknowledges {number})"),
+            None => write!(f, "of nobody)"),
+        }
+    }
+}
 
 /// Whether a connection was reset since this was made.
 pub(crate) struct Resets {
@@ -54,8 +76,8 @@ impl Resets {
         let seen = self.seen();
         ensure(seen.is_empty(), || {
             let mut text = format!("{} resets, each seen at several places:", seen.len());
-            for (from, to) in seen.iter().take(SHOWN) {
-                let _ = write!(text, " {from} to {to},");
+            for reset in seen.iter().take(SHOWN) {
+                let _ = write!(text, " {reset},");
             }
             text
         })?;
@@ -65,17 +87,21 @@ impl Resets {
         })
     }
 
-    /// Those that the capture has seen since the last time: from where to where. One that passes the bridge is seen
-    /// at each of its ports.
-    pub(crate) fn seen(&self) -> Vec<(SocketAddr, SocketAddr)> {
-        let mut packet = [0; HEADERS];
+    /// Those that the capture has seen since the last time. One that passes the bridge is seen at each of its ports.
+    pub(crate) fn seen(&self) -> Vec<Reset> {
+        let mut packet = [0; LONGEST_IP + TCP_PORTS_TO_FLAGS];
         let mut seen = Vec::new();
         while recv(self.capture.as_raw_fd(), &mut packet, MsgFlags::empty()).is_ok() {
             let half = |at: usize| u16::from_be_bytes([packet[at], packet[at + 1]]);
             let ip = |at: usize| Ipv4Addr::from([packet[at], packet[at + 1], packet[at + 2], packet[at + 3]]);
+            let word = |at: usize| u32::from(half(at)) << 16 | u32::from(half(at + 2));
             let tcp = usize::from(packet[0] & 15) * 4;
-            let ports = if tcp + 4 <= HEADERS { [half(tcp), half(tcp + 2)] } else { [0; 2] };
-            seen.push(((ip(12), ports[0]).into(), (ip(16), ports[1]).into()));
+            seen.push(Reset {
+                from: (ip(12), half(tcp)).into(),
+                to: (ip(16), half(tcp + 2)).into(),
+                sequence: word(tcp + 4),
+                acknowledged: (packet[tcp + 13] & ACK != 0).then_some(word(tcp + 8)),
+            });
         }
         seen
     }

@@ -6,10 +6,11 @@
 use std::collections::{BTreeMap, HashMap};
 use std::fmt::Write as _;
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use migrate::testbed::Host;
 
-use crate::case::{Result, ensure};
+use crate::case::{Result, ensure, fail};
 
 /// The lines of `/proc/PID/status` that a move carries.
 const STATUS: &[&str] = &[
@@ -47,6 +48,11 @@ const STATUS: &[&str] = &[
 const THREAD_STATUS: &[&str] =
     &["Name", "Uid", "Gid", "SigIgn", "SigCgt", "CapEff", "NoNewPrivs", "Cpus_allowed"];
 
+/// What the signals of the leader look like.
+const SIGNALS: &[&str] = &["status SigPnd", "status ShdPnd", "status SigBlk"];
+/// How long a process may take to look the same twice.
+const PATIENCE: Duration = Duration::from_secs(20);
+
 /// One look at a process.
 pub(crate) struct Snapshot {
     /// Everything that must be the same, by what it is.
@@ -54,11 +60,33 @@ pub(crate) struct Snapshot {
     /// All resident memory; and what of it is nobody else's.
     resident_kib: u64,
     private_kib: u64,
+    /// Whether its leader runs, and how long it has run, in ns.
+    runs: bool,
+    ran: u64,
 }
 
 impl Snapshot {
-    /// Looks at a process of a host.
+    /// Looks at a process of a host. A program that sends itself signals has one pending, or is inside the handler,
+    /// for a moment now and then: it is looked at until its leader has run between two looks, or sleeps, and both say
+    /// the same of its signals.
     pub(crate) fn take(host: &Host, pid: i32) -> Result<Self> {
+        let end = Instant::now() + PATIENCE;
+        let mut last = Self::look(host, pid)?;
+        while Instant::now() < end {
+            let next = Self::look(host, pid)?;
+            let same = SIGNALS.iter().all(|name| last.facts.get(*name) == next.facts.get(*name));
+            let later = !next.runs || next.ran > last.ran;
+            if same && later {
+                return Ok(next);
+            }
+            if later {
+                last = next;
+            }
+        }
+        fail("its signals are never the same twice")
+    }
+
+    fn look(host: &Host, pid: i32) -> Result<Self> {
         let directory = host.proc(pid);
         let mut facts = BTreeMap::new();
         for name in ["cmdline", "comm", "environ", "personality", "coredump_filter", "oom_score_adj"] {
@@ -84,7 +112,10 @@ impl Snapshot {
             let number = status.get(name).and_then(|text| text.split_whitespace().next());
             Ok(number.ok_or_else(|| format!("no {name}"))?.parse()?)
         };
-        Ok(Self { facts, resident_kib: kib("VmRSS")?, private_kib: kib("RssAnon")? })
+        let schedstat = std::fs::read_to_string(directory.join(format!("task/{pid}/schedstat")))?;
+        let ran = schedstat.split(' ').next().unwrap_or_default().parse()?;
+        let runs = status.get("State").is_some_and(|state| state.starts_with('R'));
+        Ok(Self { facts, resident_kib: kib("VmRSS")?, private_kib: kib("RssAnon")?, runs, ran })
     }
 
     /// An error that lists what differs from an earlier look.

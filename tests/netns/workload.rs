@@ -4,9 +4,9 @@
 //! `FAIL ...` and the end of the program. On SIGUSR1 it checks everything and prints `ok N`, where N
 //! grows with the work done.
 
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::Mutex;
 use std::time::Duration;
 
 use migrate::testbed::{Host, Job, Spawn};
@@ -21,43 +21,58 @@ pub(crate) fn sources() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/netns/workloads")
 }
 
-/// Builds `workloads/NAME.c` unless that is done, and returns the program.
-pub(crate) fn build(name: &str) -> Result<String> {
-    static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
-    let _building = ONE_AT_A_TIME.lock();
-    let source = sources().join(format!("{name}.c"));
+/// Has `command` make `target`, a file in the folder of what is built, from `sources`, unless it is newer than they are.
+fn make(target: &str, from: &[&str], command: impl FnOnce(&Path, &Path) -> Command) -> Result<PathBuf> {
     let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("workloads");
     std::fs::create_dir_all(&folder)?;
-    let program = folder.join(name);
-    let built = std::fs::metadata(&program).and_then(|file| file.modified()).ok();
-    let changed = [source.as_path(), &sources().join("workload.h")]
-        .iter()
-        .filter_map(|file| std::fs::metadata(file).and_then(|file| file.modified()).ok())
-        .max();
-    if built.is_none() || built < changed {
-        let output = Command::new("cc")
-            .args(["-std=gnu11", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-pthread", "-o"])
-            .arg(&program)
-            .arg(&source)
-            .arg("-lrt")
-            .output()?;
+    // Cases run at the same time, each in a process of its own.
+    let lock = File::create(folder.join("lock"))?;
+    lock.lock()?;
+    let target = folder.join(target);
+    let modified = |path: &Path| std::fs::metadata(path).and_then(|file| file.modified()).ok();
+    let built = modified(&target);
+    if built.is_none() || built < from.iter().filter_map(|file| modified(&sources().join(file))).max() {
+        let output = command(&folder, &target).output()?;
         if !output.status.success() {
-            return fail(format!("cc {name}.c: {}", String::from_utf8_lossy(&output.stderr)));
+            return fail(format!("{}: {}", from[0], String::from_utf8_lossy(&output.stderr)));
         }
     }
+    Ok(target)
+}
+
+/// Builds `workloads/NAME.c` unless that is done, and returns the program.
+pub(crate) fn build(name: &str) -> Result<String> {
+    let source = format!("{name}.c");
+    let program = make(name, &[&source, "workload.h"], |_, program| {
+        let mut command = Command::new("cc");
+        command.args(["-std=gnu11", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-pthread", "-o"]);
+        command.arg(program).arg(sources().join(&source)).arg("-lrt");
+        command
+    })?;
     Ok(program.to_string_lossy().into_owned())
 }
 
-/// Compiles `workloads/NAME.java`; the folder of its classes.
+/// Compiles `workloads/NAME.java` unless that is done; the folder of its classes.
 pub(crate) fn java(name: &str) -> Result<String> {
-    let classes = Path::new(env!("CARGO_TARGET_TMPDIR")).join("workloads/classes");
-    std::fs::create_dir_all(&classes)?;
-    let source = sources().join(format!("{name}.java"));
-    let output = Command::new("javac").arg("-d").arg(&classes).arg(source).output()?;
-    if !output.status.success() {
-        return fail(format!("javac {name}.java: {}", String::from_utf8_lossy(&output.stderr)));
-    }
-    Ok(classes.to_string_lossy().into_owned())
+    let source = format!("{name}.java");
+    let class = make(&format!("{name}.class"), &[&source], |folder, _| {
+        let mut command = Command::new("javac");
+        command.arg("-d").arg(folder).arg(sources().join(&source));
+        command
+    })?;
+    Ok(class.parent().unwrap_or(&class).to_string_lossy().into_owned())
+}
+
+/// Builds `workloads/NAME.go` unless that is done.
+pub(crate) fn go(name: &str) -> Result<String> {
+    let source = format!("{name}.go");
+    let program = make(name, &[&source], |folder, program| {
+        let mut command = Command::new("go");
+        command.args(["build", "-o"]).arg(program).arg(sources().join(&source));
+        command.env("GOCACHE", folder.join("go-cache")).env("GO111MODULE", "off");
+        command
+    })?;
+    Ok(program.to_string_lossy().into_owned())
 }
 
 /// A running program from `workloads/`, on whichever host it is now.

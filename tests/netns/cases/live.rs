@@ -2,8 +2,6 @@
 
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpStream};
-use std::path::Path;
-use std::process::Command;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -12,10 +10,10 @@ use rustls::pki_types::ServerName;
 use rustls::{ClientConfig, ClientConnection, RootCertStore, StreamOwned};
 
 use super::tcp::service_of_other;
-use crate::case::{Case, Need, Result, ensure, fail};
+use crate::case::{Case, Need, Result, ensure};
 use crate::plain::{Plain, echo, pattern, same};
 use crate::resets::Resets;
-use crate::workload::sources;
+use crate::workload::{go, sources};
 
 const PORT: u16 = 8443;
 const MOVES: usize = 2;
@@ -246,22 +244,4 @@ fn listening(host: &Host) -> Result {
         Ok(host.net(&["ss", "-Htln", &port])?.contains("LISTEN").then_some(()))
     })?;
     Ok(())
-}
-
-/// Builds `workloads/NAME.go`.
-fn go(name: &str) -> Result<String> {
-    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("workloads");
-    std::fs::create_dir_all(&folder)?;
-    let program = folder.join(name);
-    let output = Command::new("go")
-        .args(["build", "-o"])
-        .arg(&program)
-        .arg(sources().join(format!("{name}.go")))
-        .env("GOCACHE", folder.join("go-cache"))
-        .env("GO111MODULE", "off")
-        .output()?;
-    if !output.status.success() {
-        return fail(format!("go build {name}.go: {}", String::from_utf8_lossy(&output.stderr)));
-    }
-    Ok(program.to_string_lossy().into_owned())
 }

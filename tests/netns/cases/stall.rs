@@ -111,7 +111,9 @@ fn sent(lan: &Lan, at: At) -> Result {
     }
     ensure(resets()? == before + 1, || "a connection was reset".to_owned())?;
     let seen = capture.seen();
-    ensure(!seen.is_empty() && seen.iter().all(|(from, _)| from.port() == STRANGER), || format!("{seen:?}"))?;
+    ensure(!seen.is_empty() && seen.iter().all(|reset| reset.from.port() == STRANGER), || {
+        format!("{seen:?}")
+    })?;
     workload.check(here)
 }
 

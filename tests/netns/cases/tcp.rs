@@ -84,6 +84,7 @@ fn echo(lan: &Lan, moves: usize, mode: &str, crowd: Crowd) -> Result {
         workload.check(here)?;
         clients.get_on().map_err(|error| format!("after move {round}: {error}"))?;
     }
+    resets.none(lan).map_err(|error| format!("before the clients end: {error}"))?;
     let longest = clients.finish()?;
     let longest = longest.as_secs_f64() * 1000.0;
     println!("    longest wait of a client {longest:.1} ms, downtimes {} ms", downtimes.join(", "));
