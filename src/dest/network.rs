@@ -112,6 +112,9 @@ impl Driver {
 
     /// The process runs.
     pub(super) fn network_is_open(&mut self) {
+        if self.lock.is_none() {
+            self.queued.give_up();
+        }
         if let Some(lock) = self.lock.take().and_then(|lock| self.queued.start(lock)) {
             // Its table goes with it, which takes longer than the source should wait for our word.
             let _ = std::thread::Builder::new().name("unlock".into()).spawn(move || drop(lock));

@@ -102,6 +102,13 @@ impl Queued {
         None
     }
 
+    /// The process runs, and nothing keeps other kernels' segments from them.
+    pub(super) fn give_up(&mut self) {
+        for Connection { local, remote } in std::mem::take(&mut self.expected) {
+            tracing::error!(%local, ?remote, "a connection not accepted yet is lost: there is no lock");
+        }
+    }
+
     /// They have come, or some of them.
     pub(super) fn take(&mut self, queued: control::Queued, remaps: &[Remap]) {
         let control::Queued { connections: mut images, last, .. } = queued;

@@ -408,14 +408,17 @@ pub(super) fn run_in(
 }
 
 /// Seized, not yet stopped: let go on an early return (a running tracee must be stopped to be detached).
-struct Seized(Vec<Tid>);
+pub(super) struct Seized(pub(super) Vec<Tid>);
+
+/// How long all of them together may take to stop.
+const LET_GO: Duration = Duration::from_secs(1);
 
 impl Drop for Seized {
     fn drop(&mut self) {
+        let deadline = Instant::now() + LET_GO;
         for &tid in &self.0 {
             let _ = ptrace::interrupt(tid);
-            let deadline = Instant::now() + Duration::from_millis(200);
-            if let Ok(Some(_)) = wait_for_stop(tid, deadline, Duration::from_millis(200)) {
+            if let Ok(Some(_)) = wait_for_stop(tid, deadline, LET_GO) {
                 let _ = ptrace::detach(tid, 0);
             } else {
                 // It will be let go when this thread of ours ends.

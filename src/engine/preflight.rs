@@ -106,6 +106,16 @@ pub fn check(pid: Tid, shell_job: bool) -> Findings {
     found
 }
 
+/// What was looked at before the process was touched, and leaves nothing behind at the process itself by which its
+/// capture would notice it: children, and objects of System V that it has used since. To be called when it stands still.
+pub fn begun_since(pid: Tid) -> Vec<Reason> {
+    let Some((stat, status)) = look(pid, pid) else { return Vec::new() };
+    let mut reasons = ipc::used(pid, &stat);
+    reasons.extend(undo::semaphores(pid, &stat, &status));
+    reasons.extend(children(pid));
+    reasons
+}
+
 fn unreadable(pid: Tid, error: &AttrError) -> Reason {
     Reason::new(format!("pid {pid}"), format!("could not be examined: {}", chain(error)), "")
 }
@@ -174,7 +184,7 @@ fn namespaces(pid: Tid) -> Vec<Reason> {
 fn children(pid: Tid) -> Option<Reason> {
     let mut all: Vec<String> = Vec::new();
     for tid in thread_ids(pid).ok()? {
-        let text = std::fs::read_to_string(format!("/proc/{pid}/task/{tid}/children")).unwrap_or_default();
+        let text = procfs::read_text(format!("/proc/{pid}/task/{tid}/children")).unwrap_or_default();
         all.extend(text.split_ascii_whitespace().map(str::to_owned));
     }
     let why = format!("has child processes ({}), which cannot be carried yet", all.join(", "));

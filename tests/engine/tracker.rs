@@ -209,3 +209,54 @@ fn of_a_mapping_whose_neighbour_came_back_stores_are_reported() {
     target.tell("s 0");
     assert_eq!(scan(&target), [0]);
 }
+
+/// A Python program with 4 pages that may be dropped, or of ordinary memory where the kernel knows no such thing, and
+/// in whose place it maps ordinary memory.
+const CHANGER: &str = r#"
+import ctypes, sys
+libc = ctypes.CDLL(None, use_errno=True)
+libc.mmap.restype = ctypes.c_void_p
+libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+P = 4096
+hole = libc.mmap(None, 64 * P, 0, 0x22, -1, 0)
+at = hole + 8 * P
+droppable = libc.mmap(at, 4 * P, 3, 0x38, -1, 0) == at
+assert droppable or libc.mmap(at, 4 * P, 3, 0x32, -1, 0) == at
+def fill():
+    for i in range(4): ctypes.c_char.from_address(at + i * P).value = b'x'
+fill()
+print(at, flush=True)
+for line in sys.stdin:
+    assert libc.mmap(at, 4 * P, 3, 0x32, -1, 0) == at
+    fill()
+    print('done', flush=True)
+"#;
+
+/// Flags are from a look before the freeze: memory that could be dropped then may be ordinary memory by now.
+#[test]
+fn ordinary_memory_in_the_place_of_droppable_memory_is_sent() {
+    let mut target = Target::running(CHANGER, 4);
+    let mut frozen = target.freeze();
+    let mut tracker = UffdTracker::start(&mut frozen).unwrap();
+    frozen.thaw().unwrap();
+    let flags = FlagCache::look(target.pid()).unwrap();
+    let mut last = |target: &Target, before: &Layout| {
+        let frozen = target.freeze();
+        let mut layout = mm::capture(target.pid(), &flags).unwrap().layout;
+        mm::mark_replaced(&mut layout, before);
+        let kind = |layout: &Layout| layout.vmas.iter().find(|v| v.start == target.at).map(|v| v.kind());
+        let looked = kind(&layout);
+        let found = tracker.final_scan(&mut layout, &Extents::new()).unwrap();
+        frozen.thaw().unwrap();
+        let written = target.pages(found.written.iter().map(|r| (r.start, r.start + r.len as u64)));
+        (looked, kind(&layout), written, layout)
+    };
+    let (looked, kind, written, before) = last(&target, &Layout::default());
+    let droppable = Some(VmaKind::VmaDroppable);
+    if looked == droppable {
+        assert_eq!((kind, written), (droppable, vec![]));
+    }
+    target.tell("replace");
+    let (again, kind, written, _) = last(&target, &before);
+    assert_eq!((again, kind, written), (looked, Some(VmaKind::VmaAnonPrivate), vec![0, 1, 2, 3]));
+}

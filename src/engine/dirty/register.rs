@@ -134,6 +134,13 @@ impl UffdTracker {
         Ok(())
     }
 
+    /// Whether ordinary memory has taken the place of memory that may be dropped at any time, since somebody looked at
+    /// flags: a userfaultfd takes only what holds its contents (`vma_can_userfault` in the kernel, Linux 6.11, which
+    /// has MAP_DROPPABLE).
+    pub(super) fn holds(&self, vma: &Vma) -> bool {
+        uffd::register_wp(self.uffd.as_fd(), vma.start, vma.end - vma.start).is_ok()
+    }
+
     /// Whether the process still has a mapping with these borders.
     pub(super) fn still_maps(&self, vma: &Vma) -> bool {
         let text = procfs::read(format!("/proc/{}/maps", self.pid)).unwrap_or_default();

@@ -318,6 +318,10 @@ impl Tracker for UffdTracker {
             let gone = out.gone.len();
             out.written.begin();
             out.guards.begin();
+            if vma.kind() == VmaKind::VmaDroppable && self.holds(vma) {
+                vma.set_kind(VmaKind::VmaAnonPrivate);
+                vma.fresh = true;
+            }
             let owed = vma.fresh || self.owed.overlap(vma.start, vma.end).next().is_some();
             if owed || !self.final_tracked(vma, sent, &mut out)? {
                 out.written.forget();

@@ -20,9 +20,12 @@ mod segment;
 #[allow(clippy::unwrap_used, clippy::expect_used)]
 mod tests;
 
+use std::io::ErrorKind;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::sync::{Mutex, OnceLock, PoisonError};
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::net::{SocketAddr as UnixAddr, UnixDatagram};
+use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -47,6 +50,8 @@ const LICENCE: &std::ffi::CStr = c"Dual MIT/GPL";
 const LOOPBACK: u32 = 1;
 /// Without these the kernel refuses, or cannot know how a window is scaled.
 const NEEDED: [&str; 2] = ["tcp_syncookies", "tcp_window_scaling"];
+/// With this, a connection keeps the mark of its first segment: ours.
+const MARKS: &str = "tcp_fwmark_accept";
 /// Without these, that option is not used any more.
 const TIMESTAMPS_ALLOWED: &str = "tcp_timestamps";
 const SELECTIVE_ALLOWED: &str = "tcp_sack";
@@ -91,6 +96,9 @@ pub enum QueuedError {
     /// It is switched off.
     #[error("net.ipv4.{0} is off")]
     Off(&'static str),
+    /// It is switched on.
+    #[error("net.ipv4.{0} is on")]
+    On(&'static str),
 }
 
 fn step(step: &'static str) -> impl Fn(Errno) -> QueuedError {
@@ -121,8 +129,27 @@ pub struct Placer {
     array: Array,
 }
 
-/// Programs of several migrations would take each other's segments for their own.
-static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+/// The programs of several migrations would take each other's segments for their own: one at a time in a network
+/// namespace, which is what these names belong to (unix(7)).
+const ALONE: &[u8] = b"migrate: connections are being put into queues";
+
+fn alone() -> Option<UnixDatagram> {
+    let name = UnixAddr::from_abstract_name(ALONE).ok()?;
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        match UnixDatagram::bind_addr(&name) {
+            Ok(alone) => return Some(alone),
+            Err(error) if error.kind() == ErrorKind::AddrInUse && Instant::now() < deadline => {
+                std::thread::sleep(PAUSE);
+            }
+            // Anybody may have taken the name: connections that are certain to be lost are worth a try.
+            Err(error) => {
+                tracing::warn!(%error, "somebody else may be putting connections into queues");
+                return None;
+            }
+        }
+    }
+}
 
 impl Placer {
     /// Makes ready; nothing is changed yet. Takes milliseconds.
@@ -132,6 +159,10 @@ impl Placer {
     pub fn prepare() -> Result<Self, QueuedError> {
         if let Some(off) = NEEDED.into_iter().find(|name| !is_on(name)) {
             return Err(QueuedError::Off(off));
+        }
+        // It is not there where the kernel does not have it.
+        if is_on(MARKS) && setting(MARKS).is_ok() {
+            return Err(QueuedError::On(MARKS));
         }
         if is_tapped() {
             return Err(QueuedError::Tapped);
@@ -150,7 +181,7 @@ impl Placer {
     /// # Errors
     /// If none of them could be put in.
     pub fn place(&self, images: &[TcpConnection]) -> Result<Vec<Reason>, QueuedError> {
-        let _alone = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
+        let _alone = alone();
         if is_tapped() {
             return Err(QueuedError::Tapped);
         }
@@ -176,11 +207,26 @@ impl Placer {
         Ok(lost)
     }
 
+    /// On an error as well, none is left half.
     fn place_some(&self, sender: &Sender, mut queue: Vec<Waiting<'_>>) -> Result<Vec<Reason>, QueuedError> {
         let mut lost = Vec::new();
+        let placed = self.place_all(sender, &mut queue, &mut lost);
+        for waiting in &queue {
+            waiting.reset(sender);
+        }
+        placed.map(|()| lost)
+    }
+
+    /// Until the queue is empty.
+    fn place_all(
+        &self,
+        sender: &Sender,
+        queue: &mut Vec<Waiting<'_>>,
+        lost: &mut Vec<Reason>,
+    ) -> Result<(), QueuedError> {
         let deadline = Instant::now() + PATIENCE;
         while !queue.is_empty() {
-            for waiting in &queue {
+            for waiting in &*queue {
                 waiting.send(sender);
             }
             // Before the look at the connections: what is taken between the two is seen in the next round.
@@ -189,35 +235,39 @@ impl Placer {
             let ends: Vec<_> = queue.iter().map(|waiting| (waiting.local, waiting.remote)).collect();
             let seen = files::received_by(&ends).map_err(step("asking for connections"))?;
             let late = Instant::now() > deadline;
-            let mut left = Vec::new();
-            for ((mut waiting, received), outcome) in queue.into_iter().zip(seen).zip(outcomes) {
+            let mut looks = seen.into_iter().zip(outcomes);
+            queue.retain_mut(|waiting| {
+                let Some((received, outcome)) = looks.next() else { return true };
                 let named = || format!("connection {} to {}", waiting.local, waiting.remote);
                 match received {
+                    // The program has spoken, and the kernel may be on its way with the segment: it is looked at again.
+                    None if outcome != Outcome::NotSeen && !waiting.judged => waiting.judged = true,
                     // A process that is fast has closed it already; or there was no room for it in the queue.
                     None if outcome == Outcome::Taken => {
                         tracing::warn!(connection = named(), "was not accepted yet, and is gone again");
+                        return false;
                     }
                     None if outcome == Outcome::Refused || late => {
                         lost.push(Reason::new(named(), "is lost: nobody listens for it", ""));
+                        return false;
                     }
-                    None => left.push(waiting),
-                    Some(received) if received >= waiting.total() => {}
-                    Some(_) if late => {
+                    None => {}
+                    Some(received) if received >= waiting.total() => return false,
+                    Some(received) if late => {
                         lost.push(Reason::new(named(), "was reset: it has no room for what has come", ""));
-                        waiting.reset(sender);
-                    }
-                    Some(received) => {
                         waiting.note(received);
-                        left.push(waiting);
+                        waiting.reset(sender);
+                        return false;
                     }
+                    Some(received) => waiting.note(received),
                 }
-            }
-            queue = left;
+                true
+            });
             if !queue.is_empty() {
                 std::thread::sleep(PAUSE);
             }
         }
-        Ok(lost)
+        Ok(())
     }
 
     fn outcome(&self, place: u32) -> Result<Outcome, QueuedError> {
@@ -238,10 +288,14 @@ fn assign() -> Result<i32, QueuedError> {
     number.map(|number| *NUMBER.get_or_init(|| number)).ok_or(QueuedError::Missing)
 }
 
-/// A setting of this network namespace. One that is not there is not off.
-fn is_on(setting: &str) -> bool {
-    let path = format!("/proc/sys/net/ipv4/{setting}");
-    std::fs::read_to_string(path).map_or(true, |value| value.trim() != "0")
+/// A setting of this network namespace.
+fn setting(name: &str) -> std::io::Result<String> {
+    std::fs::read_to_string(format!("/proc/sys/net/ipv4/{name}"))
+}
+
+/// One that is not there is not off.
+fn is_on(name: &str) -> bool {
+    setting(name).map_or(true, |value| value.trim() != "0")
 }
 
 /// Whether there is a packet socket for nothing but IP that hears what comes by the loopback device. For its sake the
@@ -300,6 +354,8 @@ struct Waiting<'a> {
     /// How much of it has come, once the connection is there; what is put in at a time.
     received: Option<usize>,
     piece: usize,
+    /// It was handed to a socket, or there is none, but it is not there.
+    judged: bool,
 }
 
 impl<'a> Waiting<'a> {
@@ -340,6 +396,7 @@ impl<'a> Waiting<'a> {
             ended: image.read_ended,
             received: None,
             piece: PIECE_BYTES,
+            judged: false,
         })
     }
 
@@ -359,6 +416,10 @@ impl<'a> Waiting<'a> {
     /// The first segment, or what is missing after it.
     fn send(&self, sender: &Sender) {
         let Some(received) = self.received else {
+            // Once more would make another connection, if this one has been accepted and closed meanwhile.
+            if self.judged {
+                return;
+            }
             let end = self.bytes.len().min(FIRST_BYTES);
             return sender.send(lock::OUR_MARK | self.place, &self.segment(0, end));
         };

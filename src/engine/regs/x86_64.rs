@@ -42,7 +42,7 @@ pub fn is_32_bit(regs: &Regs) -> bool {
 
 /// System calls that the kernel itself ends with EINTR when a tracer stops the thread, although no signal
 /// arrived (signal(7)): to be issued again.
-const EINTR_BY_STOP: [i64; 19] = [
+const EINTR_BY_STOP: [i64; 21] = [
     libc::SYS_epoll_wait,
     libc::SYS_epoll_pwait,
     libc::SYS_epoll_pwait2,
@@ -63,6 +63,9 @@ const EINTR_BY_STOP: [i64; 19] = [
     libc::SYS_sendto,
     libc::SYS_sendmsg,
     libc::SYS_sendmmsg,
+    // Their offsets move only with bytes.
+    libc::SYS_sendfile,
+    libc::SYS_splice,
 ];
 
 /// Whether the thread's call was ended with EINTR by our stop alone (if no signal is due).

@@ -6,6 +6,8 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 
 use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::{MsgFlags, recv};
 
 use super::{Skeleton, SkeletonError, kill_and_reap};
 use crate::engine::inject::{AREA_BYTES, CodeRoom, Injector, StoppedThread, io, sys};
@@ -29,6 +31,8 @@ pub struct ReservedPid {
     done: bool,
 }
 
+/// How long a child may take to close what it has of ours, in ms: microseconds on a processor, which it may wait for.
+const START: u16 = 20_000;
 /// Lanes for this many threads at the same time.
 const LANES: u64 = 64;
 /// Lowest address that the stub may have: above any mmap_min_addr.
@@ -75,6 +79,7 @@ impl ReservedPid {
             },
         )?;
         let channel_in_process = theirs.as_raw_fd();
+        drop(theirs);
         let reserved = Self {
             pid,
             go: Some(go),
@@ -84,7 +89,9 @@ impl ReservedPid {
             highest_fd: 0,
             done: false,
         };
-        // Held and bound to our life from its beginning: whoever looks at it sees that it does not run.
+        // What it has of ours would stay open as long as it is held: not before it has closed that.
+        reserved.wait_until_told()?;
+        // Held and bound to our life from then on: whoever looks at it sees that it does not run.
         let options = libc::PTRACE_O_EXITKILL | libc::PTRACE_O_TRACEEXEC;
         ptrace::seize(pid, options).map_err(|e| sys("seizing the skeleton", pid, e))?;
         ptrace::interrupt(pid).map_err(|e| sys("stopping the skeleton", pid, e))?;
@@ -153,6 +160,17 @@ impl ReservedPid {
         skeleton.clear()?;
         skeleton.make_room(self.highest_fd)?;
         Ok(skeleton)
+    }
+
+    fn wait_until_told(&self) -> Result<(), SkeletonError> {
+        let mut told = [PollFd::new(self.channel.as_fd(), PollFlags::POLLIN)];
+        let ready = poll(&mut told, PollTimeout::from(START))
+            .map_err(|e| sys("waiting for the skeleton", self.pid, e))?;
+        let mut byte = [0];
+        match recv(self.channel.as_raw_fd(), &mut byte, MsgFlags::MSG_DONTWAIT) {
+            Ok(1) if ready == 1 => Ok(()),
+            _ => Err(InjectError::Gone(self.pid).into()),
+        }
     }
 
     fn wait_for(&self, wanted: impl Fn(Stop) -> bool) -> Result<(), SkeletonError> {

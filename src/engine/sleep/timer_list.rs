@@ -9,13 +9,14 @@ use std::time::{Duration, Instant};
 
 use super::clock::monotonic_ns;
 use super::look::Target;
-use crate::engine::freeze::wait_for_stop;
+use crate::engine::freeze::{Seized, wait_for_stop};
 use crate::engine::remote::Tid;
 use crate::engine::sys::ptrace;
 
 /// How often a thread is stopped at most, until only one timer is left that could be its own.
 const TRIES: usize = 4;
-const PATIENCE: Duration = Duration::from_millis(200);
+/// For what takes microseconds on a processor, which it may have to wait for.
+const PATIENCE: Duration = Duration::from_secs(2);
 
 /// The monotonic deadline of the restarted call that a running process's thread sleeps in.
 pub(super) fn deadline(pid: Tid, tid: Tid) -> Option<u64> {
@@ -24,12 +25,13 @@ pub(super) fn deadline(pid: Tid, tid: Tid) -> Option<u64> {
     for _ in 0..TRIES {
         let before = armed()?;
         ptrace::seize(tid, 0).ok()?;
-        let stopped = ptrace::interrupt(tid).is_ok()
-            && wait_for_stop(tid, Instant::now() + PATIENCE, PATIENCE).is_ok_and(|s| s.is_some());
+        // Let go of on an early return as well: a freeze could not have it otherwise.
+        let mut seized = Seized(vec![tid]);
+        ptrace::interrupt(tid).ok()?;
+        wait_for_stop(tid, Instant::now() + PATIENCE, PATIENCE).ok()??;
+        seized.0.clear();
         let during = armed();
-        if !stopped || ptrace::detach(tid, 0).is_err() {
-            return None;
-        }
+        ptrace::detach(tid, 0).ok()?;
         let until = Instant::now() + PATIENCE;
         while target.blocked().is_none_or(|b| b.number != libc::SYS_restart_syscall) {
             if Instant::now() > until {

@@ -48,8 +48,8 @@ pub fn thread_clone_args() -> [u8; CLONE_ARGS_BYTES] {
     bytes
 }
 
-/// Starts a child with PID `pid` that keeps only `keep` (at the same number), waits for one byte on `go`,
-/// and executes the file `exe`. It dies with the calling thread until it has executed.
+/// Starts a child with PID `pid` that keeps only `keep` (at the same number), tells of that by one byte on `keep`,
+/// waits for one on `go`, and executes the file `exe`. It dies with the calling thread until it has executed.
 ///
 /// Raw: the child shares nothing with us but a copy of our memory, so it may use nothing but system calls.
 ///
@@ -99,6 +99,7 @@ pub fn spawn_with_pid(
         }
         libc::syscall(libc::SYS_close_range, from, u32::MAX, 0);
         let mut byte = 0u8;
+        libc::syscall(libc::SYS_write, keep, &raw const byte, 1);
         if libc::syscall(libc::SYS_read, go, &raw mut byte, 1) == 1 {
             // `keep` must survive the exec; everything else goes by close-on-exec.
             libc::syscall(libc::SYS_fcntl, keep, libc::F_SETFD, 0);

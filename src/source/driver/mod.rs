@@ -92,6 +92,9 @@ enum ActionError {
     Missing(#[source] FrameError),
     #[error("connections that were closed are not at their end")]
     Orphans(Vec<Reason>),
+    /// The process has something by now that stays behind.
+    #[error("what the process has begun since it was looked at first")]
+    Begun(Vec<Reason>),
     #[error("sharing the lock with the sentinel")]
     Share(#[source] std::io::Error),
     #[error("starting a thread")]
@@ -398,7 +401,7 @@ fn refusals(error: &ActionError) -> Option<Vec<Reason>> {
     match error {
         ActionError::Precopy(PrecopyError::Refused(reasons)) => Some(reasons.clone()),
         ActionError::Capture(error) => error.reasons(),
-        ActionError::Orphans(reasons) => Some(reasons.clone()),
+        ActionError::Orphans(reasons) | ActionError::Begun(reasons) => Some(reasons.clone()),
         _ => None,
     }
 }

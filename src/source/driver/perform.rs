@@ -14,6 +14,7 @@ use crate::engine::dirty::UffdTracker;
 use crate::engine::extents::Extents;
 use crate::engine::freeze::Frozen;
 use crate::engine::lock::Lock;
+use crate::engine::preflight;
 use crate::engine::priority;
 use crate::engine::state::files::Descriptors;
 use crate::engine::state::mm::{self, FlagCache};
@@ -291,12 +292,13 @@ impl Driver<'_> {
             descriptors.remember(early);
         }
         let sleeps = &self.state.sleeps;
-        let scanned = &self.scanned;
+        let (scanned, pid) = (&self.scanned, self.config.pid);
         // Pages are read from outside, the state is asked for from inside: neither needs to wait for the other.
         let (sent, captured) = std::thread::scope(|scope| {
             let work = || {
                 let start = Instant::now();
-                (precopy.send_rest(round, rest, follow, &mut sink, &go), start.elapsed())
+                let sent = precopy.send_rest(round, rest, follow, &mut sink, &go);
+                (sent, start.elapsed(), preflight::begun_since(pid))
             };
             let pages = std::thread::Builder::new().name("pages".into()).spawn_scoped(scope, work);
             let captured = capture::capture(frozen, &options, sleeps, guards, scanned, descriptors);
@@ -304,12 +306,15 @@ impl Driver<'_> {
             given_up.store(captured.is_err(), Ordering::Relaxed);
             (pages.map(|thread| thread.join()), captured)
         });
-        let (sent, took) = match sent.map_err(ActionError::Thread)? {
+        let (sent, took, begun) = match sent.map_err(ActionError::Thread)? {
             Ok(sent) => sent,
             Err(panic) => std::panic::resume_unwind(panic),
         };
         self.report.phases.add("beside_pages", took);
         let mut captured = captured?;
+        if !begun.is_empty() {
+            return Err(ActionError::Begun(begun));
+        }
         if let Some(files) = captured.process.files.as_mut() {
             files.queued = queued;
         }

@@ -5,8 +5,9 @@ use std::collections::VecDeque;
 
 use super::Driver;
 use crate::engine::address::octets;
-use crate::engine::lock::Connection;
+use crate::engine::lock::{self, Connection};
 use crate::engine::queued;
+use crate::engine::reason::{Reason, chain};
 use crate::engine::state::files::{self, FilesOptions};
 use crate::proto::control;
 use crate::proto::files::TcpConnection;
@@ -56,9 +57,21 @@ impl Driver<'_> {
                 }
             }
             let last = left.is_empty();
-            let queued = control::Queued { migration_id: self.id.to_string(), connections, last };
-            let sent = link.send_control(&Control { message: Some(Body::Queued(queued)) });
-            if last || sent.is_err() {
+            let names: Vec<_> = connections.iter().filter_map(lock::connection_of).collect();
+            let message = |connections| {
+                let queued = control::Queued { migration_id: self.id.to_string(), connections, last };
+                Control { message: Some(Body::Queued(queued)) }
+            };
+            if let Err(error) = link.send_control(&message(connections)) {
+                // One with more than fits into a message, or the link is gone.
+                let why = format!("is lost: {}", chain(&error));
+                let named = |c: &Connection| format!("connection not accepted yet at {}", c.local);
+                self.report.notes.extend(names.iter().map(|name| Reason::new(named(name), why.as_str(), "")));
+                if last {
+                    let _ = link.send_control(&message(Vec::new()));
+                }
+            }
+            if last {
                 break;
             }
         }

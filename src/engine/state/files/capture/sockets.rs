@@ -63,6 +63,10 @@ impl Collector<'_> {
     fn tcp(&mut self, description: usize, open: &Open, tcp: Tcp) -> Result<Kind, Stop> {
         match tcp {
             Tcp::Idle(image) => {
+                // Whoever stays would lose what it listens on as soon as the process has gone.
+                if let Some(pids) = self.holders.others(&open.link).filter(|_| image.listening) {
+                    return self.held_too(open, "a listening socket", &pids);
+                }
                 // Held so that connections which arrive after the freeze are ended cleanly.
                 if image.listening {
                     self.closing.push(description);
