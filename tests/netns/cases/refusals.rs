@@ -30,6 +30,11 @@ pub(crate) const STATES: &[(&str, &[&str], &[&str])] = &[
     ("mapped_memfd_open_elsewhere", &["mapped_memfd_held"], &["memfd both", "has open"]),
     ("file_shared_with_another", &["file_held"], &["shares its open file /run/shared/held-", "(pid "]),
     ("eventfd_held_elsewhere", &["eventfd_held"], &["an eventfd that another process holds", "(pid "]),
+    (
+        "listener_held_elsewhere",
+        &["listener_held"],
+        &["a listening socket that another process holds", "(pid "],
+    ),
     ("tcp_connection", &["connection"], &["tcp-close"]),
     ("key_of_its_own", &["key"], &["keyring of the process", "holds 1 key"]),
     ("semaphore_with_threads", &["semaphore"], &["semaphore set", "sem_undo", "ipcrm"]),
@@ -66,6 +71,7 @@ pub(crate) fn cases() -> Vec<Case> {
         Case::new("refusals/tcp_address_stays", tcp_address_stays),
         Case::new("refusals/file_differs", file_differs),
         Case::new("refusals/not_for_what_has_passed", not_for_what_has_passed),
+        Case::new("refusals/begun_since_preflight", begun_since_preflight),
         Case::new("refusals/unreachable", unreachable),
         Case::new("refusals/usage", usage),
     ];
@@ -109,6 +115,14 @@ fn tcp_address_stays(lan: &Lan) -> Result {
     client.write_all(b"still")?;
     client.read_exact(&mut answer)?;
     ensure(&answer == b"still", || format!("{answer:?}"))
+}
+
+/// Just before the freeze the process forks: nothing of its own shows that, and the child would stay behind.
+fn begun_since_preflight(lan: &Lan) -> Result {
+    let workload = Workload::start(&lan.a, "counter", &["child_when_told"])?;
+    let hook = "[ $MIGRATE_STAGE != pre-freeze ] || { kill -USR2 $MIGRATE_PID; \
+                while [ -z \"$(cat /proc/$MIGRATE_PID/task/*/children)\" ]; do sleep 0.01; done; }";
+    refused(lan, workload, &["--hook", hook], &["child processes"])
 }
 
 fn no_process(lan: &Lan, pid: i32, words: &[&str]) -> Result {

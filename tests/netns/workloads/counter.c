@@ -274,6 +274,28 @@ static void an_eventfd_held(void)
         wait_here();
 }
 
+static void a_listener_held(void)
+{
+    int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    CHECK(fd >= 0 && listen(fd, 1) == 0, "listen");
+    if (a_stranger(fd))
+        wait_here();
+}
+
+static void begin(int signal)
+{
+    (void)signal;
+    if (fork() == 0) {
+        prctl(PR_SET_PDEATHSIG, SIGKILL);
+        wait_here();
+    }
+}
+static void a_child_when_told(void)
+{
+    struct sigaction action = {.sa_handler = begin, .sa_flags = SA_RESTART};
+    CHECK(sigaction(SIGUSR2, &action, NULL) == 0, "sigaction");
+}
+
 static size_t free_huge_pages(void)
 {
     FILE *file = fopen("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages", "re");
@@ -366,6 +388,7 @@ static const struct { const char *name; void (*make)(void); } states[] = {
     {"sysv", a_sysv_segment},
     {"memfd_held", a_memfd_held}, {"memfd_mapped", a_memfd_mapped}, {"mapped_memfd_held", a_mapped_memfd_held},
     {"file_held", a_file_held}, {"eventfd_held", an_eventfd_held},
+    {"listener_held", a_listener_held}, {"child_when_told", a_child_when_told},
     {"huge", more_than_half_of_the_huge_pages}, {"hugetlbfs", a_hugetlbfs_file}, {"connection", a_connection}, {"port", a_port},
     {"key", a_key}, {"semaphore", an_adjusted_semaphore}, {"queue", a_message_queue},
     {"segment", a_segment_of_code}, {"watched", a_watched_directory},
