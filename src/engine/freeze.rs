@@ -412,17 +412,22 @@ pub(super) struct Seized(pub(super) Vec<Tid>);
 
 /// How long all of them together may take to stop.
 const LET_GO: Duration = Duration::from_secs(1);
+/// And each of them at least.
+const LEAST: Duration = Duration::from_millis(20);
 
 impl Drop for Seized {
     fn drop(&mut self) {
-        let deadline = Instant::now() + LET_GO;
         for &tid in &self.0 {
             let _ = ptrace::interrupt(tid);
-            if let Ok(Some(_)) = wait_for_stop(tid, deadline, LET_GO) {
-                let _ = ptrace::detach(tid, 0);
-            } else {
+        }
+        let deadline = Instant::now() + LET_GO;
+        for &tid in &self.0 {
+            // One that does not stop takes nothing from those that do.
+            match wait_for_stop(tid, deadline.max(Instant::now() + LEAST), LET_GO) {
+                Ok(Some(_)) => drop(ptrace::detach(tid, 0)),
+                Ok(None) => {}
                 // It will be let go when this thread of ours ends.
-                tracing::warn!(tid, "a thread that does not stop stays traced until we exit");
+                Err(_) => tracing::warn!(tid, "a thread that does not stop stays traced until we exit"),
             }
         }
     }

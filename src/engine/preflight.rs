@@ -107,13 +107,11 @@ pub fn check(pid: Tid, shell_job: bool) -> Findings {
 }
 
 /// What was looked at before the process was touched, and leaves nothing behind at the process itself by which its
-/// capture would notice it: children, and objects of System V that it has used since. To be called when it stands still.
+/// capture would notice it: children, and objects of System V that it was the last to use. To be called when it stands
+/// still.
 pub fn begun_since(pid: Tid) -> Vec<Reason> {
-    let Some((stat, status)) = look(pid, pid) else { return Vec::new() };
-    let mut reasons = ipc::used(pid, &stat);
-    reasons.extend(undo::semaphores(pid, &stat, &status));
-    reasons.extend(children(pid));
-    reasons
+    let Some((stat, _)) = look(pid, pid) else { return Vec::new() };
+    children(pid).into_iter().chain(ipc::used(pid, &stat)).collect()
 }
 
 fn unreadable(pid: Tid, error: &AttrError) -> Reason {

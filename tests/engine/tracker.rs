@@ -244,11 +244,15 @@ fn ordinary_memory_in_the_place_of_droppable_memory_is_sent() {
         let frozen = target.freeze();
         let mut layout = mm::capture(target.pid(), &flags).unwrap().layout;
         mm::mark_replaced(&mut layout, before);
-        let kind = |layout: &Layout| layout.vmas.iter().find(|v| v.start == target.at).map(|v| v.kind());
+        let vma = |layout: &Layout| layout.vmas.iter().find(|v| v.start == target.at).cloned().unwrap();
+        let kind = |layout: &Layout| Some(vma(layout).kind());
         let looked = kind(&layout);
         let found = tracker.final_scan(&mut layout, &Extents::new()).unwrap();
         frozen.thaw().unwrap();
         let written = target.pages(found.written.iter().map(|r| (r.start, r.start + r.len as u64)));
+        if kind(&layout) != Some(VmaKind::VmaDroppable) {
+            assert!(vma(&layout).advice.is_empty() && !vma(&layout).noreserve);
+        }
         (looked, kind(&layout), written, layout)
     };
     let (looked, kind, written, before) = last(&target, &Layout::default());

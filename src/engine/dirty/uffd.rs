@@ -320,6 +320,9 @@ impl Tracker for UffdTracker {
             out.guards.begin();
             if vma.kind() == VmaKind::VmaDroppable && self.holds(vma) {
                 vma.set_kind(VmaKind::VmaAnonPrivate);
+                // All that came from its flags was of another mapping.
+                vma.advice.clear();
+                (vma.noreserve, vma.accounted) = (false, false);
                 vma.fresh = true;
             }
             let owed = vma.fresh || self.owed.overlap(vma.start, vma.end).next().is_some();

@@ -25,7 +25,7 @@ use std::net::SocketAddr;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr as UnixAddr, UnixDatagram};
-use std::sync::OnceLock;
+use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -35,7 +35,7 @@ use self::program::{Agreed, Outcome, PASSES, PLACES, VALUE_BYTES};
 use self::segment::{ACK, FIN, RST, Segment};
 use super::address::end_of;
 use super::lock::{self, Connection};
-use super::reason::Reason;
+use super::reason::{Reason, chain};
 use super::state::files;
 use super::sys::bpf::{self, Array};
 use super::sys::{socket, tcp};
@@ -96,6 +96,9 @@ pub enum QueuedError {
     /// It is switched off.
     #[error("net.ipv4.{0} is off")]
     Off(&'static str),
+    /// Another service of this host has not come to an end with its own.
+    #[error("waiting for another service of this host")]
+    Others(#[source] std::io::Error),
     /// It is switched on.
     #[error("net.ipv4.{0} is on")]
     On(&'static str),
@@ -133,20 +136,21 @@ pub struct Placer {
 /// namespace, which is what these names belong to (unix(7)).
 const ALONE: &[u8] = b"migrate: connections are being put into queues";
 
-fn alone() -> Option<UnixDatagram> {
-    let name = UnixAddr::from_abstract_name(ALONE).ok()?;
-    let deadline = Instant::now() + PATIENCE;
+/// And in a process.
+static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+
+/// How long others may take.
+const OTHERS: Duration = Duration::from_secs(10);
+
+fn alone() -> Result<UnixDatagram, QueuedError> {
+    let deadline = Instant::now() + OTHERS;
     loop {
-        match UnixDatagram::bind_addr(&name) {
-            Ok(alone) => return Some(alone),
+        match UnixAddr::from_abstract_name(ALONE).and_then(|name| UnixDatagram::bind_addr(&name)) {
+            Ok(alone) => return Ok(alone),
             Err(error) if error.kind() == ErrorKind::AddrInUse && Instant::now() < deadline => {
                 std::thread::sleep(PAUSE);
             }
-            // Anybody may have taken the name: connections that are certain to be lost are worth a try.
-            Err(error) => {
-                tracing::warn!(%error, "somebody else may be putting connections into queues");
-                return None;
-            }
+            Err(error) => return Err(QueuedError::Others(error)),
         }
     }
 }
@@ -179,9 +183,10 @@ impl Placer {
     /// pass. Returns those that are lost.
     ///
     /// # Errors
-    /// If none of them could be put in.
+    /// If nothing was put in.
     pub fn place(&self, images: &[TcpConnection]) -> Result<Vec<Reason>, QueuedError> {
-        let _alone = alone();
+        let _alone_here = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
+        let _alone = alone()?;
         if is_tapped() {
             return Err(QueuedError::Tapped);
         }
@@ -198,23 +203,22 @@ impl Placer {
                     None => lost.push(Reason::new("connection not accepted yet", "makes no sense", "")),
                 }
             }
-            for waiting in &queue {
-                let value = program::value(waiting.local, waiting.remote, &waiting.agreed);
-                self.array.set(waiting.place, &value).map_err(step("filling the array of a BPF program"))?;
-            }
-            lost.extend(self.place_some(&sender, queue)?);
+            lost.extend(self.place_some(&sender, queue));
         }
         Ok(lost)
     }
 
-    /// On an error as well, none is left half.
-    fn place_some(&self, sender: &Sender, mut queue: Vec<Waiting<'_>>) -> Result<Vec<Reason>, QueuedError> {
+    /// None is left half, on an error as well.
+    fn place_some(&self, sender: &Sender, mut queue: Vec<Waiting<'_>>) -> Vec<Reason> {
         let mut lost = Vec::new();
-        let placed = self.place_all(sender, &mut queue, &mut lost);
-        for waiting in &queue {
-            waiting.reset(sender);
+        if let Err(error) = self.place_all(sender, &mut queue, &mut lost) {
+            let why = format!("is lost: {}", chain(&error));
+            for waiting in &queue {
+                lost.push(Reason::new(waiting.name(), why.as_str(), ""));
+                waiting.reset(sender);
+            }
         }
-        placed.map(|()| lost)
+        lost
     }
 
     /// Until the queue is empty.
@@ -224,6 +228,10 @@ impl Placer {
         queue: &mut Vec<Waiting<'_>>,
         lost: &mut Vec<Reason>,
     ) -> Result<(), QueuedError> {
+        for waiting in &*queue {
+            let value = program::value(waiting.local, waiting.remote, &waiting.agreed);
+            self.array.set(waiting.place, &value).map_err(step("filling the array of a BPF program"))?;
+        }
         let deadline = Instant::now() + PATIENCE;
         while !queue.is_empty() {
             for waiting in &*queue {
@@ -238,23 +246,33 @@ impl Placer {
             let mut looks = seen.into_iter().zip(outcomes);
             queue.retain_mut(|waiting| {
                 let Some((received, outcome)) = looks.next() else { return true };
-                let named = || format!("connection {} to {}", waiting.local, waiting.remote);
                 match received {
                     // The program has spoken, and the kernel may be on its way with the segment: it is looked at again.
                     None if outcome != Outcome::NotSeen && !waiting.judged => waiting.judged = true,
                     // A process that is fast has closed it already; or there was no room for it in the queue.
                     None if outcome == Outcome::Taken => {
-                        tracing::warn!(connection = named(), "was not accepted yet, and is gone again");
+                        tracing::warn!(
+                            connection = waiting.name(),
+                            "was not accepted yet, and is gone again"
+                        );
+                        // If it comes yet, nobody would send it the rest.
+                        if waiting.total() > FIRST_BYTES {
+                            waiting.reset(sender);
+                        }
                         return false;
                     }
                     None if outcome == Outcome::Refused || late => {
-                        lost.push(Reason::new(named(), "is lost: nobody listens for it", ""));
+                        lost.push(Reason::new(waiting.name(), "is lost: nobody listens for it", ""));
                         return false;
                     }
                     None => {}
                     Some(received) if received >= waiting.total() => return false,
                     Some(received) if late => {
-                        lost.push(Reason::new(named(), "was reset: it has no room for what has come", ""));
+                        lost.push(Reason::new(
+                            waiting.name(),
+                            "was reset: it has no room for what has come",
+                            "",
+                        ));
                         waiting.note(received);
                         waiting.reset(sender);
                         return false;
@@ -450,7 +468,16 @@ impl<'a> Waiting<'a> {
 
     /// The process is told that the connection has broken; the peer will be, as soon as it says anything.
     fn reset(&self, sender: &Sender) {
-        let at = self.received.unwrap_or(0);
-        sender.send(PASSES, &Segment { flags: RST | ACK, payload: &[], ..self.segment(at, at) });
+        // Only the number that is expected next counts. Of one that nobody has seen it is that after the first segment.
+        let first = self.bytes.len().min(FIRST_BYTES);
+        let end = usize::from(self.ended && first == self.bytes.len());
+        let at = self.received.unwrap_or(first + end);
+        let reset = Segment { flags: RST | ACK, payload: &[], ..self.segment(0, 0) };
+        let sequence = self.start.wrapping_add(u32::try_from(at).unwrap_or(0));
+        sender.send(PASSES, &Segment { sequence, ..reset });
+    }
+
+    fn name(&self) -> String {
+        format!("connection {} to {}", self.local, self.remote)
     }
 }

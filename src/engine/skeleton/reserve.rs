@@ -66,7 +66,8 @@ impl ReservedPid {
             .map_err(own("a memory file"))?;
         // The skeleton opens files at descriptor 0: its channel must be above.
         let theirs = if theirs.as_raw_fd() < 3 {
-            nix::fcntl::fcntl(&theirs, nix::fcntl::FcntlArg::F_DUPFD_CLOEXEC(3))
+            let low = theirs;
+            nix::fcntl::fcntl(&low, nix::fcntl::FcntlArg::F_DUPFD_CLOEXEC(3))
                 .map(crate::engine::sys::owned_fd)
                 .map_err(own("a descriptor"))?
         } else {

@@ -17,6 +17,8 @@ use crate::engine::sys::ptrace;
 const TRIES: usize = 4;
 /// For what takes microseconds on a processor, which it may have to wait for.
 const PATIENCE: Duration = Duration::from_secs(2);
+/// For the way back into the call, unless it has just come to its end.
+const BACK: Duration = Duration::from_millis(200);
 
 /// The monotonic deadline of the restarted call that a running process's thread sleeps in.
 pub(super) fn deadline(pid: Tid, tid: Tid) -> Option<u64> {
@@ -32,7 +34,7 @@ pub(super) fn deadline(pid: Tid, tid: Tid) -> Option<u64> {
         seized.0.clear();
         let during = armed();
         ptrace::detach(tid, 0).ok()?;
-        let until = Instant::now() + PATIENCE;
+        let until = Instant::now() + BACK;
         while target.blocked().is_none_or(|b| b.number != libc::SYS_restart_syscall) {
             if Instant::now() > until {
                 return None;

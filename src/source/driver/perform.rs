@@ -297,13 +297,16 @@ impl Driver<'_> {
         let (sent, captured) = std::thread::scope(|scope| {
             let work = || {
                 let start = Instant::now();
-                let sent = precopy.send_rest(round, rest, follow, &mut sink, &go);
-                (sent, start.elapsed(), preflight::begun_since(pid))
+                let begun = preflight::begun_since(pid);
+                if !begun.is_empty() {
+                    given_up.store(true, Ordering::Relaxed);
+                }
+                (precopy.send_rest(round, rest, follow, &mut sink, &go), start.elapsed(), begun)
             };
             let pages = std::thread::Builder::new().name("pages".into()).spawn_scoped(scope, work);
             let captured = capture::capture(frozen, &options, sleeps, guards, scanned, descriptors);
             // Then the process need not stand still until they are sent.
-            given_up.store(captured.is_err(), Ordering::Relaxed);
+            given_up.fetch_or(captured.is_err(), Ordering::Relaxed);
             (pages.map(|thread| thread.join()), captured)
         });
         let (sent, took, begun) = match sent.map_err(ActionError::Thread)? {
@@ -311,10 +314,10 @@ impl Driver<'_> {
             Err(panic) => std::panic::resume_unwind(panic),
         };
         self.report.phases.add("beside_pages", took);
-        let mut captured = captured?;
         if !begun.is_empty() {
             return Err(ActionError::Begun(begun));
         }
+        let mut captured = captured?;
         if let Some(files) = captured.process.files.as_mut() {
             files.queued = queued;
         }

@@ -65,7 +65,9 @@ impl Collector<'_> {
             Tcp::Idle(image) => {
                 // Whoever stays would lose what it listens on as soon as the process has gone.
                 if let Some(pids) = self.holders.others(&open.link).filter(|_| image.listening) {
-                    return self.held_too(open, "a listening socket", &pids);
+                    let why = format!("is a listening socket that another process holds too ({pids})");
+                    let remedy = "the others must close it (systemd: stop the .socket unit)";
+                    return Err(Stop::advise(why, remedy));
                 }
                 // Held so that connections which arrive after the freeze are ended cleanly.
                 if image.listening {
