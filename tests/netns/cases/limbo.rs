@@ -136,11 +136,12 @@ fn late_signals(lan: &Lan) -> Result {
     const EARLY: usize = 20;
     let mut workload = Workload::start(&lan.a, "late_signals", &[])?;
     lan.share_identity()?;
-    lan.serve(&lan.b)?;
+    let service = lan.serve(&lan.b)?;
     // The answer to the state waits for the last signal.
     let relay = held_from(lan, Way::Back, "taking")?;
     let job = lan.start_move(&lan.a, &relay.address, workload.pid(), &["--move-ip", Lan::MOVE_IP])?;
-    at_state(&lan.a, &job, "taking")?;
+    at_state(&lan.a, &job, "taking")
+        .map_err(|error| format!("{error}\nthe service: {}", lan.b.stderr(&service.job)))?;
     for _ in 0..EARLY {
         lan.a.signal(workload.pid(), libc::SIGRTMIN())?;
     }
