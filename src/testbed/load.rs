@@ -7,8 +7,12 @@ use std::time::{Duration, Instant};
 
 /// How long a connection may take to come about before it is tried again.
 const CONNECT: Duration = Duration::from_millis(250);
-/// How long an answer may take before the connection is given up.
-const ANSWER: Duration = Duration::from_secs(3);
+/// How long the server may take to be reached by those who do not go on trying anyway.
+const REACHED: Duration = Duration::from_secs(20);
+/// How long an answer may take before the connection is given up: longer than a busy machine stands still.
+const ANSWER: Duration = Duration::from_secs(30);
+/// Between two attempts to reach the server.
+const AGAIN: Duration = Duration::from_millis(10);
 /// Requests in flight while filling and verifying.
 const BATCH: u64 = 500;
 
@@ -94,7 +98,7 @@ impl Load {
     pub fn fill<S: Store>(address: SocketAddr, keys: u64, value_bytes: usize) -> io::Result<Self> {
         let count = usize::try_from(keys).map_err(io::Error::other)?;
         let load = Self { acknowledged: vec![1; count], value_bytes };
-        let mut store = S::connect(address)?;
+        let mut store: S = reach(address)?;
         for first in (0..keys).step_by(500) {
             let last = (first + BATCH).min(keys);
             (first..last).for_each(|key| store.set(&name(key), &load.value(key, 1)));
@@ -160,7 +164,7 @@ impl Load {
     /// The server is not reached.
     pub fn verify<S: Store>(&self, address: SocketAddr) -> io::Result<Vec<String>> {
         let keys = u64::try_from(self.acknowledged.len()).map_err(io::Error::other)?;
-        let mut store = S::connect(address)?;
+        let mut store: S = reach(address)?;
         let mut wrong = Vec::new();
         for first in (0..keys).step_by(500) {
             let last = (first + BATCH).min(keys);
@@ -196,6 +200,17 @@ impl Load {
             value.push(if value.len() % 2 == 0 { b'A' + letter % 26 } else { b'.' });
         }
         value
+    }
+}
+
+/// Connects, in several attempts if need be.
+fn reach<S: Store>(address: SocketAddr) -> io::Result<S> {
+    let end = Instant::now() + REACHED;
+    loop {
+        match S::connect(address) {
+            Err(_) if Instant::now() < end => std::thread::sleep(AGAIN),
+            result => return result,
+        }
     }
 }
 

@@ -1,4 +1,5 @@
-//! A bad network: a relay of UDP datagrams in the middle that loses, repeats and delays them.
+//! A bad network: a relay of UDP datagrams in the middle that loses, repeats and delays them, or holds them until it is
+//! told to let them go.
 
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, HashMap};
@@ -31,10 +32,22 @@ pub(crate) struct Weather {
     pub(crate) reorders: bool,
 }
 
+/// The two ways through it: to the destination, and back.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Way {
+    Forth,
+    Back,
+}
+
+/// Asked before a datagram is delivered: whether it and all after it on the same way are to be held. What the sender
+/// has done before it sent them can be seen by then, however late anybody comes to look.
+pub(crate) type Gate = Box<dyn FnMut(Way) -> bool + Send>;
+
 /// A running relay; it ends when dropped.
 pub(crate) struct Relay {
     /// Where the source reaches the destination through it.
     pub(crate) address: String,
+    released: Arc<AtomicBool>,
     stop: Arc<AtomicBool>,
     thread: Option<JoinHandle<std::result::Result<(), TestbedError>>>,
 }
@@ -42,15 +55,22 @@ pub(crate) struct Relay {
 impl Relay {
     /// Starts a relay to the service on host `b`.
     pub(crate) fn start(lan: &Lan, weather: Weather) -> Result<Self> {
+        Self::with_gate(lan, weather, Box::new(|_| false))
+    }
+
+    /// The same; a way is closed when the gate says so, until [`Relay::release`].
+    pub(crate) fn with_gate(lan: &Lan, weather: Weather, gate: Gate) -> Result<Self> {
         let here = SocketAddr::new(Lan::CLIENT.parse()?, 7077);
         let there = SocketAddr::new(Lan::B.parse()?, 7077);
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = Arc::clone(&stop);
+        let released = Arc::new(AtomicBool::new(false));
+        let gate = Doors { gate, closed: Vec::new(), held: Vec::new(), released: Arc::clone(&released) };
         let (ready, bound) = std::sync::mpsc::channel();
         let thread = lan.client("relay", move || {
             let carried = UdpSocket::bind(here).and_then(|front| {
                 let _ = ready.send(());
-                carry(&front, there, weather, &stopped)
+                carry(&front, there, weather, gate, &stopped)
             });
             if let Err(error) = carried {
                 println!("    the relay ended: {error}");
@@ -58,7 +78,12 @@ impl Relay {
         })?;
         // What is sent before it listens is lost without its doing.
         bound.recv_timeout(Duration::from_secs(10)).map_err(|_| "the relay does not listen")?;
-        Ok(Self { address: here.to_string(), stop, thread: Some(thread) })
+        Ok(Self { address: here.to_string(), released, stop, thread: Some(thread) })
+    }
+
+    /// Delivers what was held, and holds nothing any more.
+    pub(crate) fn release(&self) {
+        self.released.store(true, Ordering::SeqCst);
     }
 }
 
@@ -77,7 +102,47 @@ type Clients = HashMap<SocketAddr, UdpSocket>;
 /// When it is due, a number that keeps the order, whether to the destination or back, client, bytes.
 type Waiting = (Instant, u64, bool, SocketAddr, Vec<u8>);
 
-fn carry(front: &UdpSocket, there: SocketAddr, weather: Weather, stop: &AtomicBool) -> std::io::Result<()> {
+/// A datagram that is held: which way, client, bytes.
+type Held = (Way, SocketAddr, Vec<u8>);
+
+/// What is held, and whether more is to be.
+struct Doors {
+    gate: Gate,
+    closed: Vec<Way>,
+    held: Vec<Held>,
+    released: Arc<AtomicBool>,
+}
+
+impl Doors {
+    /// The datagram, unless it is held.
+    fn pass(&mut self, datagram: Held) -> Option<Held> {
+        if self.released.load(Ordering::SeqCst) {
+            return Some(datagram);
+        }
+        let way = datagram.0;
+        if !self.closed.contains(&way) {
+            if !(self.gate)(way) {
+                return Some(datagram);
+            }
+            self.closed.push(way);
+        }
+        self.held.push(datagram);
+        None
+    }
+
+    /// What was held, once it may go.
+    fn released(&mut self) -> Vec<Held> {
+        if self.released.load(Ordering::SeqCst) { std::mem::take(&mut self.held) } else { Vec::new() }
+    }
+}
+
+fn carry(
+    front: &UdpSocket,
+    there: SocketAddr,
+    weather: Weather,
+    mut doors: Doors,
+    stop: &AtomicBool,
+) -> std::io::Result<()> {
     let here = front.local_addr()?;
     front.set_nonblocking(true)?;
     // A burst must not be lost here that a real link would carry.
@@ -119,14 +184,19 @@ fn carry(front: &UdpSocket, there: SocketAddr, weather: Weather, stop: &AtomicBo
                 idle = false;
             }
         }
+        let mut leaving = doors.released();
         while queue.peek().is_some_and(|Reverse((due, ..))| *due <= Instant::now()) {
             let Some(Reverse((_, _, forth, client, datagram))) = queue.pop() else { break };
+            let way = if forth { Way::Forth } else { Way::Back };
+            leaving.extend(doors.pass((way, client, datagram)));
+            idle = false;
+        }
+        for (way, client, datagram) in leaving {
             // A full socket buffer is one more way of losing it.
             let _ = match clients.get(&client) {
-                Some(back) if forth => back.send(&datagram),
+                Some(back) if way == Way::Forth => back.send(&datagram),
                 _ => front.send_to(&datagram, client),
             };
-            idle = false;
         }
         if idle {
             std::thread::sleep(Duration::from_micros(200));
@@ -135,13 +205,16 @@ fn carry(front: &UdpSocket, there: SocketAddr, weather: Weather, stop: &AtomicBo
     Ok(())
 }
 
-/// Nothing there and a refusal that came back are both no datagram.
+/// Nothing there, a refusal that came back, and news that nobody is there any more: none of them is a datagram.
 fn received<T>(result: std::io::Result<T>) -> std::io::Result<Option<T>> {
     match result {
         Ok(value) => Ok(Some(value)),
-        Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::ConnectionRefused) => {
-            Ok(None)
-        }
-        Err(error) => Err(error),
+        Err(error) => match error.kind() {
+            ErrorKind::WouldBlock
+            | ErrorKind::ConnectionRefused
+            | ErrorKind::HostUnreachable
+            | ErrorKind::NetworkUnreachable => Ok(None),
+            _ => Err(error),
+        },
     }
 }

@@ -2,6 +2,7 @@
 //! the time. What a case prints comes out in one piece, when it has ended.
 
 use std::collections::VecDeque;
+use std::fmt::Write as _;
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
 use std::num::NonZeroUsize;
@@ -113,6 +114,7 @@ fn in_a_process(name: &str, needs: &[Need]) -> End {
             .stderr(printed.try_clone()?)
             .spawn()?;
         let in_time = PidFd::open(child.id())?.ended(PollTimeout::try_from(LIMIT)?)?;
+        let had = if in_time { String::new() } else { story(child.id()) };
         if !in_time {
             child.kill()?;
         }
@@ -122,7 +124,8 @@ fn in_a_process(name: &str, needs: &[Need]) -> End {
         printed.read_to_end(&mut bytes)?;
         let mut text = String::from_utf8_lossy(&bytes).into_owned();
         if !in_time {
-            text.push_str("it did not end");
+            text.push_str("it did not end; it had these threads:\n");
+            text.push_str(&had);
         }
         Ok((good && in_time, text))
     };
@@ -147,6 +150,34 @@ pub(crate) fn one(case: &Case) -> ExitCode {
         Err(_) => eprintln!("panicked"),
     }
     ExitCode::FAILURE
+}
+
+/// What a process and all its descendants do, thread by thread: those of the hosts are among them.
+fn story(pid: u32) -> String {
+    let mut text = String::new();
+    let mut left = vec![pid];
+    while let Some(pid) = left.pop() {
+        let Ok(threads) = std::fs::read_dir(format!("/proc/{pid}/task")) else { continue };
+        for thread in threads.flatten().map(|entry| entry.path()) {
+            let read = |name: &str| std::fs::read_to_string(thread.join(name)).unwrap_or_default();
+            let (status, place, stack) = (read("status"), read("wchan"), read("stack"));
+            let field =
+                |name: &str| status.lines().find_map(|line| line.strip_prefix(name)).unwrap_or("").trim();
+            let stack: Vec<&str> =
+                stack.lines().map(|line| line.rsplit(' ').next().unwrap_or(line)).collect();
+            let _ = writeln!(
+                text,
+                "{pid} {} ({} in its host): {}, traced by {}, in {place}: {}",
+                field("Name:"),
+                field("NSpid:").rsplit('\t').next().unwrap_or(""),
+                field("State:"),
+                field("TracerPid:"),
+                stack.join(" < ")
+            );
+            left.extend(read("children").split_whitespace().filter_map(|pid| pid.parse::<u32>().ok()));
+        }
+    }
+    text
 }
 
 fn kernel() -> String {

@@ -48,8 +48,8 @@ const STATUS: &[&str] = &[
 const THREAD_STATUS: &[&str] =
     &["Name", "Uid", "Gid", "SigIgn", "SigCgt", "CapEff", "NoNewPrivs", "Cpus_allowed"];
 
-/// What the signals of the leader look like.
-const SIGNALS: &[&str] = &["status SigPnd", "status ShdPnd", "status SigBlk"];
+/// Which signals the leader blocks.
+const BLOCKED: &str = "status SigBlk";
 /// How long a process may take to look the same twice.
 const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -66,15 +66,15 @@ pub(crate) struct Snapshot {
 }
 
 impl Snapshot {
-    /// Looks at a process of a host. A program that sends itself signals has one pending, or is inside the handler,
-    /// for a moment now and then: it is looked at until its leader has run between two looks, or sleeps, and both say
-    /// the same of its signals.
+    /// Looks at a process of a host. A program that sends itself signals is inside the handler for a moment now and
+    /// then: it is looked at until its leader has run between two looks, or sleeps, and both say the same of the signals
+    /// it blocks.
     pub(crate) fn take(host: &Host, pid: i32) -> Result<Self> {
         let end = Instant::now() + PATIENCE;
         let mut last = Self::look(host, pid)?;
         while Instant::now() < end {
             let next = Self::look(host, pid)?;
-            let same = SIGNALS.iter().all(|name| last.facts.get(*name) == next.facts.get(*name));
+            let same = last.facts.get(BLOCKED) == next.facts.get(BLOCKED);
             let later = !next.runs || next.ran > last.ran;
             if same && later {
                 return Ok(next);
@@ -83,7 +83,7 @@ impl Snapshot {
                 last = next;
             }
         }
-        fail("its signals are never the same twice")
+        fail("the signals it blocks are never the same twice")
     }
 
     fn look(host: &Host, pid: i32) -> Result<Self> {
@@ -102,6 +102,15 @@ impl Snapshot {
             if *name != "FDSize" && *name != "SigQ" {
                 facts.insert(format!("status {name}"), status.get(*name).cloned().unwrap_or_default());
             }
+        }
+        // A signal that is pending and not blocked is on its way: the next look finds it gone.
+        let signals = |name: &str| -> Result<u64> {
+            let text = status.get(name).ok_or_else(|| format!("no {name}"))?;
+            Ok(u64::from_str_radix(text, 16)?)
+        };
+        for name in ["SigPnd", "ShdPnd"] {
+            let lasting = signals(name)? & signals("SigBlk")?;
+            facts.insert(format!("status {name}"), format!("{lasting:016x}"));
         }
         threads(&directory, &mut facts)?;
         facts.insert("maps".to_owned(), maps(&std::fs::read_to_string(directory.join("maps"))?));

@@ -22,20 +22,35 @@ pub(crate) fn sources() -> PathBuf {
 }
 
 /// Has `command` make `target`, a file in the folder of what is built, from `sources`, unless it is newer than they are.
+/// It makes it in a folder of its own, from where all it has made is brought in when it is whole: whoever is killed in
+/// the middle leaves nothing half made behind.
 fn make(target: &str, from: &[&str], command: impl FnOnce(&Path, &Path) -> Command) -> Result<PathBuf> {
     let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("workloads");
     std::fs::create_dir_all(&folder)?;
     // Cases run at the same time, each in a process of its own.
     let lock = File::create(folder.join("lock"))?;
     lock.lock()?;
-    let target = folder.join(target);
+    let (name, target) = (target, folder.join(target));
     let modified = |path: &Path| std::fs::metadata(path).and_then(|file| file.modified()).ok();
     let built = modified(&target);
     if built.is_none() || built < from.iter().filter_map(|file| modified(&sources().join(file))).max() {
-        let output = command(&folder, &target).output()?;
+        let fresh = folder.join("fresh");
+        match std::fs::remove_dir_all(&fresh) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error.into()),
+            _ => std::fs::create_dir(&fresh)?,
+        }
+        let output = command(&folder, &fresh.join(name)).output()?;
         if !output.status.success() {
             return fail(format!("{}: {}", from[0], String::from_utf8_lossy(&output.stderr)));
         }
+        // What comes beside it first: the target tells that all is there.
+        for entry in std::fs::read_dir(&fresh)? {
+            let beside = entry?.file_name();
+            if beside != name {
+                std::fs::rename(fresh.join(&beside), folder.join(&beside))?;
+            }
+        }
+        std::fs::rename(fresh.join(name), &target)?;
     }
     Ok(target)
 }
@@ -43,7 +58,7 @@ fn make(target: &str, from: &[&str], command: impl FnOnce(&Path, &Path) -> Comma
 /// Builds `workloads/NAME.c` unless that is done, and returns the program.
 pub(crate) fn build(name: &str) -> Result<String> {
     let source = format!("{name}.c");
-    let program = make(name, &[&source, "workload.h"], |_, program| {
+    let program = make(name, &[&source, "workload.h", "zoo.h", "storm.h"], |_, program| {
         let mut command = Command::new("cc");
         command.args(["-std=gnu11", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-pthread", "-o"]);
         command.arg(program).arg(sources().join(&source)).arg("-lrt");
@@ -55,9 +70,9 @@ pub(crate) fn build(name: &str) -> Result<String> {
 /// Compiles `workloads/NAME.java` unless that is done; the folder of its classes.
 pub(crate) fn java(name: &str) -> Result<String> {
     let source = format!("{name}.java");
-    let class = make(&format!("{name}.class"), &[&source], |folder, _| {
+    let class = make(&format!("{name}.class"), &[&source], |_, class| {
         let mut command = Command::new("javac");
-        command.arg("-d").arg(folder).arg(sources().join(&source));
+        command.arg("-d").args(class.parent()).arg(sources().join(&source));
         command
     })?;
     Ok(class.parent().unwrap_or(&class).to_string_lossy().into_owned())

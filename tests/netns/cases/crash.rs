@@ -116,13 +116,21 @@ fn story(lan: &Lan, here: &Host, job: &Job, services: &[Service; 2]) -> String {
 
 /// The one host that has the process, once that is clear. Both running it at once is an error at any time.
 pub(crate) fn settled(lan: &Lan, pid: i32) -> Result<&Host> {
+    // How long it had run on each when it first seemed to run on both.
+    let mut both: Option<[u64; 2]> = None;
     let host = wait_for("one host having the process", SETTLE, || {
         let (on_a, on_b) = (Life::of(&lan.a, pid), Life::of(&lan.b, pid));
-        Ok(match (on_a, on_b) {
+        if (on_a, on_b) == (Life::Runs, Life::Runs) {
+            let ran = *both.get_or_insert_with(|| [ran(&lan.a, pid), ran(&lan.b, pid)]);
+            let proven = runs_indeed(&lan.a, pid, ran[0]) && runs_indeed(&lan.b, pid, ran[1]);
             // The looks are not at one instant: between them it may have moved.
-            (Life::Runs, Life::Runs) if Life::of(&lan.a, pid) == Life::Runs => {
+            if proven && Life::of(&lan.a, pid) == Life::Runs {
                 return Err(TestbedError::Program(format!("process {pid} runs on both hosts")));
             }
+            return Ok(None);
+        }
+        both = None;
+        Ok(match (on_a, on_b) {
             (Life::None, Life::None) if Life::of(&lan.a, pid) == Life::None => {
                 return Err(TestbedError::Program(format!("process {pid} is on no host")));
             }
@@ -132,6 +140,24 @@ pub(crate) fn settled(lan: &Lan, pid: i32) -> Result<&Host> {
         })
     })?;
     Ok(host)
+}
+
+/// Whether what seems to run really does: it sleeps in a call of its own, or has run on for a while. A process whose
+/// tracer was killed is woken to come to the stop that waits for it: so it looks as if it ran until it gets a processor.
+fn runs_indeed(host: &Host, pid: i32, before: u64) -> bool {
+    const A_WHILE_NS: u64 = 1_000_000;
+    let status = std::fs::read_to_string(host.proc(pid).join("status")).unwrap_or_default();
+    match status.lines().find_map(|line| line.strip_prefix("State:\t")).and_then(|s| s.chars().next()) {
+        Some('S' | 'D') => Life::of(host, pid) == Life::Runs,
+        Some('R') => ran(host, pid) > before + A_WHILE_NS,
+        _ => false,
+    }
+}
+
+/// How long the first thread of a process has run, in ns.
+fn ran(host: &Host, pid: i32) -> u64 {
+    let text = std::fs::read_to_string(host.proc(pid).join("schedstat")).unwrap_or_default();
+    text.split(' ').next().and_then(|ns| ns.parse().ok()).unwrap_or(0)
 }
 
 /// Whether the process runs by itself on a host.

@@ -1,6 +1,7 @@
 //! What can go wrong while pages are missing: links cut and bad, commands and services killed, the process
 //! changing its memory. No page may be lost, stale or read as zeros, and none travels twice.
 
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use migrate::testbed::{Host, Job, Lan, Outcome, STATE, Service, wait_for};
@@ -8,13 +9,17 @@ use serde_json::Value;
 
 use super::moves::count_is_exact;
 use crate::case::{Case, Result, ensure};
-use crate::relay::{Relay, Weather};
+use crate::relay::{Relay, Way, Weather};
 use crate::workload::Workload;
 
 const MOVE: Duration = Duration::from_secs(180);
 const SETTLE: Duration = Duration::from_secs(60);
 /// On a link of this rate the writer's memory takes some seconds.
 const SLOW: &[&str] = &["--mode", "postcopy", "--bandwidth", "16M"];
+/// On this one twice as many, for what is to be done meanwhile on a busy machine; on the last a quarter of a minute, for
+/// those that end it.
+const SLOWER: &[&str] = &["--mode", "postcopy", "--bandwidth", "8M"];
+const SLOWEST: &[&str] = &["--mode", "postcopy", "--bandwidth", "4M"];
 /// 4 threads over 64 MiB.
 const WRITER: &[&str] = &["4", "64", "/run/shared/writer", "4"];
 
@@ -100,7 +105,7 @@ pub(super) fn only(host: &Host, count: usize) -> Result {
         .map_err(|error| format!("{error}; on {}: {:?}", host.name(), host.processes()).into())
 }
 
-fn status(lan: &Lan, host: &Host) -> Vec<Value> {
+pub(super) fn status(lan: &Lan, host: &Host) -> Vec<Value> {
     let words = ["status", "--json", "--state-dir", STATE];
     let outcome = lan.run(host, &words, Duration::from_secs(20));
     outcome.ok().and_then(|o| o.report["migrations"].as_array().cloned()).unwrap_or_default()
@@ -136,10 +141,14 @@ fn cut_twice_at_ten_points(lan: &Lan, long: Duration) -> Result {
     const STEP: Duration = Duration::from_millis(2500);
     lan.share_identity()?;
     let service = lan.serve(&lan.b)?;
-    let mut drains = Vec::new();
+    // First all of them, so that nothing but the moves lies between the points.
+    let mut workloads = Vec::new();
     for point in 0..POINTS {
         let words = ["1", "24", &format!("/run/shared/writer-{point}"), "1", "nofile"];
-        let workload = Workload::start(&lan.a, "writer", &words)?;
+        workloads.push(Workload::start(&lan.a, "writer", &words)?);
+    }
+    let mut drains = Vec::new();
+    for (point, workload) in workloads.into_iter().enumerate() {
         let job = lan.start_move(&lan.a, &service.address, workload.pid(), SLOWLY)?;
         drains.push((workload, job));
         std::thread::sleep(if point + 1 < POINTS { STEP } else { Duration::ZERO });
@@ -178,13 +187,20 @@ fn cut_in_the_restore(lan: &Lan) -> Result {
     let mut workload = Workload::start(&lan.a, "writer", &["2", "16", "/run/shared/writer", "2"])?;
     lan.share_identity()?;
     let service = lan.serve(&lan.b)?;
-    let relay = Relay::start(lan, Weather { lost: 0, repeated: 0, delay: FAR, reorders: false })?;
+    // Whoever answers faults is there before the restore touches anything. A page is 800 ms away, and comes no nearer
+    // then.
+    let threads = lan.b.proc(service.job.pid).join("task");
+    let relay = Relay::with_gate(
+        lan,
+        Weather { lost: 0, repeated: 0, delay: FAR, reorders: false },
+        Box::new(move |way| way == Way::Forth && answers_faults(&threads)),
+    )?;
     let job = lan.start_move(&lan.a, &relay.address, workload.pid(), &["--mode", "postcopy"])?;
-    // From here on it waits for pages that are 800 ms away.
     wait_for("the restore", SETTLE, || {
         Ok(status(lan, &lan.b).iter().any(|m| m["phase"] == "frozen").then_some(()))
     })?;
     lan.cut(&lan.b)?;
+    relay.release();
     let exit = lan.a.wait_exit(job.pid, MOVE)?;
     lan.heal(&lan.b)?;
     ensure(exit.code != Some(0), || format!("{exit:?}: {}", lan.a.stdout(&job)))?;
@@ -193,6 +209,13 @@ fn cut_in_the_restore(lan: &Lan) -> Result {
     only(&lan.b, 1).map_err(|error| format!("{error}\nthe service: {}", lan.b.stderr(&service.job)))?;
     lan.move_to(&lan.a, &service, workload.pid(), &[], MOVE)?.expect_moved()?;
     workload.check_going_on(&lan.b)
+}
+
+/// Whether one of a service's threads answers faults.
+fn answers_faults(threads: &Path) -> bool {
+    let Ok(list) = std::fs::read_dir(threads) else { return false };
+    let comm = |entry: std::fs::DirEntry| std::fs::read_to_string(entry.path().join("comm"));
+    list.flatten().any(|entry| comm(entry).is_ok_and(|name| name.starts_with("faults-")))
 }
 
 /// The sentinel goes on with the pages of the stopped process.
@@ -207,7 +230,7 @@ fn source_killed(lan: &Lan) -> Result {
 
 /// Without command and sentinel the process waits where it touches what is missing, until somebody resumes.
 fn resume_by_hand(lan: &Lan) -> Result {
-    let mut drain = Drain::begin(lan, SLOW)?;
+    let mut drain = Drain::begin(lan, SLOWER)?;
     lan.a.kill(drain.job.pid)?;
     let others = lan.a.processes()?.into_iter().filter(|(pid, _)| *pid != drain.workload.pid());
     for (pid, _) in others {
@@ -242,7 +265,7 @@ fn through(lan: &Lan, weather: Weather) -> Result {
 
 /// Nobody waits for the pages of a process that has ended.
 fn process_ends(lan: &Lan) -> Result {
-    let drain = Drain::begin(lan, SLOW)?;
+    let drain = Drain::begin(lan, SLOWEST)?;
     lan.b.kill(drain.workload.pid())?;
     let outcome = lan.finish_move(&lan.a, &drain.job, MOVE)?.expect_moved()?;
     ensure(outcome.report["pages_dropped"].as_u64() > Some(0), || format!("{}", outcome.report))?;
@@ -296,7 +319,7 @@ fn service_killed(lan: &Lan) -> Result {
 
 /// The service starts another guardian, which is as good: the service is killed then.
 fn guardian_killed(lan: &Lan) -> Result {
-    let mut drain = Drain::begin(lan, SLOW)?;
+    let mut drain = Drain::begin(lan, SLOWER)?;
     let first = guardian(&lan.b)?.ok_or("there is no guardian")?;
     lan.b.kill(first)?;
     let again = |host: &Host| Ok(guardian(host).ok().flatten().filter(|pid| *pid != first));
@@ -307,7 +330,7 @@ fn guardian_killed(lan: &Lan) -> Result {
 
 /// Nobody holds the pages: the process must not read zeros in their place.
 fn service_and_guardian_killed(lan: &Lan) -> Result {
-    let drain = Drain::begin(lan, SLOW)?;
+    let drain = Drain::begin(lan, SLOWEST)?;
     let pid = drain.workload.pid();
     // Both at once as far as the process can see: it is stopped meanwhile.
     lan.b.signal(pid, libc::SIGSTOP)?;

@@ -211,7 +211,7 @@ impl Grounds<'_> {
         }
         let job = self.lan.start_move(here, &service.address, self.job.pid, &options)?;
         self.doors.await_move(here, &job, "source", STAGES[0])?;
-        self.wire.settle();
+        self.wire.settle()?;
         self.wire.allow(&[]);
         gates.open(Part::AtSource);
         gates.all(Part::AtSource, count, PATIENCE)?;
@@ -219,7 +219,7 @@ impl Grounds<'_> {
         self.doors.await_move(here, &job, "destination", STAGES[1])?;
         gates.open(Part::AtDestination);
         gates.all(Part::AtDestination, count, PATIENCE)?;
-        self.wire.settle();
+        self.wire.settle()?;
         self.wire.allow(&[self.from.other()]);
         self.doors.open("destination", STAGES[1])?;
         gates.open(Part::Live);

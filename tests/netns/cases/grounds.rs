@@ -6,12 +6,18 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 
-use migrate::testbed::{Host, Lan, Spawn};
+use migrate::testbed::{Host, Lan, Spawn, wait_for};
 
 use crate::case::{Case, Result, ensure};
 use crate::relay::{Relay, Weather};
+
+/// How long what must come may take.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// How long another runner may take to make hosts.
+const HOSTS_MADE: Duration = Duration::from_secs(60);
 
 pub(crate) fn cases() -> Vec<Case> {
     vec![
@@ -28,6 +34,11 @@ fn hosts(lan: &Lan) -> Result {
     ensure(job.pid >= i32::try_from(Lan::FIRST_PID)?, || format!("PID {} on a", job.pid))?;
     ensure(lan.a.proc(job.pid).exists(), || "not seen on a".to_owned())?;
     ensure(!lan.b.proc(job.pid).exists(), || "seen on b".to_owned())?;
+    // Until it is there `setsid` runs, and the linker with files of its own.
+    wait_for("its sleep", PATIENCE, || {
+        let status = std::fs::read_to_string(lan.a.proc(job.pid).join("status")).unwrap_or_default();
+        Ok((status.starts_with("Name:\tsleep\n") && status.contains("\nState:\tS")).then_some(()))
+    })?;
     let descriptors = std::fs::read_dir(lan.a.proc(job.pid).join("fd"))?.count();
     ensure(descriptors == 3, || format!("{descriptors} descriptors: some are inherited"))?;
     lan.a.kill(job.pid)?;
@@ -39,22 +50,23 @@ fn hosts(lan: &Lan) -> Result {
 
 /// A cut link carries nothing; a healed one does again.
 fn cut(lan: &Lan) -> Result {
-    ensure(reaches(lan)?, || "the link does not carry".to_owned())?;
+    ensure(reaches(lan, PATIENCE)?, || "the link does not carry".to_owned())?;
     lan.cut(&lan.b)?;
-    ensure(!reaches(lan)?, || "the cut link carries".to_owned())?;
+    // Nothing can come: there is nothing to be patient for.
+    ensure(!reaches(lan, Duration::from_millis(300))?, || "the cut link carries".to_owned())?;
     lan.heal(&lan.b)?;
-    let end = Instant::now() + Duration::from_secs(10);
-    while !reaches(lan)? {
+    let end = Instant::now() + PATIENCE;
+    while !reaches(lan, PATIENCE)? {
         ensure(Instant::now() < end, || "the healed link does not carry".to_owned())?;
     }
     Ok(())
 }
 
 /// Whether the clients' place reaches host `b`: a refused connection is an answer.
-fn reaches(lan: &Lan) -> Result<bool> {
-    let attempt = lan.client("reach", || {
+fn reaches(lan: &Lan, patience: Duration) -> Result<bool> {
+    let attempt = lan.client("reach", move || {
         let address = std::net::SocketAddr::new(Lan::B.parse().expect("an address"), 9);
-        std::net::TcpStream::connect_timeout(&address, Duration::from_millis(300))
+        std::net::TcpStream::connect_timeout(&address, patience)
     })?;
     let answer = attempt.join().map_err(|_| "the client panicked")??;
     Ok(answer.is_err_and(|error| error.kind() == std::io::ErrorKind::ConnectionRefused))
@@ -129,8 +141,18 @@ impl Drop for UdpSocketInside {
 /// A runner that is killed leaves no process behind: here another runner with a host of its own.
 fn killed(_: &Lan) -> Result {
     let mut runner = Command::new(std::env::current_exe()?).arg("--hold").stdout(Stdio::piped()).spawn()?;
-    let mut line = String::new();
-    BufReader::new(runner.stdout.take().ok_or("no output")?).read_line(&mut line)?;
+    let output = runner.stdout.take().ok_or("no output")?;
+    let (sender, said) = channel();
+    std::thread::spawn(move || {
+        let mut line = String::new();
+        let read = BufReader::new(output).read_line(&mut line);
+        let _ = sender.send(read.map(|_| line));
+    });
+    let said = said.recv_timeout(HOSTS_MADE);
+    if said.is_err() {
+        runner.kill()?;
+    }
+    let line = said.map_err(|_| "it did not say which hosts it has")??;
     let inits: Vec<String> = line.split_whitespace().map(|init| format!("/proc/{init}")).collect();
     ensure(inits.len() == 3 && inits.iter().all(|init| Path::new(init).exists()), || line.clone())?;
     runner.kill()?;

@@ -167,7 +167,7 @@ fn half_open(lan: &Lan) -> Result {
     for client in clients.iter_mut().chain([&mut half]) {
         client.is_echoed(b"at the destination")?;
     }
-    wire.settle();
+    wire.settle()?;
     let wrong = wire.complaints();
     ensure(wrong.is_empty(), || wrong.join(", "))?;
     println!("    {} connections began before the doors were closed", clients.len());
@@ -207,7 +207,7 @@ fn not_accepted(lan: &Lan) -> Result {
         client.hears(b"before, meanwhile, ")?;
         client.is_echoed(b"afterwards")?;
     }
-    wire.settle();
+    wire.settle()?;
     let wrong = wire.complaints();
     ensure(wrong.is_empty(), || wrong.join(", "))?;
     workload.check(&lan.b)

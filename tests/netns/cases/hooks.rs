@@ -6,10 +6,10 @@ use std::time::Duration;
 use migrate::testbed::{Lan, SHARED, wait_for};
 
 use super::crash::SETTLE;
-use super::limbo::{at_state, sentinels};
+use super::limbo::{at_state, held_from, sentinels};
 use super::refusals::says;
 use crate::case::{Case, Result, ensure};
-use crate::relay::{Relay, Weather};
+use crate::relay::Way;
 use crate::workload::Workload;
 
 const MOVE: Duration = Duration::from_secs(60);
@@ -118,16 +118,17 @@ fn failing(lan: &Lan, stage: &str, expected: &[&str]) -> Result {
 
 /// The command is killed in limbo: its sentinel asks, gives the process back, and tells.
 fn by_the_sentinel(lan: &Lan) -> Result {
-    const FAR: Duration = Duration::from_millis(400);
     let mut workload = Workload::start(&lan.a, "counter", &[])?;
     lan.share_identity()?;
     lan.serve(&lan.b)?;
-    let relay = Relay::start(lan, Weather { lost: 0, repeated: 0, delay: FAR, reorders: true })?;
+    // The commit gets no further than there, and meets a cut link then.
+    let relay = held_from(lan, Way::Forth, "limbo")?;
     let hook = noting("$MIGRATE_SIDE", "source");
     let job = lan.start_move(&lan.a, &relay.address, workload.pid(), &["--hook", &hook])?;
     at_state(&lan.a, &job, "limbo")?;
     lan.cut(&lan.b)?;
     lan.a.kill(job.pid)?;
+    relay.release();
     let pid = workload.pid();
     wait_for("the destination giving up", SETTLE, || Ok((!lan.b.proc(pid).exists()).then_some(())))?;
     let seen = lines(lan, "source");

@@ -4,10 +4,10 @@
 use std::process::Command;
 use std::time::Duration;
 
-use migrate::testbed::{Host, Lan, Service};
+use migrate::testbed::{Host, Lan, Service, TestbedError, wait_for};
 
 use super::moves;
-use crate::case::{Case, Need, Result, ensure};
+use crate::case::{Case, Need, Result};
 use crate::visible::Snapshot;
 use crate::workload::{Workload, build};
 
@@ -97,9 +97,13 @@ pub(crate) fn unmoved() -> Vec<Case> {
     };
     // What is refused is harmless where it is.
     let refused = Case::new("still/refused_states", |lan| {
-        super::refusals::STATES
-            .iter()
-            .try_for_each(|(_, states, _)| Workload::start(&lan.a, "counter", states)?.check_going_on(&lan.a))
+        super::refusals::STATES.iter().try_for_each(|(_, states, _)| {
+            let mut workload = Workload::start(&lan.a, "counter", states)?;
+            workload.check_going_on(&lan.a)?;
+            // It counts until then, and the next ones are many.
+            lan.a.kill(workload.pid())?;
+            Ok(())
+        })
     });
     [builds, refused].into_iter().chain(kinds().into_iter().map(case)).collect()
 }
@@ -152,11 +156,24 @@ fn one_way(
     if mode == "postcopy" {
         moves::count_is_exact(&outcome)?;
     }
-    ensure(!from.proc(pid).exists(), || "the process is still at the source".to_owned())?;
+    gone(from, pid)?;
     let after = Snapshot::take(to, pid)
         .map_err(|error| format!("the process is gone ({error}); it wrote: {}", to.stdout(&workload.job)))?;
     if kind.steady {
         after.compare(&before)?;
     }
     workload.check_going_on(to)
+}
+
+/// The process has ended at the source. Its parent there takes notice of that in its own time, until which it is a
+/// zombie; anything else is one process too many.
+fn gone(from: &Host, pid: i32) -> Result {
+    Ok(wait_for("its parent at the source taking notice", MOVE, || {
+        let status = std::fs::read_to_string(from.proc(pid).join("status")).unwrap_or_default();
+        match status.lines().find_map(|line| line.strip_prefix("State:\t")) {
+            None => Ok(Some(())),
+            Some(state) if state.starts_with(['Z', 'X']) => Ok(None),
+            Some(state) => Err(TestbedError::Program(format!("the process is still at the source: {state}"))),
+        }
+    })?)
 }

@@ -1,20 +1,19 @@
 //! A source command and its sentinel killed together while nobody but the destination knows who runs the
 //! process; and addresses that move, when the command is killed.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use migrate::testbed::{Host, Job, Lan, Outcome, STATE, TestbedError, wait_for};
+use migrate::testbed::{Host, Job, Lan, Outcome, STATE, Spawn, TestbedError, wait_for};
 use serde_json::Value;
 
 use super::crash::{self, SETTLE};
+use super::drain;
 use crate::case::{Case, Choices, Result, ensure, fail};
-use crate::relay::{Relay, Weather};
+use crate::relay::{Relay, Way, Weather};
 use crate::workload::Workload;
 
 const MOVE: Duration = Duration::from_secs(120);
-/// Each way: so long is the limbo that the killing blow hits it.
-const FAR: Duration = Duration::from_millis(400);
 const INSTANTS: u64 = 10;
 
 pub(crate) fn cases() -> Vec<Case> {
@@ -28,11 +27,27 @@ pub(crate) fn cases() -> Vec<Case> {
 
 /// The one record of a migration that a host's source command has written.
 fn record(host: &Host) -> Option<Value> {
-    let list = std::fs::read_dir(host.outside(format!("{STATE}/outgoing"))).ok()?;
+    record_in(&records(host))
+}
+
+fn records(host: &Host) -> PathBuf {
+    host.outside(format!("{STATE}/outgoing"))
+}
+
+fn record_in(directory: &Path) -> Option<Value> {
+    let list = std::fs::read_dir(directory).ok()?;
     let paths = list.flatten().map(|entry| entry.path());
     let mut records: Vec<PathBuf> =
         paths.filter(|path| path.extension().is_some_and(|e| e == "json")).collect();
     serde_json::from_slice(&std::fs::read(records.pop()?).ok()?).ok()
+}
+
+/// A relay that holds what goes one way from when the source has recorded that state on.
+pub(crate) fn held_from(lan: &Lan, way: Way, state: &'static str) -> Result<Relay> {
+    let weather = Weather { lost: 0, repeated: 0, delay: Duration::from_millis(10), reorders: true };
+    let records = records(&lan.a);
+    let reached = move || record_in(&records).is_some_and(|record| record["state"] == state);
+    Relay::with_gate(lan, weather, Box::new(move |at| at == way && reached()))
 }
 
 /// Waits until the source command has recorded that state; its record.
@@ -63,10 +78,11 @@ fn limbo(lan: &Lan, accepted: bool) -> Result {
     let mut workload = Workload::start(&lan.a, "counter", &[])?;
     lan.share_identity()?;
     let service = lan.serve(&lan.b)?;
-    let relay = Relay::start(lan, Weather { lost: 0, repeated: 0, delay: FAR, reorders: true })?;
+    // The record is written before the commit is sent, which gets no further: afterwards it arrives, or it meets a cut
+    // link.
+    let relay = held_from(lan, Way::Forth, "limbo")?;
     let job = lan.start_move(&lan.a, &relay.address, workload.pid(), &[])?;
     let record = at_state(&lan.a, &job, "limbo")?;
-    // The commit needs its time through the relay: it arrives, or it meets a cut link.
     let guards = sentinels(&lan.a)?;
     ensure(guards.len() == 1, || format!("{guards:?} sentinels"))?;
     if !accepted {
@@ -74,6 +90,7 @@ fn limbo(lan: &Lan, accepted: bool) -> Result {
     }
     lan.a.signal(guards[0], libc::SIGKILL)?;
     lan.a.kill(job.pid)?;
+    relay.release();
     let pid = workload.pid();
     wait_for("the fence", SETTLE, || Ok(stopped(&lan.a, pid).then_some(())))?;
     let id = record["id"].as_str().ok_or("a record without an id")?.to_owned();
@@ -116,18 +133,35 @@ fn expect(outcome: &Outcome, code: i32, word: &str) -> Result {
 /// among them is one.
 fn late_signals(lan: &Lan) -> Result {
     const SIGNALS: usize = 200;
+    const EARLY: usize = 20;
     let mut workload = Workload::start(&lan.a, "late_signals", &[])?;
     lan.share_identity()?;
-    lan.serve(&lan.b)?;
-    let relay = Relay::start(lan, Weather { lost: 0, repeated: 0, delay: FAR, reorders: true })?;
+    let service = lan.serve(&lan.b)?;
+    // The answer to the state waits for the last signal.
+    let relay = held_from(lan, Way::Back, "taking")?;
     let job = lan.start_move(&lan.a, &relay.address, workload.pid(), &["--move-ip", Lan::MOVE_IP])?;
-    at_state(&lan.a, &job, "taking")?;
-    for _ in 0..SIGNALS {
+    at_state(&lan.a, &job, "taking")
+        .map_err(|error| format!("{error}\nthe service: {}", lan.b.stderr(&service.job)))?;
+    for _ in 0..EARLY {
         lan.a.signal(workload.pid(), libc::SIGRTMIN())?;
     }
-    lan.a.signal(workload.pid(), libc::SIGSTOP)?;
-    // The state is far away by now, and so is the answer to it.
-    ensure(record(&lan.a).is_some_and(|r| r["state"] == "taking"), || "it went too fast".to_owned())?;
+    wait_for("the state at the destination", SETTLE, || {
+        let arrived = |m: &Value| m["phase"] == "frozen" || m["phase"] == "committing";
+        Ok(drain::status(lan, &lan.b).iter().any(arrived).then_some(()))
+    })?;
+    // All by one program, as the source does not wait for an answer for ever.
+    let kill = format!(
+        "for i in $(seq {}); do kill -{} {pid}; done; kill -STOP {pid}",
+        SIGNALS - EARLY,
+        libc::SIGRTMIN(),
+        pid = workload.pid()
+    );
+    let (exit, _, said) = lan.a.run(&Spawn::new(["/bin/sh", "-c", &kill]), SETTLE)?;
+    ensure(exit.code == Some(0) && said.is_empty(), || format!("{exit:?} {said}"))?;
+    ensure(record(&lan.a).is_some_and(|r| r["state"] == "taking"), || {
+        format!("it did not wait for the answer: {}", lan.a.stderr(&job))
+    })?;
+    relay.release();
     lan.finish_move(&lan.a, &job, MOVE)?.expect_moved()?;
     wait_for("the stop at the destination", SETTLE, || Ok(stopped(&lan.b, workload.pid()).then_some(())))?;
     lan.b.signal(workload.pid(), libc::SIGCONT)?;

@@ -13,10 +13,10 @@ use nix::sys::socket::{
 };
 
 use super::crash::SETTLE;
-use super::limbo::{at_state, resume, sentinels, stopped};
+use super::limbo::{at_state, held_from, resume, sentinels, stopped};
 use super::refusals::says;
 use crate::case::{Case, Result, ensure};
-use crate::relay::{Relay, Weather};
+use crate::relay::Way;
 use crate::workload::Workload;
 
 const MOVE: Duration = Duration::from_secs(60);
@@ -53,8 +53,14 @@ fn tables(host: &Host) -> Result<Vec<String>> {
             let mut rest = &buffer[..count];
             while rest.len() >= 16 {
                 let length = u32::from_ne_bytes(rest[..4].try_into().unwrap_or_default()) as usize;
-                if rest[4..6] == [3, 0] {
-                    return Ok(names);
+                match u16::from_ne_bytes([rest[4], rest[5]]) {
+                    // NLMSG_DONE, and NLMSG_ERROR, after which nothing comes either.
+                    3 => return Ok(names),
+                    2 => {
+                        let word = rest.get(16..20).and_then(|b| b.first_chunk()).copied();
+                        return Err(Errno::from_raw(-i32::from_ne_bytes(word.unwrap_or_default())));
+                    }
+                    _ => {}
                 }
                 // Header, family; the first attribute is the name: length, kind, text.
                 let text = rest[24..length].split(|byte| *byte == 0).next().unwrap_or_default();
@@ -166,16 +172,17 @@ fn after_a_move(lan: &Lan) -> Result {
 
 /// kill -9 of the command leaves the lock to its sentinel; after that of both there is none.
 fn last_holder(lan: &Lan) -> Result {
-    const FAR: Duration = Duration::from_millis(400);
     let mut workload = Workload::start(&lan.a, "counter", &["port"])?;
     lan.share_identity()?;
     lan.serve(&lan.b)?;
-    let relay = Relay::start(lan, Weather { lost: 0, repeated: 0, delay: FAR, reorders: true })?;
+    // The commit gets no further than there, and meets a cut link then.
+    let relay = held_from(lan, Way::Forth, "limbo")?;
     let job = lan.start_move(&lan.a, &relay.address, workload.pid(), &["--tcp-established"])?;
     let record = at_state(&lan.a, &job, "limbo")?;
     lan.cut(&lan.b)?;
     let name = format!("migrate-{}", record["id"].as_str().ok_or("no id")?);
     lan.a.kill(job.pid)?;
+    relay.release();
     let pid = workload.pid();
     wait_for("the fence", SETTLE, || Ok(stopped(&lan.a, pid).then_some(())))?;
     ensure(tables(&lan.a)? == [name.clone()], || format!("{:?}", tables(&lan.a)))?;

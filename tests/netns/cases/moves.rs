@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use migrate::testbed::{Host, Lan, Outcome, Service};
 
+use super::drain::only;
 use super::kinds::{EVERY_KIND, HUGE_PAGES};
 use crate::case::{Case, Need, Result, ensure};
 use crate::workload::Workload;
@@ -64,9 +65,9 @@ fn fifty(lan: &Lan) -> Result {
             ensure(is <= was + allowed, || format!("service {host}: {was} {what}, then {is}"))?;
         }
     }
-    let left: Vec<_> = lan.a.processes()?.into_iter().chain(lan.b.processes()?).collect();
-    // The workload and the two services.
-    ensure(left.len() == 3, || format!("more than expected is left: {left:?}"))
+    // A service on each, and after an even number of moves the workload where it began.
+    only(&lan.a, 2)?;
+    only(&lan.b, 1)
 }
 
 fn back_and_forth(

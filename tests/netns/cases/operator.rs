@@ -13,6 +13,10 @@ const MOVE: Duration = Duration::from_secs(120);
 const COMMAND: Duration = Duration::from_secs(30);
 /// A link on which the writer's memory takes many seconds.
 const SLOW: &[&str] = &["--bandwidth", "8M"];
+/// One on which it takes a minute: for moves that are cancelled, at an instant that a busy machine may delay.
+const SLOWER: &[&str] = &["--bandwidth", "1M"];
+/// For moves whose time ends in the middle of the first round, however late that begins.
+const TIMED: &[&str] = &["--bandwidth", "4M", "--timeout", "4s"];
 /// The writer of these cases: 2 threads over 64 MiB.
 const WRITER: &[&str] = &["2", "64", "/run/shared/writer", "4"];
 
@@ -64,10 +68,10 @@ fn id_of(migration: &Value) -> Result<String> {
 }
 
 /// Starts a move that takes long enough to step in.
-fn slow_move(lan: &Lan, workload: &Workload, options: &[&str]) -> Result<Job> {
+fn slow_move(lan: &Lan, workload: &Workload, rate: &[&str], options: &[&str]) -> Result<Job> {
     lan.share_identity()?;
     let service = lan.serve(&lan.b)?;
-    Ok(lan.start_move(&lan.a, &service.address, workload.pid(), &[SLOW, options].concat())?)
+    Ok(lan.start_move(&lan.a, &service.address, workload.pid(), &[rate, options].concat())?)
 }
 
 fn expect_answer(outcome: &Outcome, code: i32, word: &str) -> Result {
@@ -97,7 +101,7 @@ fn only_at_a(lan: &Lan, workload: &mut Workload) -> Result {
 fn status_then_cancel(lan: &Lan) -> Result {
     let mut workload = Workload::start(&lan.a, "writer", WRITER)?;
     workload.check(&lan.a)?;
-    let job = slow_move(lan, &workload, &[])?;
+    let job = slow_move(lan, &workload, SLOWER, &[])?;
     let here = at_phase(lan, &lan.a, "precopy")?;
     let there = at_phase(lan, &lan.b, "precopy")?;
     let id = id_of(&here)?;
@@ -164,7 +168,7 @@ fn orders_to_nobody(lan: &Lan) -> Result {
 fn switch_during_precopy(lan: &Lan) -> Result {
     let mut workload = Workload::start(&lan.a, "writer", WRITER)?;
     workload.check(&lan.a)?;
-    let job = slow_move(lan, &workload, &[])?;
+    let job = slow_move(lan, &workload, SLOW, &[])?;
     let id = id_of(&at_phase(lan, &lan.a, "precopy")?)?;
     expect_answer(&ask(lan, &lan.a, &["postcopy", &id])?, 0, "switched")?;
     let outcome = lan.finish_move(&lan.a, &job, MOVE)?.expect_moved()?;
@@ -184,7 +188,7 @@ fn cancel_while_frozen(lan: &Lan) -> Result {
     let mut workload = Workload::start(&lan.a, "writer", WRITER)?;
     workload.check(&lan.a)?;
     let force = ["--mode", "precopy", "--timeout", "100ms", "--on-timeout", "force"];
-    let job = slow_move(lan, &workload, &force)?;
+    let job = slow_move(lan, &workload, SLOWER, &force)?;
     let id = id_of(&at_phase(lan, &lan.a, "frozen")?)?;
     let late = ask(lan, &lan.a, &["postcopy", &id])?;
     expect_answer(&late, 1, "too_late")?;
@@ -200,7 +204,7 @@ fn two_services(lan: &Lan) -> Result {
     let mut second = Workload::start(&lan.a, "writer", WRITER)?;
     first.check(&lan.a)?;
     second.check(&lan.a)?;
-    let job = slow_move(lan, &second, &[])?;
+    let job = slow_move(lan, &second, SLOWER, &[])?;
     let address = format!("{}:7078", Lan::B);
     let service = lan.begin(&lan.b, &["serve", "--listen", &address, "--state-dir", STATE])?;
     lan.b.wait_line(&service, "listening on", 0, COMMAND)?;
@@ -241,7 +245,7 @@ fn two_services(lan: &Lan) -> Result {
 fn timeout_cancel(lan: &Lan) -> Result {
     let mut workload = Workload::start(&lan.a, "writer", WRITER)?;
     workload.check(&lan.a)?;
-    let job = slow_move(lan, &workload, &["--timeout", "1s"])?;
+    let job = slow_move(lan, &workload, SLOW, &["--timeout", "1s"])?;
     expect_not_moved(&lan.finish_move(&lan.a, &job, MOVE)?, "--timeout 1s")?;
     only_at_a(lan, &mut workload)
 }
@@ -250,7 +254,7 @@ fn timeout_cancel(lan: &Lan) -> Result {
 fn timeout_force(lan: &Lan) -> Result {
     let mut workload = Workload::start(&lan.a, "writer", WRITER)?;
     workload.check(&lan.a)?;
-    let job = slow_move(lan, &workload, &["--timeout", "1s", "--on-timeout", "force"])?;
+    let job = slow_move(lan, &workload, TIMED, &["--on-timeout", "force"])?;
     let outcome = lan.finish_move(&lan.a, &job, MOVE)?.expect_moved()?;
     cut_short(&outcome.report)?;
     ensure(outcome.report["mode"] == "precopy", || outcome.report.to_string())?;
@@ -262,8 +266,8 @@ fn timeout_postcopy(lan: &Lan) -> Result {
     let mut workload = Workload::start(&lan.a, "writer", WRITER)?;
     workload.check(&lan.a)?;
     // Allowed in each mode, as `migrate postcopy` is.
-    let options = ["--mode", "precopy", "--timeout", "1s", "--on-timeout", "postcopy"];
-    let job = slow_move(lan, &workload, &options)?;
+    let options = ["--mode", "precopy", "--on-timeout", "postcopy"];
+    let job = slow_move(lan, &workload, TIMED, &options)?;
     let outcome = lan.finish_move(&lan.a, &job, MOVE)?.expect_moved()?;
     cut_short(&outcome.report)?;
     ensure(outcome.report["mode"] == "hybrid", || outcome.report.to_string())?;

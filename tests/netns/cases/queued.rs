@@ -88,8 +88,15 @@ fn all_wait(host: &Host, clients: &[Client]) -> Result {
     Ok(waited.map_err(|error| format!("{error}: {seen:?} in place of {expected:?} on {}", host.name()))?)
 }
 
-/// The server accepts them, and each gets what it is owed.
-fn all_are_served(host: &Host, workload: &mut Workload, clients: Vec<Client>) -> Result {
+/// The server accepts them, and each gets what it is owed. Nobody was reset, before and afterwards.
+fn all_are_served(
+    lan: &Lan,
+    host: &Host,
+    workload: &mut Workload,
+    clients: Vec<Client>,
+    resets: &Resets,
+) -> Result {
+    resets.none(lan)?;
     host.signal(workload.pid(), libc::SIGUSR2)?;
     for (number, mut client) in clients.into_iter().enumerate() {
         let failed = |error| format!("client {number}: {error}");
@@ -105,7 +112,8 @@ fn all_are_served(host: &Host, workload: &mut Workload, clients: Vec<Client>) ->
         }
         ensure(client.stream.read(&mut [0]).map_err(failed)? == 0, || format!("client {number} hears more"))?;
     }
-    workload.check(host)
+    workload.check(host)?;
+    resets.none_but_after_ends(lan)
 }
 
 fn start(lan: &Lan, backlog: usize) -> Result<Workload> {
@@ -139,8 +147,7 @@ fn there_and_back(lan: &Lan, count: usize, backlog: usize) -> Result {
         here = lan.other(here);
         all_wait(here, &clients)?;
     }
-    all_are_served(here, &mut workload, clients)?;
-    resets.none(lan)
+    all_are_served(lan, here, &mut workload, clients, &resets)
 }
 
 /// Begun with timestamps, they go on where there are none; and the other way round.
@@ -148,8 +155,7 @@ fn without_timestamps(lan: &Lan, off: &Host) -> Result {
     off.net(&["sh", "-c", "echo 0 > /proc/sys/net/ipv4/tcp_timestamps"])?;
     let (mut workload, resets, service, clients) = begin(lan, Lan::SERVICE)?;
     lan.move_to(&lan.a, &service, workload.pid(), &OPTIONS, MOVE)?.expect_moved()?;
-    all_are_served(&lan.b, &mut workload, clients)?;
-    resets.none(lan)
+    all_are_served(lan, &lan.b, &mut workload, clients, &resets)
 }
 
 /// Behind a router, with an address that both hosts have.
@@ -158,8 +164,7 @@ fn address_on_both_hosts(lan: &Lan) -> Result {
     let (mut workload, resets, service, clients) = begin(lan, ON_BOTH)?;
     lan.move_to(&lan.a, &service, workload.pid(), &["--tcp-established"], MOVE)?.expect_moved()?;
     lead_to(lan, &lan.b)?;
-    all_are_served(&lan.b, &mut workload, clients)?;
-    resets.none(lan)
+    all_are_served(lan, &lan.b, &mut workload, clients, &resets)
 }
 
 /// The move fails when they are locked already: they wait where they were.
@@ -169,6 +174,5 @@ fn not_moved(lan: &Lan) -> Result {
     let outcome = lan.move_to(&lan.a, &service, workload.pid(), &[&OPTIONS[..], &hook].concat(), MOVE)?;
     ensure(!outcome.moved(), || "it was moved".to_owned())?;
     all_wait(&lan.a, &clients)?;
-    all_are_served(&lan.a, &mut workload, clients)?;
-    resets.none(lan)
+    all_are_served(lan, &lan.a, &mut workload, clients, &resets)
 }

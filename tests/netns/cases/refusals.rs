@@ -3,13 +3,15 @@
 use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::os::fd::AsFd;
+use std::sync::Arc;
 use std::time::Duration;
 
-use migrate::testbed::{Host, Lan, Outcome, PRIVATE, Spawn};
+use migrate::testbed::{Host, Lan, Outcome, PRIVATE, Spawn, wait_for};
 use nix::poll::{PollFd, PollFlags, poll};
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 
 use crate::case::{Case, Need, Result, ensure};
+use crate::relay::{Relay, Way, Weather};
 use crate::workload::Workload;
 
 pub(crate) const REFUSAL: Duration = Duration::from_secs(30);
@@ -136,7 +138,7 @@ fn zombie(lan: &Lan) -> Result {
     let job = lan.a.spawn(&Spawn::new(["/bin/sh", "-c", "sleep 0 & echo $!; exec sleep 1000"]))?;
     let (line, _) = lan.a.wait_line(&job, "", 0, REFUSAL)?;
     let pid: i32 = line.parse()?;
-    migrate::testbed::wait_for("the zombie", REFUSAL, || {
+    wait_for("the zombie", REFUSAL, || {
         let status = std::fs::read_to_string(lan.a.proc(pid).join("status")).unwrap_or_default();
         Ok(status.contains("State:\tZ").then_some(()))
     })?;
@@ -149,9 +151,14 @@ fn pid_taken(lan: &Lan) -> Result {
     let last = lan.b.outside("/proc/sys/kernel/ns_last_pid");
     // Written from inside: the file sets the namespace of who writes it.
     ensure(last.exists(), || "no ns_last_pid".to_owned())?;
-    let set = format!("echo {} > /proc/sys/kernel/ns_last_pid; exec sleep 1000", pid - 2);
-    lan.b.spawn(&Spawn::new(["/bin/sh", "-c", &set]))?;
+    let set = format!("echo {} > /proc/sys/kernel/ns_last_pid; echo set; exec sleep 1000", pid - 2);
+    let shell = lan.b.spawn(&Spawn::new(["/bin/sh", "-c", &set]))?;
+    lan.b.wait_line(&shell, "set", 0, REFUSAL)?;
     let taken = take_pid(&lan.b, pid)?;
+    // What is at the destination is to be the same afterwards, names included.
+    wait_for("all of them sleeping", REFUSAL, || {
+        Ok(lan.b.processes()?.iter().all(|(_, name)| name == "sleep").then_some(()))
+    })?;
     refused(lan, workload, &[], &[&taken.to_string()])
 }
 
@@ -193,14 +200,24 @@ fn not_for_what_has_passed(lan: &Lan) -> Result {
     let mut workload = Workload::start(&lan.a, "fleeting", &[])?;
     let pid = workload.pid();
     lan.share_identity()?;
-    let service = lan.serve(&lan.b)?;
-    let looks = Inotify::init(InitFlags::IN_CLOEXEC)?;
+    lan.serve(&lan.b)?;
+    let looks = Arc::new(Inotify::init(InitFlags::IN_CLOEXEC)?);
     let name = lan.a.outside(format!("{PRIVATE}/fleeting-{pid}"));
     looks.add_watch(&name, AddWatchFlags::IN_CLOSE_NOWRITE)?;
-    let job = lan.start_move(&lan.a, &service.address, pid, &[])?;
-    let mut looked = [PollFd::new(looks.as_fd(), PollFlags::POLLIN)];
-    ensure(poll(&mut looked, 30_000_u16)? == 1, || "nobody looked at its file".to_owned())?;
+    // What the destination says of it waits until it is gone: the source looks twice, a moment apart.
+    let looked_at = |looks: &Inotify, patience: u16| {
+        let mut looked = [PollFd::new(looks.as_fd(), PollFlags::POLLIN)];
+        poll(&mut looked, patience) == Ok(1)
+    };
+    let weather = Weather { lost: 0, repeated: 0, delay: Duration::ZERO, reorders: false };
+    let seen = Arc::clone(&looks);
+    let gate = Box::new(move |way| way == Way::Back && looked_at(&seen, 0));
+    let relay = Relay::with_gate(lan, weather, gate)?;
+    let job = lan.start_move(&lan.a, &relay.address, pid, &[])?;
+    ensure(looked_at(&looks, 30_000), || "nobody looked at its file".to_owned())?;
     lan.a.signal(pid, libc::SIGUSR2)?;
+    wait_for("the end of its file", REFUSAL, || Ok((!name.exists()).then_some(())))?;
+    relay.release();
     let outcome = lan.finish_move(&lan.a, &job, REFUSAL)?;
     ensure(outcome.moved(), || format!("{:?} {}", outcome.exit, outcome.report))?;
     workload.check_going_on(&lan.b)

@@ -150,7 +150,7 @@ fn under_load(lan: &Lan, pid: i32, options: Option<&[&str]>, writes: &AtomicU64)
 
 fn more_writes(writes: &AtomicU64) -> Result {
     let before = writes.load(Ordering::Relaxed);
-    wait_for("more acknowledged writes", Duration::from_secs(30), || {
+    wait_for("more acknowledged writes", Duration::from_secs(60), || {
         Ok((writes.load(Ordering::Relaxed) >= before + SOME_WRITES).then_some(()))
     })?;
     Ok(())

@@ -16,8 +16,9 @@ use crate::workload::{self, Workload};
 
 const MOVE: Duration = Duration::from_secs(120);
 const END: Duration = Duration::from_secs(60);
-/// Some seconds for the memory of these programs.
-const SLOW: &[&str] = &["--mode", "postcopy", "--bandwidth", "16M"];
+/// Many seconds for the memory of these programs, and still more for that of those that end in the middle.
+const SLOW: &[&str] = &["--mode", "postcopy", "--bandwidth", "8M"];
+const SLOWER: &[&str] = &["--mode", "postcopy", "--bandwidth", "4M"];
 
 /// Programs of C by their kinds: those that have threads only keep an exact account.
 const STORMS: &[(&str, &[&str])] = &[
@@ -68,11 +69,11 @@ struct Storm {
 }
 
 impl Storm {
-    fn begin(lan: &Lan, mut workload: Workload) -> Result<Self> {
+    fn begin(lan: &Lan, mut workload: Workload, options: &[&str]) -> Result<Self> {
         workload.check(&lan.a)?;
         lan.share_identity()?;
         let service = lan.serve(&lan.b)?;
-        let job = lan.start_move(&lan.a, &service.address, workload.pid(), SLOW)?;
+        let job = lan.start_move(&lan.a, &service.address, workload.pid(), options)?;
         wait_for_drain(lan, &job)?;
         Ok(Self { workload, service, job })
     }
@@ -102,7 +103,7 @@ impl Storm {
 }
 
 fn through(lan: &Lan, program: &str, kind: &str) -> Result {
-    let mut storm = Storm::begin(lan, Workload::start(&lan.a, program, &[kind])?)?;
+    let mut storm = Storm::begin(lan, Workload::start(&lan.a, program, &[kind])?, SLOW)?;
     storm.check(lan)?;
     let outcome = storm.finish(lan)?;
     ensure(outcome.report["pages_faulted"].as_u64() > Some(0), || {
@@ -129,7 +130,7 @@ fn ends_unmoved(lan: &Lan, kind: &str, end: Exit) -> Result {
 
 /// The end of the process is the end it chose, and nothing waits for the pages it missed.
 fn ends(lan: &Lan, kind: &str, end: &str) -> Result {
-    let storm = Storm::begin(lan, Workload::start(&lan.a, "storm_family", &[kind])?)?;
+    let storm = Storm::begin(lan, Workload::start(&lan.a, "storm_family", &[kind])?, SLOWER)?;
     storm.end(lan, end)?;
     let outcome = storm.finish(lan)?;
     ensure(outcome.report["pages_dropped"].as_u64() > Some(0), || format!("{}", outcome.report))?;
@@ -139,7 +140,7 @@ fn ends(lan: &Lan, kind: &str, end: &str) -> Result {
 
 /// A child that is left alone with missing pages finds them all.
 fn orphan(lan: &Lan) -> Result {
-    let storm = Storm::begin(lan, Workload::start(&lan.a, "storm_family", &["orphan"])?)?;
+    let storm = Storm::begin(lan, Workload::start(&lan.a, "storm_family", &["orphan"])?, SLOW)?;
     storm.end(lan, "Exited(Pid(#), 3)")?;
     said(&lan.b, &storm.workload.job, ORPHAN)
         .map_err(|error| format!("{error}\nthe service: {}", lan.b.stderr(&storm.service.job)))?;

@@ -88,7 +88,7 @@ fn echo(lan: &Lan, moves: usize, mode: &str, crowd: Crowd) -> Result {
     let longest = clients.finish()?;
     let longest = longest.as_secs_f64() * 1000.0;
     println!("    longest wait of a client {longest:.1} ms, downtimes {} ms", downtimes.join(", "));
-    resets.none(lan)
+    resets.none_but_after_ends(lan)
 }
 
 /// When the source command is killed.
@@ -152,8 +152,9 @@ fn source_killed(lan: &Lan, blow: Blow) -> Result {
         })?;
     }
     println!("    of {blows} disturbed moves {moved} arrived");
+    resets.none(lan).map_err(|error| format!("before the clients end: {error}"))?;
     clients.finish()?;
-    resets.none(lan)
+    resets.none_but_after_ends(lan)
 }
 
 /// An address that both hosts have, behind a router.
@@ -218,9 +219,13 @@ fn address_on_both_hosts(lan: &Lan) -> Result {
         workload.check(here)?;
         quiet(clients.get_on())?;
     }
+    resets.none(lan).map_err(|error| format!("before the clients end: {error}"))?;
     clients.finish()?;
-    resets.none(lan)
+    resets.none_but_after_ends(lan)
 }
+
+/// More requests than there is time for: the client is to be at work as long as it is needed.
+const ENDLESS: &str = "2000000000";
 
 /// Pipelining from 20 connections, unbroken.
 fn redis_benchmark(lan: &Lan) -> Result {
@@ -232,11 +237,9 @@ fn redis_benchmark(lan: &Lan) -> Result {
     })?
     .join()
     .map_err(|_| "the client panicked")???;
-    // Whoever connected before it listened was refused.
-    let resets = Resets::watch(lan, redis::PORT)?;
     lan.share_identity()?;
     let services = [lan.serve(&lan.a)?, lan.serve(&lan.b)?];
-    let words = ["redis-benchmark", "-h", Lan::SERVICE, "-p", &port, "-c", "20", "-P", "16", "-n", "5000000"];
+    let words = ["redis-benchmark", "-h", Lan::SERVICE, "-p", &port, "-c", "20", "-P", "16", "-n", ENDLESS];
     let rest = ["-t", "set", "-r", "100000", "-d", "100", "-q"];
     let bench = lan.middle.spawn(&Spawn::new(words.iter().chain(&rest)))?;
     let commands = |host: &Host| received(host);
@@ -249,17 +252,24 @@ fn redis_benchmark(lan: &Lan) -> Result {
     };
     let mut here = &lan.a;
     busy(here)?;
+    // Whoever connected before it listened was refused; and the client asks for something first, over a connection
+    // that it closes.
+    let resets = Resets::watch(lan, redis::PORT)?;
     for _ in 0..2 {
         lan.move_to(here, service_of_other(lan, here, &services), job.pid, &OPTIONS, MOVE)?.expect_moved()?;
         here = lan.other(here);
         busy(here)?;
     }
-    // Before its end: then it closes connections with answers under way, which resets them.
-    resets.none(lan)?;
     let said = || format!("{}{}", lan.middle.stdout(&bench), lan.middle.stderr(&bench));
-    wait_for("the end of redis-benchmark", MOVE, || Ok(said().contains("requests per second").then_some(())))
+    // What it has counted last, of answers.
+    let rates = || said().matches("rps=").count() - said().matches("rps=0.0").count();
+    let before = rates();
+    wait_for("redis-benchmark counting on", PATIENCE, || Ok((rates() > before + 1).then_some(())))
         .map_err(|error| format!("{error}: {}", said()))?;
-    ensure(!said().to_lowercase().contains("error"), said)
+    ensure(!said().to_lowercase().contains("error"), said)?;
+    // Before its end: that resets connections, with answers under way.
+    resets.none(lan)?;
+    Ok(lan.middle.signal(bench.pid, libc::SIGKILL)?)
 }
 
 /// What there is of the process, and what was said, to understand a failure by.

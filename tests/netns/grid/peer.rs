@@ -184,12 +184,13 @@ impl<'w> Peer<'w> {
         syn.options = self.offer(Agreed { ..self.agreed });
         syn.window = window.min(0xffff) as u16;
         self.offer_up_to(u64::from(syn.window));
+        let asked = Instant::now();
         self.wire.send(self.side, &syn)?;
         let answer = self.next("the answer to the SYN")?.segment;
         if !answer.has(SYN) || !answer.has(ACK) || answer.ack != self.our_start.wrapping_add(1) {
             return Err(format!("no answer to a SYN: {answer:?}"));
         }
-        self.agree(&answer)?;
+        self.agree(&answer, asked)?;
         self.head = head;
         self.acknowledge()?;
         self.say(0, self.head.len() as u64, false, Fate::Arrives)?;
@@ -219,16 +220,16 @@ impl<'w> Peer<'w> {
     /// connection is there.
     pub(crate) fn pick_up(&mut self, window: u64, mut lost: bool) -> Outcome {
         self.window = window;
-        let call = loop {
+        let (call, come) = loop {
             let arrival = self.next("the SYN")?;
             if arrival.side == self.side && !std::mem::take(&mut lost) {
-                break arrival.segment;
+                break (arrival.segment, arrival.at);
             }
         };
         if call.flags != SYN || call.seq != self.their_start {
             return Err(format!("not the SYN that it was, at {}: {call:?}", self.their_start));
         }
-        self.note_stamps(&call, Instant::now())?;
+        self.note_stamps(&call, come)?;
         self.their_scale = if self.agreed.scaling { call.options.scale.unwrap_or(0) } else { 0 };
         self.edge = u64::from(call.window);
         let mut answer = self.segment(self.our_start, SYN | ACK);
@@ -256,7 +257,9 @@ impl<'w> Peer<'w> {
         }
     }
 
-    fn agree(&mut self, answer: &Segment) -> Outcome {
+    /// Takes the answer to a SYN that was sent at `asked`. The clock in it is that of a later instant, but of which one
+    /// nobody knows: dated by when we read it, it would seem to have made haste if we are late.
+    fn agree(&mut self, answer: &Segment, asked: Instant) -> Outcome {
         let options = &answer.options;
         let theirs = Agreed {
             scaling: options.scale.is_some(),
@@ -269,7 +272,7 @@ impl<'w> Peer<'w> {
         self.their_start = answer.seq;
         self.their_scale = options.scale.unwrap_or(0);
         self.edge = u64::from(answer.window);
-        self.note_stamps(answer, Instant::now())
+        self.note_stamps(answer, asked)
     }
 
     fn segment(&mut self, seq: u32, flags: u8) -> Segment {

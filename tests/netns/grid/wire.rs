@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use migrate::testbed::{Host, Lan};
+use migrate::testbed::{Host, Lan, wait_for};
 use nix::errno::Errno;
 use nix::ifaddrs::getifaddrs;
 use nix::mount::{MsFlags, mount};
@@ -41,6 +41,8 @@ const MOVE_IPV6: &str = "fd00:88::1/64@wire0";
 const TURN_MS: u16 = 5;
 /// How long a host may take to have room for a frame.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// How long they may talk without a pause.
+const SILENCE: Duration = Duration::from_secs(30);
 
 /// One of the two hosts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -307,11 +309,12 @@ impl Wire {
     }
 
     /// Waits until all that the hosts have sent so far has been brought.
-    pub(crate) fn settle(&self) {
+    pub(crate) fn settle(&self) -> Result {
         let ticket = self.asked.fetch_add(1, Ordering::SeqCst) + 1;
-        while self.settled.load(Ordering::SeqCst) < ticket {
-            std::thread::yield_now();
-        }
+        wait_for("the hosts falling silent", SILENCE, || {
+            Ok((self.settled.load(Ordering::SeqCst) >= ticket).then_some(()))
+        })?;
+        Ok(())
     }
 }
 

@@ -3,6 +3,7 @@
 #include "workload.h"
 #include <asm/ldt.h>
 #include <dirent.h>
+#include <limits.h>
 #include <linux/filter.h>
 #include <linux/seccomp.h>
 #include <netinet/in.h>
@@ -84,12 +85,17 @@ static void describe(char *into, size_t room)
     into[length] = 0;
 }
 
+/* Between two rests, so that others find a processor: most tests run beside another one. */
+#define TURNS (1 << 15)
 static void *counting(void *unused)
 {
     (void)unused;
     for (;;) {
         unsigned long long was = atomic_fetch_add(&count, 1);
         CHECK(atomic_load(&count) == was + 1, "counter jumped");
+        struct timespec rest = {0, 1000000};
+        if (was % TURNS == 0)
+            nanosleep(&rest, NULL);
     }
     return NULL;
 }
@@ -206,20 +212,33 @@ static void a_private_file(void)
     opened("/run/node/only-here-%d");
 }
 
-/* A process that is nobody's child here, and has nothing but what it is given. */
+static void close_between(int first, int last)
+{
+    if (first <= last)
+        syscall(SYS_close_range, first, last, 0);
+}
+
+/* A process that is nobody's child here, and has nothing but what it is given. It holds the end of a pipe until it has
+ * closed all else: what its parent waits for. */
 static int a_stranger(int keep)
 {
+    int closed[2];
+    char byte;
+    CHECK(pipe2(closed, O_CLOEXEC) == 0, "pipe");
     pid_t child = fork();
     CHECK(child >= 0, "fork");
     if (child == 0) {
         if (fork() != 0)
             _exit(0);
-        if (keep > 0)
-            syscall(SYS_close_range, 0, keep - 1, 0);
-        syscall(SYS_close_range, keep + 1, ~0U, 0);
+        int low = keep < closed[1] ? keep : closed[1], high = keep < closed[1] ? closed[1] : keep;
+        close_between(0, low - 1);
+        close_between(low + 1, high - 1);
+        close_between(high + 1, INT_MAX);
+        close(closed[1]);
         return 1;
     }
     CHECK(waitpid(child, NULL, 0) == child, "waitpid");
+    CHECK(close(closed[1]) == 0 && read(closed[0], &byte, 1) == 0 && close(closed[0]) == 0, "pipe");
     return 0;
 }
 static void wait_here(void)

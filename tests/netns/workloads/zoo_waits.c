@@ -162,6 +162,7 @@ static void send_time_fully(void)
 
 /* Signals that are waited for. */
 static pthread_t waiter;
+static atomic_int waiter_tid;
 static volatile int handled;
 static void on_handled(int signal) { (void)signal; handled++; }
 static void handled_begin(void)
@@ -180,11 +181,35 @@ static void sigsuspend_wait(void)
     sigfillset(&set);
     sigdelset(&set, SIGUSR2);
     waiter = pthread_self();
+    atomic_store(&waiter_tid, gettid());
     CHECK(sigsuspend(&set) == -1 && errno == EINTR && handled == was + 1, "sigsuspend");
     pthread_sigmask(SIG_BLOCK, NULL, &now);
     CHECK(sigismember(&now, SIGUSR2) && !sigismember(&now, SIGTERM), "mask");
 }
-static void sigsuspend_poke(void) { CHECK(pthread_kill(waiter, SIGUSR2) == 0, "kill"); }
+/* Waits until the thread sleeps in the call of this number: a signal that comes before would be none to pause(). */
+static void is_in(long number)
+{
+    int64_t end = now_ns(CLOCK_MONOTONIC) + LATE_NS;
+    for (;;) {
+        char path[64], text[64] = "";
+        snprintf(path, sizeof path, "/proc/self/task/%d/syscall", atomic_load(&waiter_tid));
+        int fd = open(path, O_RDONLY | O_CLOEXEC);
+        if (fd >= 0) {
+            CHECK(read(fd, text, sizeof text - 1) >= 0, "%s", path);
+            close(fd);
+            if (text[0] != 'r' && strtol(text, NULL, 10) == number)
+                return;
+        }
+        CHECK(now_ns(CLOCK_MONOTONIC) < end, "the thread is not in call %ld but at %s", number, text);
+        usleep(500);
+    }
+}
+static void poke_in(long number)
+{
+    is_in(number);
+    CHECK(pthread_kill(waiter, SIGUSR2) == 0, "kill");
+}
+static void sigsuspend_poke(void) { poke_in(SYS_rt_sigsuspend); }
 PARTNER(sigsuspend)
 
 static void pause_begin(void)
@@ -195,9 +220,10 @@ static void pause_begin(void)
 static void pause_wait(void)
 {
     waiter = pthread_self();
+    atomic_store(&waiter_tid, gettid());
     CHECK(pause() == -1 && errno == EINTR, "pause");
 }
-#define pause_poke sigsuspend_poke
+static void pause_poke(void) { poke_in(SYS_pause); }
 PARTNER(pause)
 
 #define sigwait_begin handled_begin
@@ -344,7 +370,7 @@ static void until_prepare(void) { start_thread(until, NULL); }
 static void until_fully(void) { round_comes(atomic_load(&rounds)); }
 
 /* What is left of a wait counts, not its whole length. The first check comes near its end. */
-#define LONG_MS 4000
+#define LONG_MS 10000
 static int epoll;
 static atomic_llong began;
 static void *long_wait(void *unused)
