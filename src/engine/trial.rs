@@ -100,3 +100,17 @@ impl Drop for KilledPid {
         let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(self.0), nix::sys::signal::Signal::SIGKILL);
     }
 }
+
+#[test]
+fn a_child_is_reaped_although_we_trace_a_thread_of_it() {
+    use std::io::Read;
+    let code = "import signal, threading; threading.Thread(target=signal.pause, daemon=True).start()
+print(end='.', flush=True); signal.pause()";
+    let mut child = Killed::spawn(Command::new("python3").args(["-c", code]).stdout(Stdio::piped()));
+    child.stdout.as_mut().unwrap().read_exact(&mut [0]).unwrap();
+    let pid = child.pid();
+    let other = thread_ids(pid).unwrap().into_iter().find(|tid| *tid != pid).unwrap();
+    ptrace::seize(other, 0).unwrap();
+    drop(child);
+    assert_eq!(state_of(pid, pid), None);
+}
