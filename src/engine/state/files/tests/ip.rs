@@ -6,10 +6,11 @@ use libc::{AF_INET, AF_INET6, IPPROTO_IP, IPPROTO_IPV6, IPPROTO_UDP, SOCK_DGRAM,
 
 use super::network::with_network;
 use super::sockets::set;
-use super::{Held, arrive, build, capture, moved, options};
+use super::{Held, all_free, arrive, build, capture, moved, options};
 use crate::engine::clocks::Shift;
 use crate::engine::state::objects::Objects;
 use crate::engine::sys::datagram;
+use crate::engine::trial::until;
 use crate::proto::files::description::Kind;
 use crate::proto::files::{Files, IpSocket};
 
@@ -208,6 +209,7 @@ fn the_address_a_datagram_was_sent_to_is_kept_or_the_datagram_is_lost() {
         if let Some(Kind::IpSocket(socket)) = &mut elsewhere.descriptions[0].kind {
             socket.queue[0].to = vec![203, 0, 113, 7];
         }
+        until("that its port is free", || all_free(&elsewhere));
         let built = build(&elsewhere, None, &Shift::default(), &Objects::default()).unwrap();
         assert_eq!(built.lost_datagrams, 1);
     });

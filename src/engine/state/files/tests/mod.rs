@@ -209,7 +209,7 @@ pub(super) fn arrive(image: &crate::proto::files::Files, log: Option<&std::path:
 
 /// Whether nobody has the ports of an image, whose process is gone. A process that another test is starting has copies
 /// of the sockets that we have taken from it, until it becomes another program.
-fn all_free(image: &crate::proto::files::Files) -> bool {
+pub(super) fn all_free(image: &crate::proto::files::Files) -> bool {
     use crate::proto::files::description::Kind;
     let in_use = |fd: OwnedFd, address, port| {
         let _ = socket::set_int_option(fd.as_fd(), libc::IPPROTO_IP, libc::IP_FREEBIND, 1);
@@ -227,6 +227,15 @@ fn all_free(image: &crate::proto::files::Files) -> bool {
             let address = nix::sys::socket::NetlinkAddr::new(netlink.port, 0);
             nix::sys::socket::bind(fd.as_raw_fd(), &address) != Err(nix::errno::Errno::EADDRINUSE)
         }
+        Kind::UnixSingle(unix) => match unix.name.as_ref().and_then(|name| name.name.split_first()) {
+            // The kernel lists it with an @ for the zero.
+            Some((0, name)) => {
+                let listed = format!("@{}", String::from_utf8_lossy(name));
+                let all = std::fs::read_to_string("/proc/thread-self/net/unix").unwrap();
+                !all.lines().any(|line| line.ends_with(&listed))
+            }
+            _ => true,
+        },
         _ => true,
     };
     image.descriptions.iter().filter_map(|description| description.kind.as_ref()).all(free)
