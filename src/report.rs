@@ -433,13 +433,13 @@ mod tests {
 
     #[test]
     fn the_clock_adds_up() {
+        let started = Instant::now();
         let mut clock = PhaseClock::start();
         clock.begin("a");
         clock.begin("b");
         clock.begin("a");
-        let whole = clock.elapsed();
         let phases = clock.finish();
         assert!(phases.of("a") > Duration::ZERO && phases.of("c") == Duration::ZERO);
-        assert!(phases.of("a") + phases.of("b") <= whole + Duration::from_millis(50));
+        assert!(phases.of("a") + phases.of("b") <= started.elapsed());
     }
 }

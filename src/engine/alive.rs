@@ -135,15 +135,10 @@ fn tracer(status: &str) -> u32 {
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
-    use std::process::{Child, Command};
-
     use nix::sys::signal::Signal;
 
     use super::*;
-
-    fn sleeper() -> Child {
-        Command::new("sleep").arg("1000").spawn().unwrap()
-    }
+    use crate::engine::trial::{Killed, until};
 
     #[test]
     fn a_name_cannot_forge_the_start_time() {
@@ -155,7 +150,7 @@ mod tests {
 
     #[test]
     fn alive_then_stopped_then_dead() {
-        let mut child = sleeper();
+        let mut child = Killed::sleeper();
         let start = start_ticks(child.id()).unwrap().unwrap();
         assert!(open(child.id(), start + 1).unwrap().is_none(), "another process with this number");
         let fd = open_untraced(child.id(), start).unwrap().unwrap();
@@ -163,14 +158,10 @@ mod tests {
         fd.signal(Signal::SIGSTOP).unwrap();
         let stat =
             || parse_stat(&std::fs::read_to_string(format!("/proc/{}/stat", child.id())).unwrap()).unwrap().0;
-        while stat() != 'T' {
-            std::thread::yield_now();
-        }
+        until("its stop", || stat() == 'T');
         assert!(open_untraced(child.id(), start).unwrap().is_some());
         // Let go of, it wakes up in the kernel and goes back to its stop.
-        while stat() != 'T' {
-            std::thread::yield_now();
-        }
+        until("its stop", || stat() == 'T');
 
         fd.signal(Signal::SIGKILL).unwrap();
         assert!(fd.ended(PollTimeout::NONE).unwrap());
@@ -184,7 +175,7 @@ mod tests {
     fn a_process_that_is_being_killed_is_not_alive() {
         // Asked at once after the signal, the process may look alive in /proc in every way.
         for _ in 0..200 {
-            let mut child = sleeper();
+            let mut child = Killed::sleeper();
             let start = start_ticks(child.id()).unwrap().unwrap();
             let fd = open(child.id(), start).unwrap().unwrap();
             fd.signal(Signal::SIGKILL).unwrap();

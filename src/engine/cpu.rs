@@ -169,14 +169,12 @@ mod tests {
         let cpu = here().unwrap();
         assert!(cpu.flags.iter().any(|f| f == "sse2"));
         assert_eq!(missing(&cpu, &cpu), []);
-        let mut child = std::process::Command::new("sleep").arg("100").spawn().unwrap();
-        let tid = i32::try_from(child.id()).unwrap();
+        let child = crate::engine::trial::Killed::sleeper();
+        let tid = child.pid();
         crate::engine::sys::ptrace::seize(tid, 0).unwrap();
         crate::engine::sys::ptrace::interrupt(tid).unwrap();
         crate::engine::sys::ptrace::wait(tid).unwrap();
         let xstate = crate::engine::sys::ptrace::xstate(tid).unwrap();
-        child.kill().unwrap();
-        child.wait().unwrap();
         assert_eq!(xstate.len(), cpu.xstate_bytes as usize);
         // The kernel puts XCR0 into the part of the legacy area that is left to software.
         let xcr0 = u64::from_ne_bytes(xstate[464..472].try_into().unwrap());

@@ -38,5 +38,7 @@ pub mod sleep;
 pub mod state;
 pub mod strays;
 pub mod sys;
+#[cfg(test)]
+pub mod trial;
 pub mod undertaker;
 mod vdso;

@@ -54,6 +54,7 @@ fn groups_in_use() -> HashMap<Tid, (&'static str, Tid)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::engine::trial::{Killed, KilledPid};
     use std::io::{BufRead, BufReader};
 
     #[test]
@@ -62,16 +63,15 @@ mod tests {
         let code = "import os,sys,signal,time\nif os.fork()==0:\n  os.setsid()\n  s=os.getpid()\n  \
             if os.fork()==0:\n    while os.getppid()==s: time.sleep(0.001)\n    print(s,os.getpid(),flush=True)\n    signal.pause()\n  os._exit(0)\n\
             os.wait()";
-        let mut child = std::process::Command::new("python3")
-            .args(["-c", code])
-            .stdout(std::process::Stdio::piped())
-            .spawn()
-            .unwrap();
+        let mut python = std::process::Command::new("python3");
+        let piped = python.args(["-c", code]).stdout(std::process::Stdio::piped());
+        let mut child = Killed::spawn(piped.stderr(std::process::Stdio::null()));
         let mut line = String::new();
         BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
         child.wait().unwrap();
         let ids: Vec<Tid> = line.split_ascii_whitespace().map(|w| w.parse().unwrap()).collect();
-        let (session, member) = (ids[0], ids[1]);
+        let session = ids[0];
+        let _member = KilledPid(ids[1]);
         let ours = Tid::try_from(std::process::id()).unwrap();
         let thread = std::thread::spawn(|| {
             let tid = nix::unistd::gettid().as_raw();
@@ -79,8 +79,6 @@ mod tests {
         });
         let (_, of_thread) = thread.join().unwrap();
         let reasons = check_pids_free(&[ours, session, Tid::MAX, 0]);
-        nix::sys::signal::kill(nix::unistd::Pid::from_raw(member), nix::sys::signal::Signal::SIGKILL)
-            .unwrap();
         assert_eq!(of_thread.len(), 1);
         assert_eq!(reasons.len(), 4, "{reasons:?}");
         assert!(reasons[1].why.contains("of process"), "{reasons:?}");

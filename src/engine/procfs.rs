@@ -231,6 +231,7 @@ fn parse_stat_line(text: &[u8]) -> Option<Stat> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::engine::trial::{Killed, until_asleep};
     use proptest::prelude::*;
 
     #[test]
@@ -243,7 +244,11 @@ mod tests {
     fn reads_our_own() {
         let maps = parse_maps(&std::fs::read("/proc/self/maps").unwrap()).unwrap();
         assert!(maps.iter().any(|m| m.path == b"[vdso]" && m.exec && !m.write));
-        let flags = parse_smaps_flags(&std::fs::read("/proc/self/smaps").unwrap()).unwrap();
+        // Of a process that does not map and unmap something between two looks, as the tests beside this one do.
+        let child = Killed::sleeper();
+        until_asleep(child.id());
+        let file = |name| std::fs::read(format!("/proc/{}/{name}", child.id())).unwrap();
+        let (maps, flags) = (parse_maps(&file("maps")).unwrap(), parse_smaps_flags(&file("smaps")).unwrap());
         assert!(flags.len() >= maps.len() - 2);
         assert!(flags.iter().any(|(.., f)| f.contains(b"gd")), "the stack grows down");
         let stat = parse_stat(&std::fs::read("/proc/self/stat").unwrap()).unwrap();

@@ -263,11 +263,12 @@ fn padded(xstate: &[u8], here: usize) -> Vec<u8> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::engine::trial::Killed;
 
     #[test]
     fn registers_of_a_smaller_cpu_are_taken() {
-        let mut child = std::process::Command::new("sleep").arg("100").spawn().unwrap();
-        let tid = Tid::try_from(child.id()).unwrap();
+        let child = Killed::sleeper();
+        let tid = child.pid();
         ptrace::seize(tid, 0).unwrap();
         ptrace::interrupt(tid).unwrap();
         ptrace::wait(tid).unwrap();
@@ -279,8 +280,6 @@ mod tests {
         let refused = ptrace::set_xstate(tid, &mut small.clone());
         let taken = ptrace::set_xstate(tid, &mut padded(&small, whole.len()));
         let after = ptrace::xstate(tid);
-        child.kill().unwrap();
-        child.wait().unwrap();
         assert!(whole.len() == 576 || refused.is_err());
         assert_eq!(taken, Ok(()));
         assert_eq!(after.unwrap()[160..176], [7; 16]);

@@ -295,8 +295,7 @@ impl Drop for Posting {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-
-    const PATIENCE: Duration = Duration::from_secs(20);
+    use crate::engine::trial::{PATIENCE, until};
 
     fn about(byte: u8, side: Side) -> About {
         let id = MigrationId::new([byte; crate::migration::ID_BYTES]);
@@ -341,9 +340,7 @@ mod tests {
         let (board, posting, id) = posted(Side::Source);
         posting.round(1);
         let asking = std::thread::spawn(move || board.cancel(id, PATIENCE));
-        while !posting.orders().cancelled() {
-            std::thread::yield_now();
-        }
+        until("the order", || posting.orders().cancelled());
         then(&posting);
         drop(posting);
         asking.join().unwrap()
@@ -395,9 +392,7 @@ mod tests {
         for (freeze, want) in [(true, true), (false, false)] {
             let (board, posting, id) = posted(Side::Source);
             let asking = std::thread::spawn(move || board.switch_to_postcopy(id, PATIENCE));
-            while !posting.orders().postcopy() {
-                std::thread::yield_now();
-            }
+            until("the order", || posting.orders().postcopy());
             if freeze {
                 posting.phase(Phase::Frozen);
             } else {

@@ -11,8 +11,8 @@ use crate::engine::alive;
 use crate::journal::{Incoming, IncomingState, Journal, JournalError, Outgoing, OutgoingState, Record};
 use crate::migration::{IdPrefix, MigrationId, ProcessKey};
 
-/// How long a `migrate` may take to say what it does.
-const STATUS_PATIENCE: Duration = Duration::from_secs(2);
+/// How long a `migrate` may take to say what it does. Most tests do not wait for that, and their host is busy.
+const STATUS_PATIENCE: Duration = Duration::from_secs(if cfg!(test) { 20 } else { 2 });
 /// Bytes of a process's name that are shown.
 const MAX_NAME_BYTES: usize = 64;
 
@@ -80,7 +80,7 @@ pub enum Command {
 /// # Errors
 /// If neither sockets nor records can be looked for, or there is none that is meant.
 pub fn status(state_dir: &Path, which: Option<&IdPrefix>) -> Result<Known, ClientError> {
-    let mut known = running(state_dir)?;
+    let mut known = running(state_dir, STATUS_PATIENCE)?;
     left_behind(state_dir, &mut known)?;
     if let Some(prefix) = which {
         known.only(prefix)?;
@@ -151,7 +151,7 @@ fn ask(
     protocol::read(&stream, MAX_ANSWER_BYTES).map(Some)
 }
 
-fn running(state_dir: &Path) -> Result<Known, ClientError> {
+fn running(state_dir: &Path, patience: Duration) -> Result<Known, ClientError> {
     let mut known = Known::default();
     let place = match Place::open(state_dir) {
         Ok(place) => place,
@@ -160,7 +160,7 @@ fn running(state_dir: &Path) -> Result<Known, ClientError> {
         Err(error) => return Err(ClientError::Sockets(error)),
     };
     for owner in place.owners().map_err(ClientError::Sockets)? {
-        match ask(&place, owner, &Request::Status, STATUS_PATIENCE) {
+        match ask(&place, owner, &Request::Status, patience) {
             Ok(Some(Answer::Migrations { migrations })) => {
                 known.owners.extend(migrations.iter().map(|m| (m.migration_id, m.side, owner)));
                 known.migrations.extend(migrations);
@@ -283,6 +283,7 @@ mod tests {
     use std::sync::Arc;
 
     use super::*;
+    use crate::engine::trial::until;
     use crate::journal::boot_id;
     use crate::migration::ID_BYTES;
     use crate::operator::{About, Board, End, Listener};
@@ -330,9 +331,7 @@ mod tests {
             let dir = dir.path().to_owned();
             std::thread::spawn(move || order(&dir, &prefix("ab2"), Command::Cancel).unwrap())
         };
-        while !two.orders().cancelled() {
-            std::thread::yield_now();
-        }
+        until("the order", || two.orders().cancelled());
         // Others are answered while one waits.
         assert_eq!(status(dir.path(), None).unwrap().migrations.len(), 3);
         two.end(End::NotMoved);
@@ -424,7 +423,7 @@ mod tests {
         let board = Arc::new(Board::default());
         let _listener = Listener::start(dir.path(), board.clone()).unwrap();
         let _posting = board.post(about([1, 1], Side::Source), Arc::default());
-        let known = status(dir.path(), None).unwrap();
+        let known = running(dir.path(), Duration::from_secs(5)).unwrap();
         assert_eq!((known.migrations.len(), known.troubles.len()), (1, 1), "{known:?}");
         drop(silent);
     }

@@ -78,6 +78,7 @@ fn resolve_quietly(state_dir: PathBuf, journal: Journal<Outgoing>, records: Vec<
 mod tests {
     use super::*;
     use crate::engine::alive;
+    use crate::engine::trial::Killed;
     use crate::journal::boot_id;
     use crate::migration::{Fate, MigrationId};
 
@@ -116,7 +117,7 @@ mod tests {
     fn a_killed_command_hinders_only_while_the_outcome_is_open() {
         let dir = tempfile::tempdir().unwrap();
         let journal = Journal::open(dir.path()).unwrap();
-        let mut process = std::process::Command::new("sleep").arg("1000").spawn().unwrap();
+        let process = Killed::sleeper();
         // A start time that no process has: the owner is gone.
         let record = record(&process, ProcessKey { pid: std::process::id(), start_ticks: 1 });
         journal.write(&record).unwrap();
@@ -127,15 +128,13 @@ mod tests {
         journal.write(&record).unwrap();
         let moved = against(&journal, &record, &mut Answers(Some(Fate::Accepted)));
         assert!(moved.unwrap().why.contains("has been moved"));
-        let _ = process.kill();
-        process.wait().unwrap();
     }
 
     #[test]
     fn a_move_under_way_is_left_alone() {
         let dir = tempfile::tempdir().unwrap();
         let journal = Journal::open(dir.path()).unwrap();
-        let mut process = std::process::Command::new("sleep").arg("1000").spawn().unwrap();
+        let process = Killed::sleeper();
         let us = std::process::id();
         let owner = ProcessKey { pid: us, start_ticks: alive::start_ticks(us).unwrap().unwrap() };
         let record = record(&process, owner);
@@ -143,7 +142,5 @@ mod tests {
         let reason = against(&journal, &record, &mut Answers(Some(Fate::NotAccepted))).unwrap();
         assert!(reason.why.contains("being moved already"), "{reason}");
         assert!(journal.read(record.id).unwrap().is_some());
-        process.kill().unwrap();
-        process.wait().unwrap();
     }
 }

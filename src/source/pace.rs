@@ -194,7 +194,10 @@ fn times(threads: &[File]) -> Vec<SchedTimes> {
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
+    use std::process::Stdio;
+
     use super::*;
+    use crate::engine::trial::{Killed, until, until_asleep};
 
     const MS: u64 = 1_000_000;
 
@@ -238,42 +241,22 @@ mod tests {
         }
     }
 
-    /// A program that ends with its test, however that ends.
-    struct Program(std::process::Child);
-
-    impl Program {
-        fn start(name: &str, words: &[&str]) -> Self {
-            Self(std::process::Command::new(name).args(words).spawn().unwrap())
-        }
-
-        /// One that has come to spin.
-        fn spinning() -> Self {
-            let program = Self::start("sh", &["-c", "while :; do :; done"]);
-            let times = format!("/proc/{}/schedstat", program.pid());
-            let ran = || -> u64 {
-                std::fs::read_to_string(&times).unwrap().split_whitespace().next().unwrap().parse().unwrap()
-            };
-            while ran() < 20 * MS {
-                std::thread::yield_now();
-            }
-            program
-        }
-
-        fn pid(&self) -> Tid {
-            Tid::try_from(self.0.id()).unwrap()
-        }
-    }
-
-    impl Drop for Program {
-        fn drop(&mut self) {
-            let _ = self.0.kill();
-            let _ = self.0.wait();
-        }
+    /// A program that has come to spin.
+    fn spinning() -> Killed {
+        let mut command = std::process::Command::new("sh");
+        let quiet = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        let program = Killed::spawn(quiet.args(["-c", "while :; do :; done"]));
+        let times = format!("/proc/{}/schedstat", program.id());
+        let ran = || -> u64 {
+            std::fs::read_to_string(&times).unwrap().split_whitespace().next().unwrap().parse().unwrap()
+        };
+        until("that it spins", || ran() >= 20 * MS);
+        program
     }
 
     #[test]
     fn of_a_real_process() {
-        let child = Program::spinning();
+        let child = spinning();
         let mut pacer = Pacer::new(child.pid());
         // It was looked at for the whole time, since it never sleeps.
         let looked = pacer.window.1[0];
@@ -286,7 +269,7 @@ mod tests {
 
     #[test]
     fn what_it_waits_without_us_is_seen_again() {
-        let child = Program::spinning();
+        let child = spinning();
         let mut pacer = Pacer::new(child.pid());
         // As if somebody else had come to use the host and had gone again.
         (pacer.before, pacer.rest) = (2.0, 1.0);
@@ -296,7 +279,7 @@ mod tests {
 
     #[test]
     fn nobody_rests_for_ever() {
-        let child = Program::spinning();
+        let child = spinning();
         let mut pacer = Pacer::new(child.pid());
         (pacer.before, pacer.lately) = (0.0, 1.0);
         (pacer.rest, pacer.rested_in_all) = (MOST_REST, PATIENCE);
@@ -307,12 +290,9 @@ mod tests {
 
     #[test]
     fn of_a_process_that_sleeps() {
-        let child = Program::start("sleep", &["60"]);
-        // It runs until it sleeps: clock_nanosleep is call 230.
-        let call = format!("/proc/{}/syscall", child.pid());
-        while !std::fs::read_to_string(&call).unwrap().starts_with("230 ") {
-            std::thread::yield_now();
-        }
+        let child = Killed::sleeper();
+        // It runs until it sleeps.
+        until_asleep(child.id());
         let pacer = Pacer::new(child.pid());
         assert!(pacer.before.abs() < f64::EPSILON);
     }

@@ -185,6 +185,7 @@ mod tests {
 
     use super::*;
     use crate::engine::alive;
+    use crate::engine::trial::Killed;
     use crate::journal::{OutgoingState, boot_id};
     use crate::migration::{Fate, ProcessKey};
 
@@ -263,7 +264,7 @@ mod tests {
     /// The source command is killed while `state` is recorded; returns the process's end state.
     fn source_killed(state: OutgoingState, fate: &str) -> (String, char, bool) {
         let dir = tempfile::tempdir().unwrap();
-        let mut process = Command::new("sleep").arg("1000").spawn().unwrap();
+        let process = Killed::sleeper();
         let start_ticks = alive::start_ticks(process.id()).unwrap().unwrap();
         alive::open(process.id(), start_ticks).unwrap().unwrap().signal(Signal::SIGSTOP).unwrap();
         let record = Outgoing {
@@ -283,7 +284,7 @@ mod tests {
         };
         Journal::open(dir.path()).unwrap().write(&record).unwrap();
 
-        let mut source = as_child("source_process", dir.path()).stdout(Stdio::null()).spawn().unwrap();
+        let source = Killed::spawn(as_child("source_process", dir.path()).stdout(Stdio::null()));
         let sentinel: u32 = await_file(&dir.path().join("armed")).parse().unwrap();
         let session = nix::unistd::getsid(Some(nix::unistd::Pid::from_raw(sentinel.cast_signed()))).unwrap();
         assert_eq!(session.as_raw().cast_unsigned(), sentinel, "it leads a session of its own");
@@ -294,8 +295,7 @@ mod tests {
         assert_eq!(lead_to.iter().find(strange), None, "nothing inherited");
         assert!(!dir.path().join("resolution").exists(), "it waits for the end of the source command");
 
-        source.kill().unwrap();
-        source.wait().unwrap();
+        drop(source);
         std::fs::write(dir.path().join("fate"), fate).unwrap();
         let resolution = await_file(&dir.path().join("resolution"));
         let state = || {
@@ -309,8 +309,6 @@ mod tests {
             std::thread::yield_now();
             end = state();
         }
-        process.kill().unwrap();
-        process.wait().unwrap();
         assert_eq!(Journal::<Outgoing>::open(dir.path()).unwrap().read(ID).unwrap(), None);
         (resolution, end, dir.path().join("confirmed").exists())
     }

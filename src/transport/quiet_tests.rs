@@ -5,8 +5,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use super::tests::{SHORT, hello, listen, place, trust, trusted_pair};
+use super::tests::{SHORT, hello, listen, patient, place, trust, trusted_pair};
 use super::{Incoming, Settings, TransportError, connect, setup};
+use crate::engine::trial::until;
 use crate::pageserver::frame::{self, Kind};
 
 /// Passes packets between one client and a server until it is cut.
@@ -53,17 +54,18 @@ fn a_link_that_is_cut_is_seen_to_be_silent_before_it_is_lost() {
     trust(&a, &b);
     trust(&b, &a);
     // One side's idle timeout is enough for both.
-    let mut listening = listen(&b, Settings { idle_timeout: Duration::from_secs(60), ..Settings::default() });
+    let mut listening = listen(&b, Settings { idle_timeout: Duration::from_secs(60), ..patient() });
     let relay = Relay::to(listening.addr());
-    let settings = Settings { idle_timeout: Duration::from_secs(3), ..Settings::default() };
+    let settings = Settings { idle_timeout: Duration::from_secs(6), ..patient() };
     let mut source = connect(a.node.clone(), vec![relay.addr], hello(), settings).unwrap();
     let mut destination = listening.accept().unwrap();
     // An idle link is never silent for long: the keep-alives are heard.
     for _ in 0..20 {
         assert!(source.recv_timeout(Duration::from_millis(100)).is_none());
         assert!(destination.recv_timeout(Duration::from_millis(1)).is_none());
-        assert!(source.sender().silent_for() < setup::KEEP_ALIVE * 2);
-        assert!(destination.sender().silent_for() < setup::KEEP_ALIVE * 2);
+        for link in [&source, &destination] {
+            until("that it is heard", || link.sender().silent_for() < setup::KEEP_ALIVE * 2);
+        }
     }
     relay.cut.store(true, Ordering::Relaxed);
     for link in [&mut source, &mut destination] {
@@ -85,7 +87,7 @@ fn a_link_that_is_cut_is_seen_to_be_silent_before_it_is_lost() {
 
 #[test]
 fn a_polite_bulk_queues_little_and_loses_nothing() {
-    let (_a, _b, _l, source, mut destination) = trusted_pair(Settings::default());
+    let (_a, _b, _l, source, mut destination) = trusted_pair(patient());
     let sender = source.sender();
     let block = |round: u32| frame::state(round, &vec![3; 60 << 10]).unwrap();
     let rounds = 3000;
@@ -118,7 +120,7 @@ fn a_polite_bulk_queues_little_and_loses_nothing() {
 
 #[test]
 fn a_polite_sender_waits_behind_a_receiver_with_little_of_its_own() {
-    let (_a, _b, _l, source, _destination) = trusted_pair(Settings::default());
+    let (_a, _b, _l, source, _destination) = trusted_pair(patient());
     let sender = source.sender();
     sender.set_polite(true);
     let block = frame::state(1, &vec![3; 64 << 10]).unwrap();
@@ -136,6 +138,7 @@ fn a_polite_sender_waits_behind_a_receiver_with_little_of_its_own() {
     while count.recv_timeout(Duration::from_millis(500)).is_ok() {
         total += len;
     }
-    let queued = total - sender.bytes_sent();
+    // A thread that had to wait for so long may have gone on since.
+    let queued = total.saturating_sub(sender.bytes_sent());
     assert!(queued <= 3 * len, "{queued} bytes are queued above QUIC");
 }

@@ -5,6 +5,7 @@ use std::net::UdpSocket;
 use bytes::{BufMut, BytesMut};
 
 use super::*;
+use crate::engine::trial::until;
 use crate::identity::Node;
 use crate::pageserver::frame::{self, Frame, Kind, MAX_STATE_BYTES};
 use crate::pageserver::pack::{Compression, Packer};
@@ -14,7 +15,12 @@ use std::sync::Arc;
 use std::time::Instant;
 use tokio::runtime::Runtime;
 
-pub(super) const SHORT: Duration = Duration::from_secs(10);
+pub(super) const SHORT: Duration = Duration::from_secs(20);
+
+/// For links that are not to be lost, nor given up, because the host is busy.
+pub(super) fn patient() -> Settings {
+    Settings { idle_timeout: Duration::from_secs(60), handshake_timeout: SHORT, ..Settings::default() }
+}
 
 /// A node in a state directory of its own.
 pub(super) struct Place {
@@ -63,7 +69,7 @@ impl Listening {
 }
 
 fn dial(place: &Place, addr: SocketAddr) -> Result<Link, TransportError> {
-    connect(place.node.clone(), vec![addr], hello(), Settings::default())
+    connect(place.node.clone(), vec![addr], hello(), patient())
 }
 
 pub(super) fn trusted_pair(settings: Settings) -> (Place, Place, Listening, Link, Link) {
@@ -92,7 +98,7 @@ fn end(link: &mut Link) -> TransportError {
 
 #[test]
 fn messages_and_frames_arrive_in_order_both_ways() {
-    let (a, _b, _l, mut source, mut destination) = trusted_pair(Settings::default());
+    let (a, _b, _l, mut source, mut destination) = trusted_pair(patient());
     assert_eq!(destination.peer().fingerprint, a.node.fingerprint());
     assert_eq!(destination.peer().hello.software, "test");
     assert_eq!(source.peer().hello.version, PROTOCOL_VERSION);
@@ -124,7 +130,7 @@ fn messages_and_frames_arrive_in_order_both_ways() {
 #[test]
 fn finish_delivers_the_last_message() {
     for _ in 0..20 {
-        let (_a, _b, _l, source, mut destination) = trusted_pair(Settings::default());
+        let (_a, _b, _l, source, mut destination) = trusted_pair(patient());
         source.sender().send_frame_blocking(frame::state(1, &vec![1; 1 << 20]).unwrap()).unwrap();
         source.send_control(&commit("last")).unwrap();
         source.finish(SHORT).unwrap();
@@ -139,7 +145,7 @@ fn finish_delivers_the_last_message() {
         assert!(matches!(end, TransportError::Finished), "{end}");
         assert_eq!(seen.len(), 2);
     }
-    let (_a, _b, _l, mut source, destination) = trusted_pair(Settings::default());
+    let (_a, _b, _l, mut source, destination) = trusted_pair(patient());
     destination.send_control(&commit("answer")).unwrap();
     destination.finish(SHORT).unwrap();
     assert!(matches!(source.recv_timeout(SHORT), Some(Incoming::Control(m)) if *m == commit("answer")));
@@ -149,12 +155,12 @@ fn finish_delivers_the_last_message() {
 
 #[test]
 fn dropping_a_link_ends_the_other_side_at_once() {
-    let (_a, _b, _l, source, mut destination) = trusted_pair(Settings::default());
+    let (_a, _b, _l, source, mut destination) = trusted_pair(patient());
     let start = Instant::now();
     drop(source);
     assert!(matches!(end(&mut destination), TransportError::GaveUp));
-    assert!(start.elapsed() < Duration::from_secs(2), "not by the idle timeout");
-    let (_a, _b, _l, mut source, destination) = trusted_pair(Settings::default());
+    assert!(start.elapsed() < patient().idle_timeout / 2, "not by the idle timeout");
+    let (_a, _b, _l, mut source, destination) = trusted_pair(patient());
     drop(destination);
     assert!(matches!(end(&mut source), TransportError::GaveUp));
     assert!(matches!(end(&mut source), TransportError::GaveUp), "said each time");
@@ -164,7 +170,7 @@ fn dropping_a_link_ends_the_other_side_at_once() {
 fn an_untrusted_client_is_refused_and_told_the_command() {
     let (a, b) = (place(), place());
     trust(&a, &b);
-    let mut listening = listen(&b, Settings::default());
+    let mut listening = listen(&b, patient());
     let error = dial(&a, listening.addr()).unwrap_err();
     let own = a.node.fingerprint();
     assert!(
@@ -191,7 +197,7 @@ fn an_untrusted_client_is_refused_and_told_the_command() {
 fn an_untrusted_server_is_refused_and_sees_nothing() {
     let (a, b) = (place(), place());
     trust(&b, &a);
-    let mut listening = listen(&b, Settings::default());
+    let mut listening = listen(&b, patient());
     let error = dial(&a, listening.addr()).unwrap_err();
     let theirs = b.node.fingerprint();
     assert!(
@@ -231,17 +237,17 @@ fn hello_bytes(version: u32) -> Vec<u8> {
     encode(&Body::Hello(Hello { version, ..hello() }).into()).unwrap().to_vec()
 }
 
-fn pair_for_bare() -> (Place, Place, Listening, Runtime) {
+fn pair_for_bare(settings: Settings) -> (Place, Place, Listening, Runtime) {
     let (a, b) = (place(), place());
     trust(&a, &b);
     trust(&b, &a);
-    let listening = listen(&b, Settings { handshake_timeout: Duration::from_secs(1), ..Settings::default() });
+    let listening = listen(&b, settings);
     (a, b, listening, tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap())
 }
 
 #[test]
 fn another_version_is_refused_with_both_named() {
-    let (a, _b, mut listening, runtime) = pair_for_bare();
+    let (a, _b, mut listening, runtime) = pair_for_bare(patient());
     let closed = runtime.block_on(async {
         let (_endpoint, connection) = bare(&a, listening.addr()).await;
         let _streams = open(&connection, &hello_bytes(9)).await;
@@ -258,7 +264,7 @@ fn another_version_is_refused_with_both_named() {
 
 #[test]
 fn broken_first_messages_are_refused() {
-    let (a, _b, mut listening, runtime) = pair_for_bare();
+    let (a, _b, mut listening, runtime) = pair_for_bare(patient());
     let long = u32::try_from(wire_limit() + 1).unwrap().to_le_bytes().to_vec();
     let not_hello = encode(&commit("x")).unwrap().to_vec();
     for first in [long, not_hello, b"\x04\0\0\0\xff\xff\xff\xff".to_vec()] {
@@ -288,7 +294,7 @@ fn wire_limit() -> usize {
 
 #[test]
 fn a_long_control_message_or_a_broken_frame_ends_the_link() {
-    let (a, _b, mut listening, runtime) = pair_for_bare();
+    let (a, _b, mut listening, runtime) = pair_for_bare(patient());
     let over = u32::try_from(MAX_CONTROL_BYTES + 1).unwrap().to_le_bytes();
     let mut frames: Vec<(bool, Vec<u8>)> = vec![(false, over.to_vec()), (true, vec![9; 40])];
     // A State frame of 64 MiB + 1: refused by its header alone, nothing of it needs to come.
@@ -312,15 +318,9 @@ fn a_long_control_message_or_a_broken_frame_ends_the_link() {
 
 #[test]
 fn stuck_peers_and_garbage_hold_nobody_up() {
-    let (a, _b, mut listening, runtime) = pair_for_bare();
+    let (a, _b, mut listening, runtime) = pair_for_bare(patient());
     // Ten trusted peers that say nothing after the handshake, and garbage from a socket.
-    let stuck: Vec<_> = runtime.block_on(async {
-        let mut all = Vec::new();
-        for _ in 0..10 {
-            all.push(bare(&a, listening.addr()).await);
-        }
-        all
-    });
+    let stuck = runtime.block_on(ten_silent(&a, listening.addr()));
     let garbage = UdpSocket::bind("127.0.0.1:0").unwrap();
     let mut noise = 0x9e37_79b9_7f4a_7c15u64;
     for len in 1..1400usize {
@@ -332,20 +332,32 @@ fn stuck_peers_and_garbage_hold_nobody_up() {
             .collect();
         garbage.send_to(&bytes, listening.addr()).unwrap();
     }
-    let start = Instant::now();
     let good = dial(&a, listening.addr()).unwrap();
-    assert!(start.elapsed() < Duration::from_millis(900), "{:?}", start.elapsed());
-    let mut links = 0;
-    let mut slow = 0;
-    while links + slow < 11 {
-        match listening.accept() {
-            Ok(_) => links += 1,
-            Err(Failed { error: TransportError::Slow { .. }, .. }) => slow += 1,
-            Err(other) => panic!("{other:?}"),
-        }
-    }
-    assert_eq!((links, slow), (1, 10));
+    // Before the first of them is given up.
+    let first = listening.accept();
+    assert!(first.is_ok(), "{first:?}");
     drop((stuck, good));
+}
+
+async fn ten_silent(place: &Place, addr: SocketAddr) -> Vec<(quinn::Endpoint, quinn::Connection)> {
+    let mut all = Vec::new();
+    for _ in 0..10 {
+        all.push(bare(place, addr).await);
+    }
+    all
+}
+
+#[test]
+fn stuck_peers_are_given_up() {
+    // Enough for a handshake on a busy host.
+    let (a, _b, mut listening, runtime) =
+        pair_for_bare(Settings { handshake_timeout: Duration::from_secs(5), ..patient() });
+    let stuck = runtime.block_on(ten_silent(&a, listening.addr()));
+    for _ in 0..10 {
+        let failed = listening.accept().unwrap_err();
+        assert!(matches!(failed.error, TransportError::Slow { .. }), "{failed:?}");
+    }
+    drop(stuck);
 }
 
 #[test]
@@ -359,14 +371,15 @@ fn nobody_there_is_said_in_time() {
 
 #[test]
 fn a_receiver_that_does_not_take_frames_stops_the_sender() {
-    let (_a, _b, _l, source, mut destination) = trusted_pair(Settings::default());
+    let (_a, _b, _l, source, mut destination) = trusted_pair(patient());
     let sender = source.sender();
     let block = frame::state(1, &vec![3; 1 << 20]).unwrap();
     let sending =
         std::thread::spawn(move || (0..64).try_for_each(|_| sender.send_frame_blocking(block.clone())));
     // The queues hold some 8 + 4 + 6 + 2 MiB; wait until nothing moves any more.
-    let mut last = u64::MAX;
-    while source.sender().bytes_sent() != last || last == 0 {
+    until("that the queues fill", || source.sender().bytes_sent() >= 8 << 20);
+    let mut last = 0;
+    while source.sender().bytes_sent() != last {
         last = source.sender().bytes_sent();
         std::thread::sleep(Duration::from_millis(300));
     }
@@ -389,7 +402,7 @@ fn a_receiver_that_does_not_take_frames_stops_the_sender() {
 
 #[test]
 fn the_bandwidth_cap_holds() {
-    let settings = Settings { bandwidth: Some(20 << 20), ..Settings::default() };
+    let settings = Settings { bandwidth: Some(20 << 20), ..patient() };
     let (_a, _b, _l, source, mut destination) = trusted_pair(settings);
     let block = frame::state(1, &vec![3; 256 << 10]).unwrap();
     let sender = source.sender();
@@ -406,14 +419,14 @@ fn the_bandwidth_cap_holds() {
     });
     let took = start.elapsed();
     assert!(took > Duration::from_millis(450), "10 MiB at 20 MiB/s took {took:?}");
-    assert!(took < Duration::from_secs(3), "10 MiB at 20 MiB/s took {took:?}");
+    assert!(took < SHORT, "10 MiB at 20 MiB/s took {took:?}");
 }
 
 /// Prints the rate of one link; `cargo test --release throughput -- --nocapture --ignored`.
 #[test]
 #[ignore = "a measurement"]
 fn throughput() {
-    let (_a, _b, _l, source, mut destination) = trusted_pair(Settings::default());
+    let (_a, _b, _l, source, mut destination) = trusted_pair(patient());
     let pages: u64 = 256 << 10;
     let mut contents = BytesMut::new();
     for word in 0..(256u64 << 10) / 8 {

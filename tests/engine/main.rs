@@ -9,8 +9,10 @@ use std::io::{BufRead, BufReader, Write};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use migrate::engine::freeze::Frozen;
+use migrate::engine::freeze::{Frozen, thread_ids};
+use migrate::engine::procfs::parse_stat;
 use migrate::engine::remote::{Batch, RemoteCalls};
+use migrate::engine::sys::ptrace;
 use migrate::engine::undertaker::Undertaker;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -85,8 +87,24 @@ impl Busy {
 
 impl Drop for Busy {
     fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+        end(&mut self.child);
+    }
+}
+
+/// Kills a child and reaps it, also if this process still traces threads of it: each of them is left as a zombie until
+/// somebody waits for it, and the leader's end is told after the last.
+fn end(child: &mut Child) {
+    let _ = child.kill();
+    let pid = i32::try_from(child.id()).unwrap();
+    let latest = Instant::now() + Duration::from_secs(20);
+    while matches!(child.try_wait(), Ok(None)) && Instant::now() < latest {
+        for tid in thread_ids(pid).unwrap_or_default() {
+            let stat = std::fs::read(format!("/proc/{pid}/task/{tid}/stat")).unwrap_or_default();
+            if tid != pid && parse_stat(&stat).is_ok_and(|stat| stat.state == b'Z') {
+                let _ = ptrace::poll(tid);
+            }
+        }
+        std::thread::yield_now();
     }
 }
 

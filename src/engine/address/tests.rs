@@ -1,10 +1,11 @@
 //! On real devices, in a network namespace that each test makes for its own thread.
 
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use nix::sched::{CloneFlags, unshare};
 
 use super::*;
+use crate::engine::trial::{Killed, PATIENCE, until_asleep};
 
 /// A namespace with `a` and `b`, the ends of one cable, both up, `10.9.0.1/24` and `2001:db8::1/64` on `a`.
 /// The children of `ip` inherit it from this thread.
@@ -198,22 +199,11 @@ fn addresses_that_are_not_here() {
 fn neighbours_learn_the_new_holder() {
     in_a_namespace(|| {
         // A namespace of its own for `b`, or the kernel would deliver everything locally.
-        let other = Command::new("unshare").args(["--net", "sleep", "1000"]).spawn().unwrap();
-        struct Kill(std::process::Child);
-        impl Drop for Kill {
-            fn drop(&mut self) {
-                let _ = self.0.kill();
-                let _ = self.0.wait();
-            }
-        }
-        let other = Kill(other);
-        let pid = other.0.id().to_string();
-        let own = std::fs::read_link("/proc/thread-self/ns/net").unwrap();
-        while std::fs::read_link(format!("/proc/{pid}/ns/net")).is_ok_and(|ns| ns == own)
-            || std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap().trim() != "sleep"
-        {
-            std::thread::yield_now();
-        }
+        let mut command = Command::new("unshare");
+        let quiet = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        let other = Killed::spawn(quiet.args(["--net", "sleep", "1000"]));
+        until_asleep(other.id());
+        let pid = other.id().to_string();
         ip(&format!("link set dev b netns {pid}"));
         let there = |command: &str| {
             let mut all = vec!["-t", &pid, "-n", "ip"];
@@ -233,7 +223,7 @@ fn neighbours_learn_the_new_holder() {
             specs(&["10.9.0.7/24@a", "2001:db8::7/64@a"]).into_iter().map(Address::new).collect();
         AddressSet::of(&addresses).unwrap().add().unwrap();
         let mac = ip("-o link show dev a").split("link/ether ").nth(1).unwrap()[..17].to_owned();
-        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(5);
+        let deadline = std::time::Instant::now() + PATIENCE;
         for address in ["10.9.0.7", "2001:db8::7"] {
             loop {
                 let entry = there(&format!("neighbour show {address} dev b"));

@@ -2,7 +2,7 @@
 
 #![allow(clippy::unwrap_used, reason = "tests may panic")]
 
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::time::Instant;
 
 use super::*;
@@ -10,32 +10,17 @@ use crate::engine::freeze::Frozen;
 use crate::engine::remote::RemoteCalls;
 use crate::engine::skeleton::ReservedPid;
 use crate::engine::state::mm::{self, FlagCache};
+use crate::engine::trial::{Killed, until_asleep};
 
 const HOUR: i64 = 3600 * NS;
 
-/// A child of this thread, killed at the end.
-struct Sleeper(Child);
-
-impl Sleeper {
-    fn start(words: &[&str]) -> Self {
-        let child = Command::new(words[0]).args(&words[1..]).stdin(Stdio::null()).spawn().unwrap();
-        let pid = child.id();
-        // Until it is the program that it is to become, which sleeps (clock_nanosleep).
-        while !std::fs::read_to_string(format!("/proc/{pid}/syscall")).unwrap().starts_with("230 ") {
-            std::thread::yield_now();
-        }
-        Self(child)
-    }
-    fn pid(&self) -> Tid {
-        Tid::try_from(self.0.id()).unwrap()
-    }
-}
-
-impl Drop for Sleeper {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
+/// A child of this thread, which has become the program that it is to become, and sleeps.
+fn start(words: &[&str]) -> Killed {
+    let mut command = Command::new(words[0]);
+    let quiet = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    let child = Killed::spawn(quiet.args(&words[1..]));
+    until_asleep(child.id());
+    child
 }
 
 fn plan(now: Clocks, offsets: Clocks) -> Begin {
@@ -70,7 +55,7 @@ fn clocks_of_another_machine_go_on_whatever_they_read() {
     for by in [HOUR, 1, -1_000_000, -here().unwrap().monotonic_ns / 3] {
         let (received, there) = (here().unwrap(), ahead(by));
         let shift = prepare(&plan(there, Clocks::default()), false, Some(&received)).unwrap();
-        let child = Sleeper::start(&["sleep", "1000"]);
+        let child = start(&["sleep", "1000"]);
         assert_eq!(shift_of(child.pid()).unwrap(), shift);
         let mut frozen = Frozen::freeze(child.pid(), Duration::from_secs(5)).unwrap();
         let before = shift.readings().unwrap();
@@ -86,7 +71,7 @@ fn clocks_of_another_machine_go_on_whatever_they_read() {
 #[test]
 fn on_the_same_kernel_a_skeleton_has_exactly_the_clocks_of_the_process() {
     let namespace = ["unshare", "-T", "--monotonic", "1000", "--boottime", "500000", "sleep", "1000"];
-    let child = Sleeper::start(&namespace);
+    let child = start(&namespace);
     let (pid, mut view) = (child.pid(), look(child.pid()).unwrap());
     assert_eq!(view.offsets, Clocks { monotonic_ns: 1000 * NS, boottime_ns: 500_000 * NS });
     let mut layout = mm::capture(pid, &FlagCache::look(pid).unwrap()).unwrap().layout;
@@ -140,9 +125,9 @@ fn a_process_waits_for_its_clocks() {
     let shift = Shift { monotonic_ns: HOUR, boottime_ns: 2 * HOUR };
     let frozen = shift.readings().unwrap();
     assert!(catch_up(Some(&frozen), &shift).unwrap() < Duration::from_secs(20));
+    let start = Instant::now();
     let mut later = shift.readings().unwrap();
     later.boottime_ns += 100_000_000;
-    let start = Instant::now();
     catch_up(Some(&later), &shift).unwrap();
     assert!(start.elapsed() > Duration::from_millis(90));
     assert!(shift.readings().unwrap().boottime_ns >= later.boottime_ns);

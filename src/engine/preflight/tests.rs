@@ -1,24 +1,18 @@
 //! Preflight against real processes, each with one thing in the way.
 
 use std::io::{BufRead, BufReader};
-use std::process::{Child, ChildStdout, Command, Stdio};
+use std::process::{ChildStdout, Command, Stdio};
 
 use super::*;
+use crate::engine::trial::{Killed, KilledPid, state_of, until};
 
 /// A child that is killed and reaped at the end. What it prints after its first line has a reader until then: it would
 /// end by a broken pipe.
-struct Victim(Child, #[expect(dead_code, reason = "held open")] BufReader<ChildStdout>);
-
-impl Drop for Victim {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
+struct Victim(Killed, #[expect(dead_code, reason = "held open")] BufReader<ChildStdout>);
 
 impl Victim {
     fn pid(&self) -> Tid {
-        Tid::try_from(self.0.id()).unwrap()
+        self.0.pid()
     }
 
     /// Runs Python code that prints a line when it is ready, and then waits.
@@ -26,11 +20,17 @@ impl Victim {
         let code = format!(
             "import ctypes,os,signal,sys,threading\nlibc=ctypes.CDLL(None)\n{code}\nprint('ready',flush=True)\nsignal.pause()"
         );
-        let mut child = Command::new("python3").args(["-c", &code]).stdout(Stdio::piped()).spawn().unwrap();
+        let mut child = Killed::spawn(Command::new("python3").args(["-c", &code]).stdout(Stdio::piped()));
         let mut line = String::new();
         let mut printed = BufReader::new(child.stdout.take().unwrap());
         printed.read_line(&mut line).unwrap();
         (Self(child, printed), line)
+    }
+
+    /// Its only child, which ends with the test too.
+    fn child(&self) -> KilledPid {
+        let text = std::fs::read_to_string(format!("/proc/{0}/task/{0}/children", self.pid())).unwrap();
+        KilledPid(text.trim().parse().unwrap())
     }
 }
 
@@ -44,10 +44,10 @@ fn whys(pid: Tid) -> Vec<String> {
 #[test]
 fn an_ordinary_process_has_nothing_in_the_way() {
     let (victim, _) = Victim::python("threading.Thread(target=signal.pause, daemon=True).start()");
-    let found = check(victim.pid(), true);
-    assert_eq!(found.reasons, []);
+    assert_eq!(whys(victim.pid()), [""; 0]);
     // It was started by us, in our session.
-    assert_eq!(found.notes.len(), 2, "{:?}", found.notes);
+    let notes = check(victim.pid(), true).notes;
+    assert_eq!(notes.len(), 2, "{notes:?}");
 }
 
 #[test]
@@ -60,13 +60,9 @@ fn what_is_no_process_to_move() {
     if look(2, 2).is_some_and(|(stat, _)| stat.comm == b"kthreadd") {
         assert!(whys(2)[0].contains("kernel"));
     }
-    let mut zombie = Command::new("true").spawn().unwrap();
-    let zombie_pid = Tid::try_from(zombie.id()).unwrap();
-    while look(zombie_pid, zombie_pid).unwrap().0.state != b'Z' {
-        std::thread::yield_now();
-    }
-    assert!(whys(zombie_pid)[0].contains("zombie"));
-    zombie.wait().unwrap();
+    let zombie = Killed::spawn(&mut Command::new("true"));
+    until("its end", || state_of(zombie.pid(), zombie.pid()) == Some(b'Z'));
+    assert!(whys(zombie.pid())[0].contains("zombie"));
 }
 
 #[test]
@@ -75,9 +71,7 @@ fn a_main_thread_that_has_exited() {
         "threading.Thread(target=signal.pause).start()\nprint('ready',flush=True)\nlibc.syscall(60,0)",
     );
     let pid = victim.pid();
-    while look(pid, pid).unwrap().0.state != b'Z' {
-        std::thread::yield_now();
-    }
+    until("the end of its main thread", || state_of(pid, pid) == Some(b'Z'));
     assert!(whys(pid)[0].contains("main thread has exited"));
 }
 
@@ -85,16 +79,16 @@ fn a_main_thread_that_has_exited() {
 fn children_and_tracers_are_named() {
     let (victim, _) = Victim::python("import subprocess\nsubprocess.Popen(['sleep','100'])");
     let pid = victim.pid();
+    let guard = victim.child();
+    let child = guard.0;
     let found = whys(pid);
     assert_eq!(found.len(), 1, "{found:?}");
     assert!(found[0].contains("child processes"));
-    let text = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap();
-    let child: Tid = text.trim().parse().unwrap();
     assert!(found[0].contains(&child.to_string()));
     crate::engine::sys::ptrace::seize(child, 0).unwrap();
     let traced = whys(child);
     assert!(traced.iter().any(|w| w.contains("is traced by process")), "{traced:?}");
-    nix::sys::signal::kill(nix::unistd::Pid::from_raw(child), nix::sys::signal::Signal::SIGKILL).unwrap();
+    drop(guard);
     crate::engine::sys::ptrace::wait(child).unwrap();
 }
 
@@ -133,11 +127,9 @@ fn threads_that_share_too_little_and_processes_that_share_too_much() {
     assert!(found.iter().all(|w| w.starts_with("thread ")), "{found:?}");
     // clone(CLONE_FILES | SIGCHLD): a child with the same table of descriptors.
     let (victim, _) = Victim::python("pid=libc.syscall(56,0x400|17,0,0,0,0)\nif pid==0: signal.pause()");
+    let _child = victim.child();
     let found = whys(victim.pid());
     assert!(found.iter().any(|w| w.contains("shares its table of descriptors")), "{found:?}");
-    let text = std::fs::read_to_string(format!("/proc/{0}/task/{0}/children", victim.pid())).unwrap();
-    let child = text.trim().parse().unwrap();
-    nix::sys::signal::kill(nix::unistd::Pid::from_raw(child), nix::sys::signal::Signal::SIGKILL).unwrap();
 }
 
 #[test]
@@ -145,6 +137,8 @@ fn a_parent_that_waits_for_vfork() {
     // clone(CLONE_VFORK): the child says ready, the parent waits in the kernel.
     let (victim, _) =
         Victim::python("pid=libc.syscall(56,0x4000|17,0,0,0,0)\nif pid==0: libc.prctl(1,9,0,0,0)");
+    // The child may be faster.
+    until("the wait of the parent", || state_of(victim.pid(), victim.pid()) == Some(b'D'));
     let found = whys(victim.pid());
     assert!(found.iter().any(|w| w.contains("uninterruptible")), "{found:?}");
     assert!(found.iter().any(|w| w.contains("child processes")), "{found:?}");

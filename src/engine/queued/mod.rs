@@ -56,8 +56,8 @@ const MARKS: &str = "tcp_fwmark_accept";
 const TIMESTAMPS_ALLOWED: &str = "tcp_timestamps";
 const SELECTIVE_ALLOWED: &str = "tcp_sack";
 
-/// How long the bytes of a connection may find no room in it.
-const PATIENCE: Duration = Duration::from_secs(2);
+/// How long the bytes of a connection may find no room in it. In tests it is not the point, and the host is busy.
+const PATIENCE: Duration = Duration::from_secs(if cfg!(test) { 20 } else { 2 });
 /// Between two looks.
 const PAUSE: Duration = Duration::from_micros(500);
 /// The first segment: there is room for as much in the smallest buffer that a socket can have.

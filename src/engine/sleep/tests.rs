@@ -3,7 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "tests may panic")]
 
 use std::io::{BufRead, BufReader, Write};
-use std::process::{Child, ChildStdout, Command, Stdio};
+use std::process::{ChildStdout, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use super::arm::arm_thread;
@@ -12,7 +12,15 @@ use crate::engine::freeze::Frozen;
 use crate::engine::remote::{Batch, RemoteCalls};
 use crate::engine::skeleton::ReservedPid;
 use crate::engine::sys::ptrace::{self, Regs};
+use crate::engine::trial::{Killed, PATIENCE as TRIAL, until};
 use crate::proto::image::{Layout, Thread, Vma, VmaKind};
+
+/// How long each of the sleeps lasts, by its own clock.
+const WHOLE: Duration = Duration::from_secs(9);
+/// The moment of the first stop: what a sleep that began anew would last longer. Far more than a busy host costs.
+const FIRST_STOP_MS: u64 = 4000;
+/// How much later than it should a busy host may end a sleep, or compare two clocks.
+const SLACK: Duration = Duration::from_secs(3);
 
 /// Each thread says what its call returned and how long it took.
 const PROGRAM: &str = r#"
@@ -28,16 +36,16 @@ const PROGRAM: &str = r#"
 static int word; static int fds[2]; static pthread_mutex_t out = PTHREAD_MUTEX_INITIALIZER;
 static double now(void) { struct timespec t; clock_gettime(CLOCK_MONOTONIC, &t); return t.tv_sec + t.tv_nsec / 1e9; }
 static void *sleeper(void *which) {
-    struct timespec t = { 3, 0 }, rem = { 77, 77 }, until; long r = 0, got; double start = now();
+    struct timespec t = { 9, 0 }, rem = { 77, 77 }, until; long r = 0, got; double start = now();
     struct pollfd p = { fds[0], POLLIN, 0 };
-    clock_gettime(CLOCK_MONOTONIC, &until); until.tv_sec += 3;
+    clock_gettime(CLOCK_MONOTONIC, &until); until.tv_sec += 9;
     errno = 0;
     switch ((long)which) {
     case 0: r = syscall(SYS_nanosleep, &t, NULL); break;
     case 1: r = syscall(SYS_nanosleep, &t, &rem); break;
     case 2: r = syscall(SYS_nanosleep, &t, &t); break;
     case 3: r = syscall(SYS_clock_nanosleep, CLOCK_MONOTONIC, 0, &t, NULL); break;
-    case 4: r = syscall(SYS_poll, NULL, 0, 3000); break;
+    case 4: r = syscall(SYS_poll, NULL, 0, 9000); break;
     case 5: r = syscall(SYS_futex, &word, 128, 0, &t, NULL, 0); break;
     case 6: r = syscall(SYS_futex, &word, 128 | 9, 0, &until, NULL, -1); break;
     case 7: r = syscall(SYS_poll, &p, 1, -1); break;
@@ -56,7 +64,7 @@ int main(void) {
 "#;
 
 struct Program {
-    child: Child,
+    child: Killed,
     out: BufReader<ChildStdout>,
     /// Before the first sleep began, and when all had.
     spawned: Instant,
@@ -75,18 +83,16 @@ impl Program {
         cc.args(["-o".as_ref(), exe.as_os_str(), source.as_ref(), "-pthread".as_ref()]);
         assert!(cc.status().unwrap().success());
         let now = Instant::now();
-        let mut child = Command::new(exe).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+        let mut child = Killed::spawn(Command::new(exe).stdin(Stdio::piped()).stdout(Stdio::piped()));
         let out = BufReader::new(child.stdout.take().unwrap());
         let mut program =
             Self { child, out, spawned: now, started: now, stop: (now, now), held: Duration::ZERO };
-        while program.asleep() != 8 {
-            std::thread::yield_now();
-        }
+        until("the sleep of all threads", || program.asleep() == 8);
         program.started = Instant::now();
         program
     }
     fn pid(&self) -> Tid {
-        self.child.id().try_into().unwrap()
+        self.child.pid()
     }
     fn asleep(&self) -> usize {
         let pid = self.pid();
@@ -106,7 +112,7 @@ impl Program {
         self.stop.1 = Instant::now();
         frozen
     }
-    /// The calls of the sleepers are known, with what is left of three seconds.
+    /// The calls of the sleepers are known, with what is left of their time.
     fn check(&self, book: &SleepBook, frozen: &Frozen) {
         let numbers = [35, 35, 35, 230, 7, 202, 202, 7];
         assert_eq!(frozen.threads().len(), 9);
@@ -119,12 +125,10 @@ impl Program {
                 continue;
             }
             let left = Duration::from_nanos(call.remaining_ns.try_into().unwrap());
-            // On a busy host a clock is compared late. Half a second would be lost if a sleep began anew.
-            let (all, slack) = (Duration::from_secs(3), Duration::from_millis(200));
-            let least = all.saturating_sub(self.stop.1 - self.spawned + slack);
+            let least = WHOLE.saturating_sub(self.stop.1 - self.spawned + SLACK);
             // What the kernel wrote at the stop may be as old as the stop took.
             let took = self.stop.1 - self.stop.0;
-            let most = (all + self.held + took + slack).saturating_sub(self.stop.0 - self.started);
+            let most = (WHOLE + self.held + took + SLACK).saturating_sub(self.stop.0 - self.started);
             assert!(left >= least && left <= most, "thread {i}: {least:?} <= {left:?} <= {most:?}");
         }
         assert_eq!(book.remaining(&frozen.threads()[0]), None);
@@ -141,20 +145,13 @@ impl Program {
                 7 => assert_eq!((returned, errno), (1, 0), "{line}"),
                 _ => assert_eq!((returned, errno), (0, 0), "{line}"),
             }
-            // A sleep that began anew at a stop would take 500 ms more at least, after a move 1000.
-            let latest = 3450 + i64::try_from(self.held.as_millis()).unwrap();
-            assert!(which == 7 || (3000..latest).contains(&ms), "{line}");
+            let ms = u128::try_from(ms).unwrap();
+            let latest = (WHOLE + SLACK + self.held).as_millis();
+            assert!(which == 7 || (WHOLE.as_millis()..latest).contains(&ms), "{line}");
             line.clear();
             count += 1;
         }
         assert_eq!(count, 8);
-    }
-}
-
-impl Drop for Program {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
     }
 }
 
@@ -182,13 +179,13 @@ fn sleeps_go_on_through_stops_and_moves() {
     let mut program = Program::start(dir.path());
     let mut book = SleepBook::new();
 
-    program.at(500);
+    program.at(FIRST_STOP_MS);
     let frozen = program.freeze(&mut book);
     program.check(&book, &frozen);
     frozen.thaw().unwrap();
 
     // Stopped again, in restart_syscall; then what a move does to it.
-    program.at(1000);
+    program.at(FIRST_STOP_MS + 500);
     let mut frozen = program.freeze(&mut book);
     program.check(&book, &frozen);
     arm_all(&mut frozen, &book);
@@ -196,43 +193,38 @@ fn sleeps_go_on_through_stops_and_moves() {
     frozen.thaw().unwrap();
 
     // After a move nobody there has seen the sleeps begin.
-    program.at(1500);
+    program.at(FIRST_STOP_MS + 1000);
     let mut book = SleepBook::new();
     let mut frozen = program.freeze(&mut book);
     program.check(&book, &frozen);
     arm_all(&mut frozen, &book);
     program.held += program.stop.0.elapsed();
     frozen.thaw().unwrap();
-    program.at(2000);
+    program.at(FIRST_STOP_MS + 1500);
     program.finish();
 }
 
 /// Stopped from a terminal twice: while it is stopped, nothing tells which call goes on.
 #[test]
 fn a_call_that_was_interrupted_before_is_known_when_it_sleeps() {
-    let mut child = Command::new("sleep").arg("60").spawn().unwrap();
-    let pid = Tid::try_from(child.id()).unwrap();
+    let child = Killed::sleeper();
+    let pid = child.pid();
     let target = Target { pid, tid: pid };
     let signal = |which| nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), which).unwrap();
-    let until = |what: &dyn Fn() -> bool| {
-        while !what() {
-            std::thread::yield_now();
-        }
-    };
     let stat = || crate::engine::procfs::parse_stat(&std::fs::read(format!("/proc/{pid}/stat")).unwrap());
     let sleeps_in = |number| target.asleep().is_some_and(|a| a.blocked.number == number);
-    until(&|| sleeps_in(libc::SYS_clock_nanosleep));
+    until("its sleep", || sleeps_in(libc::SYS_clock_nanosleep));
     let mut unknown = Vec::new();
     for _ in 0..2 {
         signal(nix::sys::signal::SIGSTOP);
-        until(&|| stat().unwrap().state == b'T');
+        until("its stop", || stat().unwrap().state == b'T');
         let mut book = SleepBook::new();
         let frozen = book.freeze(pid, Duration::from_secs(5)).unwrap();
         let number = regs::interrupted_call(&frozen.threads()[0].regs);
         unknown.push((number == Some(libc::SYS_restart_syscall), book.is_unknown(&frozen.threads()[0])));
         frozen.thaw().unwrap();
         signal(nix::sys::signal::SIGCONT);
-        until(&|| sleeps_in(libc::SYS_restart_syscall));
+        until("its sleep after the stop", || sleeps_in(libc::SYS_restart_syscall));
     }
     assert_eq!(unknown, [(false, false), (true, true)]);
     let mut book = SleepBook::new();
@@ -240,13 +232,16 @@ fn a_call_that_was_interrupted_before_is_known_when_it_sleeps() {
     let call = book.remaining(&frozen.threads()[0]).unwrap();
     assert_eq!(call.number, libc::SYS_clock_nanosleep);
     frozen.thaw().unwrap();
-    child.kill().unwrap();
-    child.wait().unwrap();
 }
 
 /// A skeleton with one page of code: the call that the registers were interrupted in, then an exit with
-/// what it returned.
-fn exit_of_skeleton(number: i64, change: impl FnOnce(&mut Regs, u64), remaining_ns: i64) -> (i32, Duration) {
+/// what it returned. The call finds a time of `seconds` in its memory.
+fn exit_of_skeleton(
+    number: i64,
+    seconds: u64,
+    change: impl FnOnce(&mut Regs, u64),
+    remaining_ns: i64,
+) -> (i32, Duration) {
     let ms = Duration::from_millis;
     const CODE: [u8; 11] = [0x0f, 0x05, 0x89, 0xc7, 0xb8, 0xe7, 0, 0, 0, 0x0f, 0x05];
     let reserved = (20_000..30_000).find_map(|pid| ReservedPid::take(pid).ok()).unwrap();
@@ -273,8 +268,8 @@ fn exit_of_skeleton(number: i64, change: impl FnOnce(&mut Regs, u64), remaining_
     let page = skeleton.run_all_ok("a page", &batch).unwrap().ret(page).unwrap();
     let mut bytes = vec![0u8; 4096];
     bytes[..CODE.len()].copy_from_slice(&CODE);
-    // A timespec of one second.
-    bytes[1024..1032].copy_from_slice(&1u64.to_ne_bytes());
+    // The seconds of a timespec.
+    bytes[1024..1032].copy_from_slice(&seconds.to_ne_bytes());
     let range = crate::engine::sys::vm::RemoteRange { start: page, len: bytes.len() };
     assert_eq!(crate::engine::sys::vm::write(pid, &bytes, &[range]), Ok(4096));
     let mut r = ptrace::regs(pid).unwrap();
@@ -299,23 +294,26 @@ fn exit_of_skeleton(number: i64, change: impl FnOnce(&mut Regs, u64), remaining_
 
 #[test]
 fn a_skeleton_goes_on_with_the_call() {
-    let ms = Duration::from_millis;
+    /// The call's own time, unless that is what it waits for.
+    const LONG: u64 = 2 * TRIAL.as_secs();
     let near = |(code, took): (i32, Duration), wanted: (i32, u64)| {
         assert_eq!(code, wanted.0, "{took:?}");
-        assert!(took >= ms(wanted.1) && took < ms(wanted.1 + 700), "{took:?}");
+        let least = Duration::from_millis(wanted.1);
+        assert!(took >= least && took < least + TRIAL, "{took:?}");
     };
     let sleep = |r: &mut Regs, at| r.rdi = at;
     // The futex is the nanoseconds: 0.
     let futex = |value| move |r: &mut Regs, at| [r.rdi, r.rsi, r.rdx, r.r10] = [at + 8, 128, value, at];
+    let poll = |r: &mut Regs, _| r.rdx = LONG * 1000;
     let timed_out = 256 - libc::ETIMEDOUT;
-    near(exit_of_skeleton(libc::SYS_nanosleep, sleep, 350_000_000), (0, 250));
-    near(exit_of_skeleton(libc::SYS_futex, futex(0), 350_000_000), (timed_out, 250));
+    near(exit_of_skeleton(libc::SYS_nanosleep, LONG, sleep, 350_000_000), (0, 250));
+    near(exit_of_skeleton(libc::SYS_futex, LONG, futex(0), 350_000_000), (timed_out, 250));
     // Over before it was interrupted, or nothing to wait for.
-    near(exit_of_skeleton(libc::SYS_nanosleep, sleep, 0), (0, 0));
-    near(exit_of_skeleton(libc::SYS_futex, futex(5), 350_000_000), (256 - libc::EAGAIN, 0));
-    near(exit_of_skeleton(libc::SYS_poll, |r, _| r.rdx = 7, 0), (0, 0));
+    near(exit_of_skeleton(libc::SYS_nanosleep, LONG, sleep, 0), (0, 0));
+    near(exit_of_skeleton(libc::SYS_futex, LONG, futex(5), 350_000_000), (256 - libc::EAGAIN, 0));
+    near(exit_of_skeleton(libc::SYS_poll, LONG, poll, 0), (0, 0));
     // Not known how long: the call's own time.
-    near(exit_of_skeleton(libc::SYS_nanosleep, sleep, -1), (0, 1000));
+    near(exit_of_skeleton(libc::SYS_nanosleep, 1, sleep, -1), (0, 1000));
     // Not even the call is known: what the kernel itself says then.
-    near(exit_of_skeleton(libc::SYS_restart_syscall, sleep, -1), (256 - libc::EINTR, 0));
+    near(exit_of_skeleton(libc::SYS_restart_syscall, 1, sleep, -1), (256 - libc::EINTR, 0));
 }

@@ -398,14 +398,15 @@ mod tests {
     #[test]
     fn a_deleted_working_directory_is_refused() {
         let dir = tempfile::tempdir().unwrap();
-        let mut child =
-            std::process::Command::new("sleep").arg("100").current_dir(dir.path()).spawn().unwrap();
-        let pid = Tid::try_from(child.id()).unwrap();
+        let mut sleep = std::process::Command::new("sleep");
+        let null = std::process::Stdio::null;
+        let child = crate::engine::trial::Killed::spawn(
+            sleep.arg("100").current_dir(dir.path()).stdin(null()).stdout(null()).stderr(null()),
+        );
+        let pid = child.pid();
         let before = preflight(pid);
         drop(dir);
         let after = preflight(pid);
-        child.kill().unwrap();
-        child.wait().unwrap();
         assert_eq!(before.unwrap(), []);
         assert_eq!(after.unwrap().len(), 1);
     }

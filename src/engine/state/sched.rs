@@ -129,12 +129,12 @@ pub fn restore(tid: Tid, wanted: &Sched) -> Result<(), AttrError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::engine::trial::Killed;
 
     #[test]
     fn what_is_set_on_one_thread_can_be_set_on_another() {
-        let spawn = || std::process::Command::new("sleep").arg("100").spawn().unwrap();
-        let (mut a, mut b) = (spawn(), spawn());
-        let (pid_a, pid_b) = (Tid::try_from(a.id()).unwrap(), Tid::try_from(b.id()).unwrap());
+        let (a, b) = (Killed::sleeper(), Killed::sleeper());
+        let (pid_a, pid_b) = (a.pid(), b.pid());
         let defaults = Defaults::here().unwrap();
         let plain = capture(pid_a, &defaults).unwrap();
         let batch = SchedAttr { policy: 3, nice: 7, runtime: 9_000_000, ..SchedAttr::default() };
@@ -148,10 +148,6 @@ mod tests {
         let mut back = capture(pid_b, &defaults).unwrap();
         let real_time = Sched { policy: 1, rt_priority: 5, ioprio: 1 << 13 | 3, ..Sched::default() };
         let fifo = restore(pid_b, &real_time).and_then(|()| capture(pid_b, &defaults));
-        for child in [&mut a, &mut b] {
-            child.kill().unwrap();
-            child.wait().unwrap();
-        }
         let ours = attrs::sched_attr(0).unwrap().nice;
         assert_eq!((plain.policy, plain.nice, plain.runtime), (0, ours, 0));
         assert_eq!(plain.affinity, [0u8; 0]);

@@ -1,8 +1,9 @@
 //! On real processes, with a destination that answers what the test says.
 
-use std::process::{Child, Command};
+use std::process::Command;
 
 use super::*;
+use crate::engine::trial::{Killed, until};
 
 /// A destination that answers what the test says, after the test has done something.
 struct Peer<F: FnMut() -> Option<Fate>> {
@@ -28,12 +29,12 @@ fn peer<F: FnMut() -> Option<Fate>>(ask: F) -> Peer<F> {
     Peer { ask, serves: vec![], confirmed: false }
 }
 
-struct Process(Child);
+struct Process(Killed);
 
 impl Process {
     /// A process that is stopped like one whose fence has become effective.
     fn stopped() -> Self {
-        let process = Self(Command::new("sleep").arg("1000").spawn().unwrap());
+        let process = Self(Killed::sleeper());
         alive::open(process.key().pid, process.key().start_ticks)
             .unwrap()
             .unwrap()
@@ -51,16 +52,7 @@ impl Process {
         status.lines().find_map(|l| l.strip_prefix("State:")).unwrap().trim()[..1].to_owned()
     }
     fn wait_for(&self, state: &str) {
-        while self.state() != state {
-            std::thread::yield_now();
-        }
-    }
-}
-
-impl Drop for Process {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
+        until(state, || self.state() == state);
     }
 }
 

@@ -6,7 +6,7 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use bytes::Bytes;
 use quinn::VarInt;
 
-use super::super::tests::{Listening, Place, SHORT, bare, hello, listen, place, trust};
+use super::super::tests::{Listening, Place, SHORT, bare, hello, listen, patient, place, trust};
 use super::super::{Settings, TransportError, UntrustedSide, connect as connect_link};
 use super::*;
 use crate::migration::MigrationId;
@@ -227,14 +227,14 @@ fn the_end_of_the_server_is_noticed() {
     assert!(source.link.is_lost());
 }
 
-fn main_listener(grounds: &Grounds) -> Listening {
-    listen(&grounds.b, Settings { handshake_timeout: Duration::from_secs(1), ..Settings::default() })
+fn main_listener(grounds: &Grounds, handshake_timeout: Duration) -> Listening {
+    listen(&grounds.b, Settings { handshake_timeout, ..patient() })
 }
 
 #[test]
 fn the_main_port_is_as_good() {
     let grounds = grounds();
-    let mut main = main_listener(&grounds);
+    let mut main = main_listener(&grounds, SHORT);
     let silent = UdpSocket::bind("127.0.0.1:0").unwrap();
     let addrs = vec![silent.local_addr().unwrap(), main.addr()];
     let (handle, happened) = grounds.expect();
@@ -248,10 +248,10 @@ fn the_main_port_is_as_good() {
     handle.ask(&[4096, 8192]);
     assert_eq!((next_page(&happened), next_page(&happened)), (4096, 8192));
     // Ordinary links are accepted beside it there, and not at the other port.
-    let link = connect_link(grounds.a.node.clone(), vec![main.addr()], hello(), Settings::default()).unwrap();
+    let link = connect_link(grounds.a.node.clone(), vec![main.addr()], hello(), patient()).unwrap();
     main.accept().unwrap();
     drop(link);
-    let link = connect_link(grounds.a.node.clone(), vec![grounds.addr()], hello(), Settings::default());
+    let link = connect_link(grounds.a.node.clone(), vec![grounds.addr()], hello(), patient());
     let end = match link {
         Err(error) => error,
         Ok(mut link) => match link.recv_timeout(SHORT) {
@@ -314,8 +314,12 @@ fn a_source_that_sends_something_else_is_given_up() {
 #[test]
 fn an_attach_is_bounded_in_time_and_length() {
     let grounds = grounds();
-    let mut main = main_listener(&grounds);
-    main.server.also_for(&grounds.server);
+    // One that says too little is given up soon, the others have as long as they need.
+    let mut mains = [Duration::from_secs(3), SHORT].map(|timeout| main_listener(&grounds, timeout));
+    for main in &mut mains {
+        main.server.also_for(&grounds.server);
+    }
+    let [hasty, patient] = &mut mains;
     let (_handle, happened) = grounds.expect();
     let greeting =
         encode(&Body::Hello(crate::wire::Hello { version: crate::wire::PROTOCOL_VERSION, ..hello() }).into())
@@ -331,6 +335,7 @@ fn an_attach_is_bounded_in_time_and_length() {
         (greeting.to_vec(), |end| matches!(end, TransportError::Wire(WireError::Expected(_)))),
     ];
     for (first, expected) in firsts {
+        let main = if first.is_empty() { &mut *hasty } else { &mut *patient };
         let (_endpoint, connection) = runtime.block_on(bare(&grounds.a, main.addr()));
         let bytes = [&[Role::Urgent as u8], &greeting[..], &first].concat();
         let (_send, _receive) = runtime.block_on(async {
@@ -366,7 +371,7 @@ fn a_source_does_not_wait_for_ever_to_be_attached() {
             let _ = keep.send(answered);
         }
     });
-    let settings = Settings { handshake_timeout: Duration::from_millis(300), ..settings() };
+    let settings = Settings { handshake_timeout: Duration::from_secs(3), ..settings() };
     let error =
         connect(a.node.clone(), vec![addr], hello(), ID, honest(), Box::new(|_| ()), settings).unwrap_err();
     assert!(matches!(error, TransportError::Slow { .. }), "{error:?}");

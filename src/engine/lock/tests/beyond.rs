@@ -53,7 +53,7 @@ fn nothing_is_said_for_an_address_that_is_gone() {
         let to: SocketAddr = "10.9.0.7:80".parse().unwrap();
         // The neighbour learns the way.
         until("the refusal", || info(&request_from(&neighbour, to)).0 == 7);
-        let mut lock = Lock::open("migrate-test").unwrap();
+        let mut lock = open();
         lock.close_on(&[Connection { local: to, remote: None }]).unwrap();
         ip("address del 10.9.0.7/24 dev a");
         ip("route add unreachable 10.9.0.7");
@@ -78,7 +78,7 @@ fn what_is_rewritten_on_its_way_in_is_locked_as_the_socket_sees_it() {
         assert_eq!(server.local_addr().unwrap().port(), 80);
         let mut client = TcpStream::from(request);
         client.set_nonblocking(false).unwrap();
-        let mut lock = Lock::open("migrate-test").unwrap();
+        let mut lock = open();
         let remote = server.peer_addr().ok();
         lock.close_on(&[Connection { local: server.local_addr().unwrap(), remote }]).unwrap();
         client.write_all(b"x").unwrap();

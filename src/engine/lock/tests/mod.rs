@@ -7,19 +7,19 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, TcpListener, TcpStream};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
+use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Instant;
 
 use nix::sched::{CloneFlags, unshare};
 
 use super::*;
 use crate::engine::sys::netlink::attributes;
 use crate::engine::sys::socket;
+use crate::engine::trial::{Killed, PATIENCE, until};
 
 const V4: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
 const V6: IpAddr = IpAddr::V6(Ipv6Addr::LOCALHOST);
-/// How long what must happen may take.
-const PATIENCE: Duration = Duration::from_secs(20);
 
 /// The children of `test` inherit the namespace from this thread.
 fn in_a_namespace(test: impl FnOnce() + Send + 'static) {
@@ -31,6 +31,13 @@ fn in_a_namespace(test: impl FnOnce() + Send + 'static) {
     if let Err(panic) = thread.join() {
         std::panic::resume_unwind(panic);
     }
+}
+
+/// A lock with a name that no other has: the kernel forgets a table a moment after its lock is dropped, and later still
+/// if a process that another test is starting has inherited the socket.
+fn open() -> Lock {
+    static LOCKS: AtomicU32 = AtomicU32::new(0);
+    Lock::open(&format!("migrate-test-{}", LOCKS.fetch_add(1, Ordering::Relaxed))).unwrap()
 }
 
 fn ip(arguments: &str) {
@@ -97,14 +104,6 @@ fn info(stream: &impl AsFd) -> (u8, u32) {
     (info[0], u32::from_ne_bytes(*info[100..].first_chunk().unwrap()))
 }
 
-fn until(what: &str, mut condition: impl FnMut() -> bool) {
-    let end = Instant::now() + PATIENCE;
-    while !condition() {
-        assert!(Instant::now() < end, "{what} does not happen");
-        std::thread::yield_now();
-    }
-}
-
 fn until_repeated(stream: &TcpStream) {
     let before = info(stream).1;
     until("a retransmission", || info(stream).1 > before);
@@ -134,7 +133,7 @@ fn a_locked_connection_is_silent_both_ways_and_goes_on_after_the_release() {
             let to = to.unwrap_or_else(|| listener.local_addr().unwrap());
             let mut locked = Pair::to(listener, to);
             let mut other = Pair::to(listener, to);
-            let mut lock = Lock::open("migrate-test").unwrap();
+            let mut lock = open();
             lock.close_on(&[locked.connection()]).unwrap();
             locked.client.write_all(b"in").unwrap();
             locked.server.write_all(b"out").unwrap();
@@ -159,7 +158,7 @@ fn a_connection_that_was_made_from_here_is_locked_as_well() {
     in_a_namespace(|| {
         let listener = TcpListener::bind((V4, 0)).unwrap();
         let (mut locked, mut other) = (Pair::on(&listener), Pair::on(&listener));
-        let mut lock = Lock::open("migrate-test").unwrap();
+        let mut lock = open();
         let Connection { local, remote } = locked.connection();
         lock.close_on(&[Connection { local: remote.unwrap(), remote: Some(local) }]).unwrap();
         locked.client.write_all(b"x").unwrap();
@@ -178,7 +177,7 @@ fn a_kernel_without_the_socket_resets_nothing_while_it_is_locked() {
     in_a_namespace(|| {
         let listener = TcpListener::bind((V4, 0)).unwrap();
         let Pair { mut client, server } = Pair::on(&listener);
-        let mut lock = Lock::open("migrate-test").unwrap();
+        let mut lock = open();
         let ends = Connection { local: server.local_addr().unwrap(), remote: server.peer_addr().ok() };
         lock.close_on(&[ends]).unwrap();
         // In repair a socket goes without a word.
@@ -223,7 +222,7 @@ fn requests_to_a_locked_listener_wait() {
             // The same port, another address; the same address, another port.
             let beside = TcpListener::bind(("127.0.0.2", to.port())).unwrap();
             let above = TcpListener::bind((ip, 0)).unwrap();
-            let mut lock = Lock::open("migrate-test").unwrap();
+            let mut lock = open();
             lock.close_on(&[Connection { local: to, remote: None }]).unwrap();
             // What is connected is no matter of the listener.
             old.round_trip();
@@ -280,7 +279,7 @@ fn what_a_process_has_is_found_with_what_it_has_not_accepted() {
         assert_eq!(connections(&only).unwrap(), [turned]);
 
         // All of it is locked, and nothing else.
-        let mut lock = Lock::open("migrate-test").unwrap();
+        let mut lock = open();
         let locked = lock.close_on_process(&mine).unwrap();
         assert_eq!(sorted(locked.all), expected);
         assert_eq!(locked.queued, [Connection { local: at(V4), remote: waits.local_addr().ok() }]);
@@ -308,7 +307,7 @@ fn a_crowded_end_is_locked_as_a_whole_unless_somebody_else_has_it() {
             let servers: Vec<&dyn AsFd> = pairs.iter().map(|pair| &pair.server as &dyn AsFd).collect();
             let mine = inodes(&servers);
 
-            let mut lock = Lock::open("migrate-test").unwrap();
+            let mut lock = open();
             for by_process in [false, true] {
                 match by_process {
                     false => lock.close_on(&connections).unwrap(),
@@ -359,7 +358,7 @@ fn what_listens_on_ipv6_only_leaves_ipv4_alone() {
 fn thousands_are_locked_at_once() {
     in_a_namespace(|| {
         const MANY: u16 = 20_000;
-        let mut lock = Lock::open("migrate-test").unwrap();
+        let mut lock = open();
         for ip in [V4, V6] {
             let remote = Some(SocketAddr::new(ip, 80));
             let all: Vec<_> =
@@ -379,7 +378,7 @@ fn measure() {
         let took = |what: &str, since: Instant| println!("{what}: {:?}", since.elapsed());
         for count in [1u16, 2000] {
             let since = Instant::now();
-            let mut lock = Lock::open("migrate-test").unwrap();
+            let mut lock = open();
             took("open", since);
             let listener = TcpListener::bind((V4, 0)).unwrap();
             let pairs: Vec<_> = (0..count).map(|_| Pair::on(&listener)).collect();
@@ -399,7 +398,7 @@ fn measure() {
             let since = Instant::now();
             lock.remove().unwrap();
             took("removed", since);
-            let mut lock = Lock::open("migrate-test").unwrap();
+            let mut lock = open();
             let since = Instant::now();
             lock.close_on_process(&all).unwrap();
             took("closed on process", since);
@@ -423,13 +422,10 @@ fn holder_process() {
     }
 }
 
-fn holder(dir: &Path) -> Child {
-    let child = Command::new("/proc/self/exe")
-        .args(["--exact", "engine::lock::tests::holder_process", "--ignored", "--nocapture"])
-        .env(DIR, dir)
-        .stdout(Stdio::null())
-        .spawn()
-        .unwrap();
+fn holder(dir: &Path) -> Killed {
+    let mut command = Command::new("/proc/self/exe");
+    let arguments = ["--exact", "engine::lock::tests::holder_process", "--ignored", "--nocapture"];
+    let child = Killed::spawn(command.args(arguments).env(DIR, dir).stdout(Stdio::null()));
     until("the table", || dir.join("held").exists());
     child
 }
@@ -438,11 +434,10 @@ fn holder(dir: &Path) -> Child {
 fn a_killed_holder_leaves_no_table() {
     in_a_namespace(|| {
         let dir = tempfile::tempdir().unwrap();
-        let mut child = holder(dir.path());
+        let child = holder(dir.path());
         assert_eq!(tables(), ["migrate-held"]);
         assert!(Lock::open("migrate-held").is_err(), "it is somebody else's");
-        child.kill().unwrap();
-        child.wait().unwrap();
+        drop(child);
         until("the end of the table", || tables().is_empty());
     });
 }
@@ -452,17 +447,18 @@ fn a_second_holder_keeps_it() {
     in_a_namespace(|| {
         let listener = TcpListener::bind((V4, 0)).unwrap();
         let mut pair = Pair::on(&listener);
-        let mut lock = Lock::open("migrate-test").unwrap();
+        let mut lock = open();
         lock.close_on(&[pair.connection()]).unwrap();
         let held = lock.socket().try_clone_to_owned().unwrap();
-        let mut child = Command::new("sleep").arg("1000").stdout(Stdio::from(held)).spawn().unwrap();
+        let child =
+            Killed::spawn(Command::new("sleep").arg("1000").stdout(Stdio::from(held)).stderr(Stdio::null()));
+        let name = lock.name.clone();
         drop(lock);
-        assert_eq!(tables(), ["migrate-test"]);
+        assert_eq!(tables(), [name]);
         pair.client.write_all(b"x").unwrap();
         until_repeated(&pair.client);
         assert!(!has_input(&pair.server));
-        child.kill().unwrap();
-        child.wait().unwrap();
+        drop(child);
         pair.server.read_exact(&mut [0]).unwrap();
         until("the end of the table", || tables().is_empty());
     });
@@ -471,7 +467,7 @@ fn a_second_holder_keeps_it() {
 #[test]
 fn it_is_removed_although_somebody_holds_it() {
     in_a_namespace(|| {
-        let lock = Lock::open("migrate-test").unwrap();
+        let lock = open();
         let second_holder = lock.socket().try_clone_to_owned().unwrap();
         lock.remove().unwrap();
         assert_eq!(tables(), Vec::<String>::new());

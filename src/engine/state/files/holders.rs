@@ -194,5 +194,12 @@ fn is_about_to_exec(pid: Tid) -> bool {
     /// linux/sched.h: forked, and not executed yet.
     const PF_FORKNOEXEC: u32 = 0x40;
     let stat = procfs::read(format!("/proc/{pid}/stat")).ok().and_then(|text| procfs::parse_stat(&text).ok());
-    stat.is_some_and(|stat| stat.ppid == own_pid() && stat.flags & PF_FORKNOEXEC != 0)
+    let Some(stat) = stat.filter(|stat| stat.ppid == own_pid()) else { return false };
+    if stat.flags & PF_FORKNOEXEC != 0 {
+        return true;
+    }
+    // The flag goes a moment before those descriptors do, both under a lock of the process that kcmp(2) takes too: it
+    // answers when they are gone. What it answers does not matter.
+    let _ = fds::kcmp_tables(own_pid(), pid);
+    false
 }

@@ -133,6 +133,7 @@ mod tests {
     use super::*;
     use crate::engine::remote::Tid;
     use crate::engine::state::objects::find::flags_of;
+    use crate::engine::trial::{Killed, until};
     use crate::proto::image::Vma;
 
     /// A memfd of ours, as an object of this very process.
@@ -161,11 +162,14 @@ mod tests {
         file.write_all_at(&[1; 8192], 0x4000).unwrap();
         // Its change must not be of just now, or it counts as changed at the last look in any case.
         let changed = || std::os::unix::fs::MetadataExt::ctime_nsec(&file.metadata().unwrap());
-        let settled = |book: &ObjectBook| book.held.values().any(|h| h.baseline.is_some());
+        let ours =
+            |held: &super::super::book::Held| held.image.name == b"select-calls" && held.baseline.is_some();
+        let settled = |book: &ObjectBook| book.held.values().any(ours);
         let before = changed();
-        while !settled(&book) {
+        until("that it settles", || {
             book.start(&mut Layout::default()).unwrap();
-        }
+            settled(&book)
+        });
         assert_eq!(changed(), before);
         assert_eq!(look(&mut book, "select-calls", false).1, [(0x4000, 0x6000)], "new: all there is");
         assert_eq!(look(&mut book, "select-calls", false).1, [], "nothing changed");
@@ -256,17 +260,13 @@ a = l.shmat(id, None, 0); l.shmctl(id, 0, None)
 ctypes.memset(a, 1, 0x4000); print(hex(a), flush=True); input()
 ctypes.memset(a, 2, 1); print(flush=True); input()
 b = l.shmat(id, None, 0); ctypes.memset(b + 0x3000, 2, 1); l.shmdt(b); print(flush=True); input()";
-        let mut child = Command::new("python3")
-            .args(["-c", code])
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap();
+        let mut python = Command::new("python3");
+        let mut child = Killed::spawn(python.args(["-c", code]).stdin(Stdio::piped()).stdout(Stdio::piped()));
         let (mut to, mut from) = (child.stdin.take().unwrap(), BufReader::new(child.stdout.take().unwrap()));
         let mut line = String::new();
         from.read_line(&mut line).unwrap();
         let start = u64::from_str_radix(line.trim().trim_start_matches("0x"), 16).unwrap();
-        let pid = Tid::try_from(child.id()).unwrap();
+        let pid = child.pid();
         let layout = |book: &mut ObjectBook| {
             let flags = crate::engine::state::mm::FlagCache::look(pid).unwrap();
             let mut layout = crate::engine::state::mm::capture(pid, &flags).unwrap().layout;
@@ -290,15 +290,11 @@ b = l.shmat(id, None, 0); ctypes.memset(b + 0x3000, 2, 1); l.shmdt(b); print(flu
         let now = layout(&mut book);
         let selected = book.select(&now, stored.clone(), true);
         assert!(selected.suspects.is_empty() && !selected.windows.is_empty());
-        let until = book.held.values().next().unwrap().seen_at;
-        while super::super::book::since_epoch().as_secs() < until {
-            std::thread::yield_now();
-        }
+        let later = book.held.values().next().unwrap().seen_at;
+        until("a later second", || super::super::book::since_epoch().as_secs() >= later);
         go_on();
         let now = layout(&mut book);
         let selected = book.select(&now, stored, true);
-        child.kill().unwrap();
-        child.wait().unwrap();
         assert_eq!(selected.suspects.iter().collect::<Vec<_>>(), [(window, window + 0x4000)]);
     }
 }

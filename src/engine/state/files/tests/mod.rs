@@ -19,20 +19,20 @@ mod shared;
 mod sockets;
 mod unix;
 
-use std::os::fd::{AsFd, OwnedFd};
-use std::process::{Child, Command, Stdio};
-use std::time::Duration;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::process::{Command, Stdio};
 
 use super::{CapturedFiles, FilesOptions, SilentConnections, build, capture, install};
 use crate::engine::clocks::Shift;
 use crate::engine::freeze::Frozen;
 use crate::engine::remote::{Arg, Batch, RemoteCalls};
 use crate::engine::state::objects::Objects;
-use crate::engine::sys::pidfd;
+use crate::engine::sys::{pidfd, socket};
+use crate::engine::trial::{Killed, PATIENCE, until, until_asleep};
 
 /// A stopped process that runs our calls; killed at the end.
 pub(super) struct Held {
-    child: Child,
+    child: Killed,
     frozen: Option<Frozen>,
 }
 
@@ -41,8 +41,6 @@ impl Drop for Held {
         if let Some(frozen) = self.frozen.take() {
             frozen.kill();
         }
-        let _ = self.child.kill();
-        let _ = self.child.wait();
     }
 }
 
@@ -51,13 +49,9 @@ impl Held {
     fn start(stdin: Stdio) -> Self {
         let mut command = Command::new("sleep");
         let child =
-            command.arg("1000").stdin(stdin).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
-        let pid = child.id() as i32;
-        // `spawn` returns when the new program is being started; it sleeps when it has loaded its libraries.
-        while !std::fs::read_to_string(format!("/proc/{pid}/syscall")).unwrap().starts_with("230 ") {
-            std::thread::yield_now();
-        }
-        let frozen = Frozen::freeze(pid, Duration::from_secs(5)).unwrap();
+            Killed::spawn(command.arg("1000").stdin(stdin).stdout(Stdio::null()).stderr(Stdio::null()));
+        until_asleep(child.id());
+        let frozen = Frozen::freeze(child.pid(), PATIENCE).unwrap();
         let mut held = Self { child, frozen: Some(frozen) };
         held.call(libc::SYS_close_range, &[1, 10_000, 0]);
         held
@@ -213,11 +207,46 @@ pub(super) fn arrive(image: &crate::proto::files::Files, log: Option<&std::path:
     arrive_silent(image, log).0
 }
 
+/// Whether nobody has the ports of an image, whose process is gone. A process that another test is starting has copies
+/// of the sockets that we have taken from it, until it becomes another program.
+pub(super) fn all_free(image: &crate::proto::files::Files) -> bool {
+    use crate::proto::files::description::Kind;
+    let in_use = |fd: OwnedFd, address, port| {
+        let _ = socket::set_int_option(fd.as_fd(), libc::IPPROTO_IP, libc::IP_FREEBIND, 1);
+        socket::bind(fd.as_fd(), address, port) == Err(nix::errno::Errno::EADDRINUSE)
+    };
+    let free = |kind: &Kind| match kind {
+        Kind::Tcp(tcp) => super::tcp::listen_port(tcp).is_none_or(|port| super::port_free(&port).is_none()),
+        Kind::IpSocket(ip) if ip.r#type == libc::SOCK_DGRAM => ip.local.as_ref().is_none_or(|local| {
+            let address = super::inet::ip_of(&local.address).unwrap();
+            let fd = socket::socket(ip.family, libc::SOCK_DGRAM, ip.protocol).unwrap();
+            !in_use(fd, address, u16::try_from(local.port).unwrap())
+        }),
+        Kind::Netlink(netlink) => {
+            let fd = socket::socket(libc::AF_NETLINK, libc::SOCK_RAW, netlink.protocol).unwrap();
+            let address = nix::sys::socket::NetlinkAddr::new(netlink.port, 0);
+            nix::sys::socket::bind(fd.as_raw_fd(), &address) != Err(nix::errno::Errno::EADDRINUSE)
+        }
+        Kind::UnixSingle(unix) => match unix.name.as_ref().and_then(|name| name.name.split_first()) {
+            // The kernel lists it with an @ for the zero.
+            Some((0, name)) => {
+                let listed = format!("@{}", String::from_utf8_lossy(name));
+                let all = std::fs::read_to_string("/proc/thread-self/net/unix").unwrap();
+                !all.lines().any(|line| line.ends_with(&listed))
+            }
+            _ => true,
+        },
+        _ => true,
+    };
+    image.descriptions.iter().filter_map(|description| description.kind.as_ref()).all(free)
+}
+
 /// With connections that are to be woken.
 pub(super) fn arrive_silent(
     image: &crate::proto::files::Files,
     log: Option<&std::path::Path>,
 ) -> (Held, SilentConnections) {
+    until("that its ports are free", || all_free(image));
     let (ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
     let mut there = Held::start(Stdio::from(OwnedFd::from(theirs)));
     let mut built = build(image, log, &Shift::default(), &Objects::default()).unwrap();

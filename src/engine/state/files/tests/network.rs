@@ -2,9 +2,11 @@
 
 use std::fs::File;
 use std::net::IpAddr;
-use std::process::{Child, Command, Stdio};
+use std::process::Command;
 
 use nix::sched::{CloneFlags, setns, unshare};
+
+use crate::engine::trial::Killed;
 
 /// The server's address that moves, and the client's.
 pub(super) const SERVICE: [&str; 2] = ["10.9.0.5", "fd09::5"];
@@ -12,17 +14,8 @@ pub(super) const CLIENT: [&str; 2] = ["10.9.0.9", "fd09::9"];
 
 pub(super) struct Network {
     client: File,
-    _holder: Holder,
-}
-
-/// A process that names the client's network to `ip`.
-struct Holder(Child);
-
-impl Drop for Holder {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
+    /// A process that names the client's network to `ip`.
+    _holder: Killed,
 }
 
 /// Runs a test in a thread that is in the server's network.
@@ -39,9 +32,8 @@ impl Network {
     fn new() -> Self {
         unshare(CloneFlags::CLONE_NEWNET).unwrap();
         let client = File::open("/proc/thread-self/ns/net").unwrap();
-        let holder = Command::new("sleep").arg("1000").stdout(Stdio::null()).spawn().unwrap();
+        let holder = Killed::sleeper();
         let pid = holder.id().to_string();
-        let holder = Holder(holder);
         ip("link set lo up");
         unshare(CloneFlags::CLONE_NEWNET).unwrap();
         ip("link set lo up");

@@ -6,6 +6,7 @@ use std::os::unix::fs::FileExt;
 
 use super::{Held, moved, options};
 use crate::engine::sys::fds;
+use crate::engine::trial::until;
 
 #[test]
 fn regular_files_keep_offset_flags_and_sharing() {
@@ -151,9 +152,7 @@ fn timerfd_keeps_deadline_interval_and_ticks() {
     // Wait until both have gone off: readable.
     for fd in [fired, periodic] {
         let ours = s.take(fd);
-        while fds::poll_now(ours.as_fd(), libc::POLLIN).unwrap() == 0 {
-            std::thread::yield_now();
-        }
+        until("the end of the time", || fds::poll_now(ours.as_fd(), libc::POLLIN).unwrap() != 0);
     }
     let d = moved(s, &options());
     let left = |fd: i32| {

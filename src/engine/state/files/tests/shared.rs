@@ -1,29 +1,25 @@
 //! Open file descriptions that another process has too.
 
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 
 use super::refusals::reasons;
 use super::{FilesOptions, Held, capture, moved, options};
+use crate::engine::trial::Killed;
 
 /// A process that has the descriptions of some descriptors of another too, for as long as it is held.
-struct Holder(Child);
+struct Holder(Killed);
 
 impl Holder {
     fn of(s: &Held, numbers: [i32; 2]) -> Self {
         let [stdin, stdout] = numbers.map(|number| Stdio::from(s.take(number)));
-        Self(Command::new("sleep").arg("1000").stdin(stdin).stdout(stdout).spawn().unwrap())
+        Self(Killed::spawn(
+            Command::new("sleep").arg("1000").stdin(stdin).stdout(stdout).stderr(Stdio::null()),
+        ))
     }
 
     fn words(&self) -> String {
         format!("(pid {})", self.0.id())
-    }
-}
-
-impl Drop for Holder {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
     }
 }
 

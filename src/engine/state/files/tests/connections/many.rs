@@ -99,12 +99,9 @@ fn options_that_were_seen_early_are_not_read_again() {
 fn a_thread_of_the_process_is_counted_too() {
     with_network(|network| {
         let (s, _ends, _clients) = crowd(network, 101);
-        let mut child = std::process::Command::new("python3")
-            .args(["-c", THREADS])
-            .stdin(std::process::Stdio::piped())
-            .stdout(std::process::Stdio::piped())
-            .spawn()
-            .unwrap();
+        let mut python = std::process::Command::new("python3");
+        let piped = python.stdin(std::process::Stdio::piped()).stdout(std::process::Stdio::piped());
+        let mut child = crate::engine::trial::Killed::spawn(piped.args(["-c", THREADS]));
         let mut word = [0; 1];
         child.stdout.as_mut().unwrap().read_exact(&mut word).unwrap();
         // Its own sockets do not matter, but that there are enough.
@@ -114,8 +111,6 @@ fn a_thread_of_the_process_is_counted_too() {
         child.stdin.as_mut().unwrap().write_all(b"x").unwrap();
         child.stdout.as_mut().unwrap().read_exact(&mut word).unwrap();
         let after = look.holds();
-        child.kill().unwrap();
-        child.wait().unwrap();
         assert_eq!((before, after), (true, false));
     });
 }

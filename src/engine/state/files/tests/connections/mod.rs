@@ -25,7 +25,7 @@ use crate::engine::state::files::{
 use crate::engine::sys::{fds, socket, tcp};
 
 /// A client that waits for ever would hide what went wrong.
-pub(super) const PATIENCE: Duration = Duration::from_secs(20);
+pub(super) use crate::engine::trial::PATIENCE;
 
 pub(super) fn carry() -> FilesOptions {
     FilesOptions { tcp_established: true, ..options() }

@@ -213,15 +213,14 @@ fn what_cannot_be_carried_is_named() {
         client.write_all(b"def").unwrap();
         let mut byte = [0; 1];
         let taken = s.take(fd);
-        while nix::sys::socket::recv(
-            std::os::fd::AsRawFd::as_raw_fd(&taken),
-            &mut byte,
-            nix::sys::socket::MsgFlags::MSG_OOB,
-        )
-        .is_err()
-        {
-            std::thread::yield_now();
-        }
+        crate::engine::trial::until("the urgent byte", || {
+            nix::sys::socket::recv(
+                std::os::fd::AsRawFd::as_raw_fd(&taken),
+                &mut byte,
+                nix::sys::socket::MsgFlags::MSG_OOB,
+            )
+            .is_ok()
+        });
         drop(taken);
         assert!(reasons(&s).contains("urgent data in"), "{}", reasons(&s));
 
