@@ -10,6 +10,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use migrate::testbed::{Host, Job, Spawn};
+use nix::fcntl::{Flock, FlockArg};
 
 use crate::case::{Result, ensure, fail};
 
@@ -29,7 +30,7 @@ fn make(target: &str, from: &[&str], command: impl FnOnce(&Path, &Path) -> Comma
     std::fs::create_dir_all(&folder)?;
     // Cases run at the same time, each in a process of its own.
     let lock = File::create(folder.join("lock"))?;
-    lock.lock()?;
+    let _lock = Flock::lock(lock, FlockArg::LockExclusive).map_err(|(_, errno)| errno)?;
     let (name, target) = (target, folder.join(target));
     let modified = |path: &Path| std::fs::metadata(path).and_then(|file| file.modified()).ok();
     let built = modified(&target);
