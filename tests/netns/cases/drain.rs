@@ -105,7 +105,7 @@ pub(super) fn only(host: &Host, count: usize) -> Result {
         .map_err(|error| format!("{error}; on {}: {:?}", host.name(), host.processes()).into())
 }
 
-pub(super) fn status(lan: &Lan, host: &Host) -> Vec<Value> {
+fn status(lan: &Lan, host: &Host) -> Vec<Value> {
     let words = ["status", "--json", "--state-dir", STATE];
     let outcome = lan.run(host, &words, Duration::from_secs(20));
     outcome.ok().and_then(|o| o.report["migrations"].as_array().cloned()).unwrap_or_default()

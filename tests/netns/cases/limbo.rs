@@ -8,7 +8,6 @@ use migrate::testbed::{Host, Job, Lan, Outcome, STATE, Spawn, TestbedError, wait
 use serde_json::Value;
 
 use super::crash::{self, SETTLE};
-use super::drain;
 use crate::case::{Case, Choices, Result, ensure, fail};
 use crate::relay::{Relay, Way, Weather};
 use crate::workload::Workload;
@@ -44,10 +43,14 @@ fn record_in(directory: &Path) -> Option<Value> {
 
 /// A relay that holds what goes one way from when the source has recorded that state on.
 pub(crate) fn held_from(lan: &Lan, way: Way, state: &'static str) -> Result<Relay> {
-    let weather = Weather { lost: 0, repeated: 0, delay: Duration::from_millis(10), reorders: true };
     let records = records(&lan.a);
-    let reached = move || record_in(&records).is_some_and(|record| record["state"] == state);
-    Relay::with_gate(lan, weather, Box::new(move |at| at == way && reached()))
+    held_once(lan, way, move || record_in(&records).is_some_and(|record| record["state"] == state))
+}
+
+/// A relay that holds what goes one way once something is so.
+fn held_once(lan: &Lan, way: Way, so: impl Fn() -> bool + Send + 'static) -> Result<Relay> {
+    let weather = Weather { lost: 0, repeated: 0, delay: Duration::from_millis(10), reorders: true };
+    Relay::with_gate(lan, weather, Box::new(move |at| at == way && so()))
 }
 
 /// Waits until the source command has recorded that state; its record.
@@ -137,18 +140,17 @@ fn late_signals(lan: &Lan) -> Result {
     let mut workload = Workload::start(&lan.a, "late_signals", &[])?;
     lan.share_identity()?;
     let service = lan.serve(&lan.b)?;
-    // The answer to the state waits for the last signal.
-    let relay = held_from(lan, Way::Back, "taking")?;
+    // The answer to the state, which the destination records before it sends it, waits for the last signal.
+    let answers = lan.b.outside(format!("{STATE}/incoming"));
+    let prepared = answers.clone();
+    let relay = held_once(lan, Way::Back, move || record_in(&prepared).is_some())?;
     let job = lan.start_move(&lan.a, &relay.address, workload.pid(), &["--move-ip", Lan::MOVE_IP])?;
     at_state(&lan.a, &job, "taking")
         .map_err(|error| format!("{error}\nthe service: {}", lan.b.stderr(&service.job)))?;
     for _ in 0..EARLY {
         lan.a.signal(workload.pid(), libc::SIGRTMIN())?;
     }
-    wait_for("the state at the destination", SETTLE, || {
-        let arrived = |m: &Value| m["phase"] == "frozen" || m["phase"] == "committing";
-        Ok(drain::status(lan, &lan.b).iter().any(arrived).then_some(()))
-    })?;
+    wait_for("the state at the destination", SETTLE, || Ok(record_in(&answers).map(drop)))?;
     // All by one program, as the source does not wait for an answer for ever.
     let kill = format!(
         "for i in $(seq {}); do kill -{} {pid}; done; kill -STOP {pid}",
