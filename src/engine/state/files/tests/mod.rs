@@ -227,15 +227,12 @@ pub(super) fn all_free(image: &crate::proto::files::Files) -> bool {
             let address = nix::sys::socket::NetlinkAddr::new(netlink.port, 0);
             nix::sys::socket::bind(fd.as_raw_fd(), &address) != Err(nix::errno::Errno::EADDRINUSE)
         }
-        Kind::UnixSingle(unix) => match unix.name.as_ref().and_then(|name| name.name.split_first()) {
-            // The kernel lists it with an @ for the zero.
-            Some((0, name)) => {
-                let listed = format!("@{}", String::from_utf8_lossy(name));
-                let all = std::fs::read_to_string("/proc/thread-self/net/unix").unwrap();
-                !all.lines().any(|line| line.ends_with(&listed))
-            }
-            _ => true,
-        },
+        Kind::UnixSingle(unix) => unix.name.as_ref().is_none_or(|name| {
+            // The kernel lists one without a file with an @ for the zero.
+            let listed = format!(" {}", String::from_utf8_lossy(&name.name).replace('\0', "@"));
+            let all = std::fs::read_to_string("/proc/thread-self/net/unix").unwrap();
+            !all.lines().any(|line| line.ends_with(&listed))
+        }),
         _ => true,
     };
     image.descriptions.iter().filter_map(|description| description.kind.as_ref()).all(free)

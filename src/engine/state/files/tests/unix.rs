@@ -14,7 +14,7 @@ use super::sockets::set;
 use super::{Held, arrive, build, capture, moved, options};
 use crate::engine::clocks::Shift;
 use crate::engine::state::objects::Objects;
-use crate::engine::sys::{datagram, socket};
+use crate::engine::sys::{datagram, fds, socket};
 use crate::engine::trial::until;
 
 fn new(s: &mut Held, kind: i32) -> i32 {
@@ -209,7 +209,12 @@ fn connections_to_a_name_within_the_process() {
             assert_eq!(at.read(&mut buffer).unwrap(), 8);
             match i {
                 0 => assert_eq!(at.read(&mut buffer).unwrap(), 0),
-                1 => assert!(at.write(b"x").is_err()),
+                1 => {
+                    // As long as a process that is being started has a copy, it is open.
+                    let ended = || fds::poll_now(at.as_fd(), 0).unwrap() & libc::POLLHUP != 0;
+                    until("the end of the connection", ended);
+                    assert!(at.write(b"x").is_err());
+                }
                 _ => at.write_all(b"more").unwrap(),
             }
             if i != 1 {
