@@ -47,7 +47,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("identity", &[]),
     ("telemetry", &[]),
     // Knows the process and its memory; the pages come from whoever calls it.
-    ("lazy", &["engine", "proto"]),
+    ("lazy", &["engine", "proto", "report"]),
     // Plain types only: why a move is refused.
     ("wire", &["engine", "proto"]),
     // The image types are the generated messages themselves.

@@ -265,8 +265,14 @@ impl Drain {
 
     /// What was counted.
     pub(super) fn stats(&self) -> DrainStats {
-        let Some(stats) = self.lazy.get().map(|lazy| lazy.stats()) else { return DrainStats::default() };
-        let us = |time: std::time::Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
+        let Some(lazy) = self.lazy.get() else { return DrainStats::default() };
+        let (stats, waits) = (lazy.stats(), lazy.waits());
+        #[allow(
+            clippy::cast_possible_truncation,
+            clippy::cast_sign_loss,
+            reason = "rounded; the cast saturates"
+        )]
+        let us = |micros: f64| micros.round() as u64;
         DrainStats {
             faults: stats.faults,
             pages_announced: stats.initial,
@@ -274,9 +280,9 @@ impl Drain {
             pages_dropped: stats.dropped,
             pages_twice: stats.present,
             pages_faulted: stats.asked,
-            fault_p50_us: us(stats.percentile(50)),
-            fault_p99_us: us(stats.percentile(99)),
-            fault_max_us: us(stats.longest),
+            fault_p50_us: us(waits.p50),
+            fault_p99_us: us(waits.p99),
+            fault_max_us: us(waits.max),
         }
     }
 

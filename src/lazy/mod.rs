@@ -51,6 +51,7 @@ use nix::sys::eventfd::EventFd;
 use crate::engine::extents::Extents;
 use crate::engine::memory::PAGE_BYTES;
 use crate::engine::remote::{InjectError, Tid};
+use crate::report::Latency;
 use book::BookError;
 use place::{Content, Progress};
 use state::State;
@@ -273,6 +274,13 @@ impl Lazy {
     /// What has been counted so far.
     pub fn stats(&self) -> Stats {
         self.shared.lock().stats()
+    }
+
+    /// How long threads waited for their pages so far, from a fault's message until the page was placed.
+    pub fn waits(&self) -> Latency {
+        // Read without the lock, for which faults would wait.
+        let waits = self.shared.lock().waits.clone();
+        waits.latency()
     }
 
     /// Ends the reader and closes everything: the mappings become ordinary ones again. If pages are

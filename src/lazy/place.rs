@@ -159,7 +159,7 @@ impl State {
         let now = Instant::now();
         while let Some((&at, &since)) = self.waiting.range(source..end).next() {
             self.waiting.remove(&at);
-            self.stats.waited(now.saturating_duration_since(since));
+            self.waits.record(now.saturating_duration_since(since));
         }
     }
 

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
 use std::time::Instant;
 
 use nix::errno::Errno;
@@ -19,6 +20,7 @@ use super::table::{Fault, MmId, Place, Table, Wake};
 use crate::engine::memory::PAGE_BYTES;
 use crate::engine::remote::Tid;
 use crate::engine::sys::uffd::{self, Message};
+use crate::report::Histogram;
 
 /// An address space that is served.
 #[derive(Debug)]
@@ -44,6 +46,8 @@ pub(super) struct State {
     pub(super) objects: BTreeMap<usize, ObjectFile>,
     pub(super) huge: Assembler,
     pub(super) stats: Stats,
+    /// From a fault's message to its page.
+    pub(super) waits: Arc<Histogram>,
     /// Faults that wait for an answer: since when, by source address.
     pub(super) waiting: BTreeMap<u64, Instant>,
     /// Who cannot be answered before an event is read. Woken earlier, they would fault again, and faults
@@ -89,6 +93,7 @@ impl State {
             objects,
             huge: Assembler::default(),
             stats: Stats::default(),
+            waits: Arc::default(),
             waiting: BTreeMap::new(),
             later: Vec::new(),
             book,
