@@ -159,7 +159,9 @@ impl Drain {
         let lazy = Arc::new(lazy);
         let events = lazy.events().try_clone_to_owned().map_err(DrainError::Descriptor)?;
         let reads = lazy.clone();
-        self.watch = Some(self.server.watch(events, move || reads.read() == Left::Nothing).map_err(DrainError::Reader)?);
+        self.watch = Some(
+            self.server.watch(events, move || reads.read() == Left::Nothing).map_err(DrainError::Reader)?,
+        );
         // Only one is ever started.
         let _ = self.lazy.set(lazy);
         Ok(())

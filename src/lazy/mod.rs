@@ -48,6 +48,7 @@ use nix::sys::epoll::Epoll;
 
 use crate::engine::extents::Extents;
 use crate::engine::memory::PAGE_BYTES;
+use crate::engine::priority::Hurry;
 use crate::engine::remote::{InjectError, Tid};
 use crate::report::Latency;
 use book::BookError;
@@ -191,6 +192,8 @@ impl Lazy {
         let end = end.filter(|_| address.is_multiple_of(PAGE_BYTES) && len.is_multiple_of(PAGE_BYTES));
         let end = end.ok_or(LazyError::NotPages { address, len })?;
         let mut at = address;
+        // The thread that reads faults is first in line and needs the same lock.
+        let _hurry = Hurry::up();
         while at < end {
             let mut state = self.shared.lock();
             let (page, same) = state.table.unit(at, end);

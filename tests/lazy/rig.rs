@@ -406,7 +406,8 @@ impl Reader {
         let read = move || {
             loop {
                 let (faults, stop) = (lazy.events(), stopped.as_fd());
-                let mut ready = [PollFd::new(faults, PollFlags::POLLIN), PollFd::new(stop, PollFlags::POLLIN)];
+                let mut ready =
+                    [PollFd::new(faults, PollFlags::POLLIN), PollFd::new(stop, PollFlags::POLLIN)];
                 match poll(&mut ready, PollTimeout::NONE) {
                     Ok(_) | Err(nix::errno::Errno::EINTR) => {}
                     Err(errno) => panic!("{errno}"),

@@ -247,7 +247,11 @@ impl UrgentServer {
     ///
     /// # Errors
     /// If the descriptor cannot be watched.
-    pub fn watch(&self, fd: OwnedFd, act: impl FnMut() -> bool + Send + 'static) -> Result<Watch, TransportError> {
+    pub fn watch(
+        &self,
+        fd: OwnedFd,
+        act: impl FnMut() -> bool + Send + 'static,
+    ) -> Result<Watch, TransportError> {
         Watch::start(&self.attachments.runtime, fd, act)
     }
 
