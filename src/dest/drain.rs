@@ -15,13 +15,14 @@ use crate::engine::skeleton::Skeleton;
 use crate::engine::state::mm::canonical;
 use crate::identity::Fingerprint;
 use crate::lazy::book::BookError;
-use crate::lazy::{Ask, Held, Lazy, LazyError};
+use crate::lazy::{Ask, Held, Lazy, LazyError, Left};
 use crate::migration::MigrationId;
 use crate::pageserver::frame::{Frame, FrameError};
 use crate::pageserver::runs;
 use crate::pageserver::unpack::{Content, Unpacker};
 use crate::proto::control::{DrainStats, PageRuns};
-use crate::transport::urgent::{Urgent, UrgentHandle, UrgentServer};
+use crate::transport::TransportError;
+use crate::transport::urgent::{Urgent, UrgentHandle, UrgentServer, Watch};
 
 /// Why a page could not be placed.
 #[derive(Debug, thiserror::Error)]
@@ -35,6 +36,12 @@ pub(super) enum DrainError {
     /// Faults cannot be noticed.
     #[error("watching for missing pages")]
     Watch(#[source] LazyError),
+    /// Nor can whoever tells of them be watched.
+    #[error("watching for faults")]
+    Descriptor(#[source] std::io::Error),
+    /// Likewise.
+    #[error("reading faults")]
+    Reader(#[source] TransportError),
     /// Another frame than one with pages.
     #[error("a frame that has no place after the resume")]
     Kind,
@@ -49,6 +56,8 @@ pub(super) struct Drain {
     id: MigrationId,
     peer: Fingerprint,
     lazy: Arc<OnceLock<Arc<Lazy>>>,
+    /// Lets its faults and events be read.
+    watch: Option<Watch>,
     line: Arc<Mutex<Line>>,
     urgent: Arc<Mutex<Option<UrgentHandle>>>,
     unpacker: Unpacker,
@@ -84,6 +93,7 @@ impl Drain {
             id,
             peer,
             lazy: Arc::default(),
+            watch: None,
             line: Arc::default(),
             urgent: Arc::default(),
             unpacker: Unpacker::default(),
@@ -138,11 +148,23 @@ impl Drain {
         let layout = skeleton.layout().clone();
         let missing = canonical(missing, &layout);
         let lazy = Lazy::start(skeleton, &layout, &missing, self.ask()).map_err(DrainError::Watch)?;
-        // Only one is ever started.
-        let _ = self.lazy.set(Arc::new(lazy));
+        self.begin(lazy)?;
         let mut line = locked(&self.line);
         line.needed = true;
         if line.lost { Err(DrainError::Unattached) } else { Ok(()) }
+    }
+
+    /// Its faults and events are read from here on, by the thread that asks the source and places the answers.
+    fn begin(&mut self, lazy: Lazy) -> Result<(), DrainError> {
+        let lazy = Arc::new(lazy);
+        let events = lazy.events().try_clone_to_owned().map_err(DrainError::Descriptor)?;
+        let reads = lazy.clone();
+        self.watch = Some(
+            self.server.watch(events, move || reads.read() == Left::Nothing).map_err(DrainError::Reader)?,
+        );
+        // Only one is ever started.
+        let _ = self.lazy.set(lazy);
+        Ok(())
     }
 
     /// The restore waits for no page any more: from here on a lost connection is only a pause.
@@ -159,17 +181,17 @@ impl Drain {
         pid: Tid,
         guard: Guard,
         kept: &[(Held, OwnedFd)],
-    ) -> Result<(), (LazyError, Guard)> {
+    ) -> Result<(), (DrainError, Guard)> {
         let keeper = match guard.keeper() {
             Ok(keeper) => keeper,
             Err(source) => {
                 let source = BookError::Io { step: "finding a way to", source };
-                return Err((source.into(), guard));
+                return Err((DrainError::Lazy(source.into()), guard));
             }
         };
-        match Lazy::take_over(pid, kept, keeper, self.ask()) {
-            Ok(lazy) => {
-                let _ = self.lazy.set(Arc::new(lazy));
+        let taken = Lazy::take_over(pid, kept, keeper, self.ask()).map_err(DrainError::Lazy);
+        match taken.and_then(|lazy| self.begin(lazy)) {
+            Ok(()) => {
                 self.guard = Some(guard);
                 Ok(())
             }
@@ -293,6 +315,7 @@ impl Drain {
         if let Some(lazy) = self.lazy.get() {
             lazy.finish();
         }
+        self.watch = None;
         if let Some(guard) = self.guard.take() {
             guard.dismiss();
         }

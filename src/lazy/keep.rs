@@ -113,7 +113,7 @@ impl Lazy {
         }
         let mut state = State::new(table, spaces, objects, pid, book);
         state.again = true;
-        // Before the reader may need it.
+        // Before a child may be born.
         state.keeper = Some(keeper);
         state.sweep();
         state.settle();
@@ -122,13 +122,12 @@ impl Lazy {
             crate::engine::sys::uffd::wake(space.uffd.as_fd(), LOWEST, HIGHEST - LOWEST)
                 .map_err(sys("waking whoever waits for pages"))?;
         }
-        Self::serve(pid, state, ask)
+        Self::over(pid, state, ask)
     }
 
     /// Ends as if this process had been killed: nothing is written, said or ended. For tests.
     #[doc(hidden)]
     pub fn abandon(&self) {
-        self.stop_reader();
         self.shared.lock().let_go();
     }
 }

@@ -15,7 +15,7 @@
 //! | remove | *before* the contents go | private: wanted no more; shared: see `look` |
 //!
 //! Nothing may be placed by a table that does not know of an event that has been read. So messages are
-//! read and acted upon, and pages are placed, under one lock. While an event is unread the kernel refuses
+//! read and acted upon, and pages are placed, under one lock, by any thread. While an event is unread the kernel refuses
 //! to place pages (EAGAIN); a fault that overtakes the event about its own address is caught by that.
 //!
 //! When the last userfaultfd is closed, whoever waits for a page reads zeros. So a [`Lazy`] may be closed
@@ -40,16 +40,15 @@ mod state;
 mod stats;
 pub mod table;
 
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::thread::JoinHandle;
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::sys::epoll::Epoll;
-use nix::sys::eventfd::EventFd;
 
 use crate::engine::extents::Extents;
 use crate::engine::memory::PAGE_BYTES;
+use crate::engine::priority::Hurry;
 use crate::engine::remote::{InjectError, Tid};
 use crate::report::Latency;
 use book::BookError;
@@ -57,6 +56,7 @@ use place::{Content, Progress};
 use state::State;
 use table::TableError;
 
+pub use handler::Left;
 pub use keep::{Held, Keeper, Kept};
 pub use stats::Stats;
 
@@ -133,17 +133,15 @@ pub type Ask = Box<dyn Fn(&[u64]) + Send + Sync>;
 /// module.
 #[derive(Debug)]
 pub struct Lazy {
-    shared: Arc<Shared>,
-    reader: Mutex<Option<JoinHandle<()>>>,
+    shared: Shared,
 }
 
-/// What the reader and the threads that install have in common.
+/// What the threads that read and those that install have in common.
 struct Shared {
     state: Mutex<State>,
     /// Something has been read, installed or dropped.
     changed: Condvar,
     epoll: Epoll,
-    stop: EventFd,
     ask: Ask,
 }
 
@@ -161,8 +159,6 @@ impl Shared {
 
 /// How much is placed under one lock: a fault that comes meanwhile waits about 30 microseconds.
 const TURN_BYTES: u64 = 128 * 1024;
-/// How long to wait for the thread behind an event to go on, before looking again.
-const AGAIN_AFTER: Duration = Duration::from_micros(200);
 
 impl Lazy {
     /// Places pages that arrived, named by their source address. Those that are not missing are counted
@@ -196,6 +192,8 @@ impl Lazy {
         let end = end.filter(|_| address.is_multiple_of(PAGE_BYTES) && len.is_multiple_of(PAGE_BYTES));
         let end = end.ok_or(LazyError::NotPages { address, len })?;
         let mut at = address;
+        // The thread that reads faults is first in line and needs the same lock.
+        let _hurry = Hurry::up();
         while at < end {
             let mut state = self.shared.lock();
             let (page, same) = state.table.unit(at, end);
@@ -206,7 +204,7 @@ impl Lazy {
                 loop {
                     match state.put_huge(at, content(at, to), &mut again)? {
                         Progress::Done => break,
-                        Progress::Again => state = self.wait_for_event(state),
+                        Progress::Again => state = self.clear_the_way(state),
                     }
                 }
             } else {
@@ -214,7 +212,7 @@ impl Lazy {
                 loop {
                     match state.put(at, content(at, to), first)? {
                         Progress::Done => break,
-                        Progress::Again => state = self.wait_for_event(state),
+                        Progress::Again => state = self.clear_the_way(state),
                     }
                     first = false;
                 }
@@ -230,12 +228,6 @@ impl Lazy {
             at = to;
         }
         Ok(())
-    }
-
-    /// Lets the reader at the event that is unread.
-    fn wait_for_event<'a>(&'a self, state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
-        let waited = self.shared.changed.wait_timeout(state, AGAIN_AFTER);
-        waited.unwrap_or_else(PoisonError::into_inner).0
     }
 
     /// All that is missing, by source address; huge pages whole.
@@ -283,22 +275,10 @@ impl Lazy {
         waits.latency()
     }
 
-    /// Ends the reader and closes everything: the mappings become ordinary ones again. If pages are
+    /// Closes everything: the mappings become ordinary ones again, and nothing is read any more. If pages are
     /// missing, the processes that miss them are killed first: they would read zeros.
     pub fn finish(&self) {
-        self.stop_reader();
         self.shared.lock().close();
-    }
-
-    fn stop_reader(&self) {
-        let reader = self.reader.lock().unwrap_or_else(PoisonError::into_inner).take();
-        if let Some(reader) = reader {
-            if let Err(errno) = self.shared.stop.write(1) {
-                tracing::error!(%errno, "stopping the reader of faults");
-            } else if reader.join().is_err() {
-                tracing::error!("the reader of faults has panicked");
-            }
-        }
     }
 }
 

@@ -1,15 +1,12 @@
-//! The beginning: a userfaultfd in the stopped process, its mappings registered, the reader started.
+//! The beginning: a userfaultfd in the stopped process, its mappings registered.
 
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::{Arc, Condvar, Mutex};
+use std::sync::{Condvar, Mutex};
 
-use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
-use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use super::book::Book;
-use super::handler::{self, STOP};
 use super::state::{ObjectFile, Space, State};
 use super::table::{Registered, Table};
 use super::{Ask, Lazy, LazyError, Shared, look};
@@ -18,9 +15,6 @@ use crate::engine::memory::PAGE_BYTES;
 use crate::engine::remote::{Batch, RemoteCalls, Tid};
 use crate::engine::sys::{pidfd, uffd};
 use crate::proto::image::Layout;
-
-/// Stack of the reader; it is touched as far as it is used.
-const STACK_BYTES: usize = 256 * 1024;
 
 const FEATURES: u64 = uffd::FEATURE_EVENT_FORK
     | uffd::FEATURE_EVENT_REMAP
@@ -55,32 +49,19 @@ impl Lazy {
         let book = Book::new(layout, missing)?;
         let mut spaces = BTreeMap::new();
         spaces.insert(0, Space { uffd, pid: Some(pid) });
-        Self::serve(pid, State::new(table, spaces, objects, pid, book), ask)
+        Self::over(pid, State::new(table, spaces, objects, pid, book), ask)
     }
 
-    /// Starts the reader.
-    pub(super) fn serve(pid: Tid, state: State, ask: Ask) -> Result<Self, LazyError> {
+    /// Watches the userfaultfds. [`Lazy::read`] does the rest.
+    pub(super) fn over(pid: Tid, state: State, ask: Ask) -> Result<Self, LazyError> {
         let sys = |step| move |errno| LazyError::Sys { step, pid, errno };
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).map_err(sys("making an epoll"))?;
-        let stop = EventFd::from_flags(EfdFlags::EFD_CLOEXEC).map_err(sys("making an eventfd"))?;
-        epoll.add(&stop, EpollEvent::new(EpollFlags::EPOLLIN, STOP)).map_err(sys("watching an eventfd"))?;
         for (mm, space) in &state.spaces {
             epoll
                 .add(&space.uffd, EpollEvent::new(EpollFlags::EPOLLIN, (*mm).into()))
                 .map_err(sys("watching a userfaultfd"))?;
         }
-        let shared = Arc::new(Shared { state: Mutex::new(state), changed: Condvar::new(), epoll, stop, ask });
-        let its = Arc::clone(&shared);
-        let reader = std::thread::Builder::new()
-            .name(format!("faults-{pid}"))
-            .stack_size(STACK_BYTES)
-            .spawn(move || handler::run(&its))
-            .map_err(|e| LazyError::Sys {
-                step: "starting the reader of faults",
-                pid,
-                errno: Errno::from_raw(e.raw_os_error().unwrap_or(0)),
-            })?;
-        Ok(Self { shared, reader: Mutex::new(Some(reader)) })
+        Ok(Self { shared: Shared { state: Mutex::new(state), changed: Condvar::new(), epoll, ask } })
     }
 }
 

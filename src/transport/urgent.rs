@@ -24,6 +24,7 @@
 mod link;
 mod request;
 mod server;
+mod watch;
 
 use std::thread;
 use std::time::Duration;
@@ -32,6 +33,7 @@ pub use link::{Lost, Serve, UrgentLink, connect};
 pub use request::{MAX_REQUEST_PAGES, RequestError};
 pub(super) use server::Attachments;
 pub use server::{On, Urgent, UrgentHandle, UrgentServer};
+pub use watch::Watch;
 
 use super::{Settings, TransportError};
 

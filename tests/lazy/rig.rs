@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, HashSet};
 use std::io::{BufRead, BufReader, Write};
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::process::{Child, ChildStdout, Command, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
@@ -13,8 +13,10 @@ use std::time::Duration;
 use migrate::engine::extents::Extents;
 use migrate::engine::freeze::Frozen;
 use migrate::engine::remote::{Batch, RemoteCalls};
-use migrate::lazy::{Held, Keeper, Lazy, Stats};
+use migrate::lazy::{Held, Keeper, Lazy, Left, Stats};
 use migrate::proto::image::{Layout, Vma, VmaKind};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::eventfd::EventFd;
 
 pub(crate) const PAGE: u64 = 4096;
 pub(crate) const HUGE: u64 = 2 << 20;
@@ -287,6 +289,7 @@ pub(crate) struct Rig {
     maps: Vec<String>,
     fds: usize,
     answers: Option<Answers>,
+    reader: Reader,
     kept: Kept,
 }
 
@@ -313,9 +316,10 @@ impl Rig {
         let lazy = Arc::new(Lazy::start(&mut frozen, &worker.layout(), &missing, ask).unwrap());
         let kept = Kept::default();
         lazy.entrust(Box::new(kept.clone())).unwrap();
+        let reader = Reader::start(&lazy);
         frozen.thaw().unwrap();
-        let answering = answer(asked, &lazy, &source);
-        Self { worker, lazy, source, missing, maps, fds, answers: Some((asks, answering)), kept }
+        let answers = Some((asks, answer(asked, &lazy, &source)));
+        Self { worker, lazy, source, missing, maps, fds, answers, reader, kept }
     }
 
     /// What serves it ends without a word, and another goes on by what was kept.
@@ -323,6 +327,7 @@ impl Rig {
         let (asks, answering) = self.answers.take().unwrap();
         asks.send(Vec::new()).unwrap();
         answering.join().unwrap();
+        self.reader.stop();
         self.lazy.abandon();
         let (asks, asked, ask) = line();
         let kept: Vec<(Held, OwnedFd)> = {
@@ -331,6 +336,7 @@ impl Rig {
         };
         let keeper = Box::new(self.kept.clone());
         self.lazy = Arc::new(Lazy::take_over(self.worker.pid(), &kept, keeper, ask).unwrap());
+        self.reader = Reader::start(&self.lazy);
         self.answers = Some((asks, answer(asked, &self.lazy, &self.source)));
     }
 
@@ -382,12 +388,44 @@ impl Rig {
         assert_eq!(stats.present, 0, "pages were there already");
         self.lazy.finish();
         self.kept.0.lock().unwrap().clear();
-        let name = format!("faults-{}", self.worker.pid());
-        for task in std::fs::read_dir("/proc/self/task").unwrap().flatten() {
-            let comm = std::fs::read_to_string(task.path().join("comm")).unwrap_or_default();
-            assert_ne!(comm.trim(), name, "a thread of ours is left");
-        }
+        self.reader.stop();
         stats
+    }
+}
+
+/// Reads faults and events, as the thread for faults does.
+struct Reader {
+    stop: Arc<EventFd>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Reader {
+    fn start(lazy: &Arc<Lazy>) -> Self {
+        let (lazy, stop) = (Arc::clone(lazy), Arc::new(EventFd::new().unwrap()));
+        let stopped = Arc::clone(&stop);
+        let read = move || {
+            loop {
+                let (faults, stop) = (lazy.events(), stopped.as_fd());
+                let mut ready =
+                    [PollFd::new(faults, PollFlags::POLLIN), PollFd::new(stop, PollFlags::POLLIN)];
+                match poll(&mut ready, PollTimeout::NONE) {
+                    Ok(_) | Err(nix::errno::Errno::EINTR) => {}
+                    Err(errno) => panic!("{errno}"),
+                }
+                if ready[1].any() == Some(true) {
+                    return;
+                }
+                while lazy.read() == Left::Some {}
+            }
+        };
+        Self { stop, thread: Some(std::thread::spawn(read)) }
+    }
+
+    fn stop(&mut self) {
+        self.stop.write(1).unwrap();
+        if let Some(thread) = self.thread.take() {
+            thread.join().unwrap();
+        }
     }
 }
 

@@ -1,7 +1,7 @@
 //! Nobody sends a reset: counted by each kernel, and seen on the bridge between the hosts.
 
 use std::fmt::{self, Write as _};
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::time::Duration;
 
@@ -22,11 +22,14 @@ const ENDS: Duration = Duration::from_secs(60);
 const PACKET: u16 = 17;
 const ALL: u16 = 3;
 const IPV4: u32 = 0x0800;
+const IPV6: u32 = 0x86dd;
 const TCP: u32 = 6;
 const RST: u32 = 4;
 const ACK: u8 = 16;
-/// Bytes of the longest IPv4 header, and of a TCP header up to its flags.
+/// Bytes of the longest IPv4 header, of one of IPv6 (extensions before TCP are not looked for), and of a TCP header up
+/// to its flags.
 const LONGEST_IP: usize = 60;
+const IPV6_HEADER: u32 = 40;
 const TCP_PORTS_TO_FLAGS: usize = 14;
 
 /// A reset on the wire.
@@ -106,12 +109,18 @@ impl Resets {
         let mut seen = Vec::new();
         while recv(self.capture.as_raw_fd(), &mut packet, MsgFlags::empty()).is_ok() {
             let half = |at: usize| u16::from_be_bytes([packet[at], packet[at + 1]]);
-            let ip = |at: usize| Ipv4Addr::from([packet[at], packet[at + 1], packet[at + 2], packet[at + 3]]);
             let word = |at: usize| u32::from(half(at)) << 16 | u32::from(half(at + 2));
-            let tcp = usize::from(packet[0] & 15) * 4;
+            let v4 = |at: usize| IpAddr::from(Ipv4Addr::from(word(at)));
+            let v6 = |at: usize| {
+                IpAddr::from(Ipv6Addr::from(*packet[at..].first_chunk::<16>().unwrap_or(&[0; 16])))
+            };
+            let (from, to, tcp) = match packet[0] >> 4 {
+                6 => (v6(8), v6(24), IPV6_HEADER as usize),
+                _ => (v4(12), v4(16), usize::from(packet[0] & 15) * 4),
+            };
             seen.push(Reset {
-                from: (ip(12), half(tcp)).into(),
-                to: (ip(16), half(tcp + 2)).into(),
+                from: (from, half(tcp)).into(),
+                to: (to, half(tcp + 2)).into(),
                 sequence: word(tcp + 4),
                 acknowledged: (packet[tcp + 13] & ACK != 0).then_some(word(tcp + 8)),
             });
@@ -154,9 +163,18 @@ fn filter(port: u16) -> Vec<u8> {
     const RETURN: u16 = 0x06;
     // What the kernel knows beside the packet (`SKF_AD_OFF`): its protocol.
     const PROTOCOL: u32 = 0xffff_f000;
-    // Code, how many to skip if true and if not, value.
-    let program: [(u16, u8, u8, u32); 14] = [
+    // Code, how many to skip if true and if not, value. The last but one refuses, and what follows it accepts.
+    let program: [(u16, u8, u8, u32); 23] = [
         (HALF, 0, 0, PROTOCOL),
+        (IF_EQUAL, 0, 8, IPV6),
+        (BYTE, 0, 0, 6),
+        (IF_EQUAL, 0, 18, TCP),
+        (BYTE, 0, 0, IPV6_HEADER + 13),
+        (IF_SET, 0, 16, RST),
+        (HALF, 0, 0, IPV6_HEADER),
+        (IF_EQUAL, 15, 0, port.into()),
+        (HALF, 0, 0, IPV6_HEADER + 2),
+        (IF_EQUAL, 13, 12, port.into()),
         (IF_EQUAL, 0, 11, IPV4),
         (BYTE, 0, 0, 9),
         (IF_EQUAL, 0, 9, TCP),

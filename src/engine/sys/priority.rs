@@ -22,3 +22,22 @@ pub fn first_in_line() -> Result<(), Errno> {
     // SAFETY: `param` is live for the whole call and only read; 0 is the calling thread.
     Errno::result(unsafe { libc::sched_setscheduler(0, libc::SCHED_FIFO, &raw const param) }).map(drop)
 }
+
+/// The scheduling policy of the calling thread (`SCHED_OTHER` and so on).
+///
+/// # Errors
+/// None that is known.
+pub fn policy() -> Result<libc::c_int, Errno> {
+    // SAFETY: takes an integer and touches no memory of ours; 0 is the calling thread.
+    Errno::result(unsafe { libc::sched_getscheduler(0) })
+}
+
+/// Gives the calling thread a policy that knows no priorities. Its nice value stays as it is.
+///
+/// # Errors
+/// EINVAL for another policy.
+pub fn set_ordinary(policy: libc::c_int) -> Result<(), Errno> {
+    let param = libc::sched_param { sched_priority: 0 };
+    // SAFETY: `param` is live for the whole call and only read; 0 is the calling thread.
+    Errno::result(unsafe { libc::sched_setscheduler(0, policy, &raw const param) }).map(drop)
+}

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
+use std::os::fd::OwnedFd;
 use std::sync::mpsc as std_mpsc;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
@@ -15,6 +16,7 @@ use super::super::pump::{self, Frames};
 use super::super::server::accept_all;
 use super::super::setup::{self, Answered, Streams};
 use super::super::{TransportError, code};
+use super::watch::Watch;
 use super::{request, settings, start_thread};
 use crate::identity::{Fingerprint, Node};
 use crate::migration::MigrationId;
@@ -237,6 +239,20 @@ impl UrgentServer {
         self.attachments.runtime.spawn(attend(id, arrived, asks.clone(), on));
         locked(&registry).insert(id, Expected { peer, arrivals, asks: asks.clone() });
         UrgentHandle { id, asks, registry }
+    }
+
+    /// Calls `act` on the `faults` thread whenever `fd` has become readable, until the answer is dropped; all
+    /// migrations wait meanwhile. It is to read until there is nothing more, and to say `true`; otherwise it is called
+    /// again after all else that there is to do.
+    ///
+    /// # Errors
+    /// If the descriptor cannot be watched.
+    pub fn watch(
+        &self,
+        fd: OwnedFd,
+        act: impl FnMut() -> bool + Send + 'static,
+    ) -> Result<Watch, TransportError> {
+        Watch::start(&self.attachments.runtime, fd, act)
     }
 
     pub(in super::super) fn attachments(&self) -> Attachments {

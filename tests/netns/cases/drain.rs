@@ -187,13 +187,13 @@ fn cut_in_the_restore(lan: &Lan) -> Result {
     let mut workload = Workload::start(&lan.a, "writer", &["2", "16", "/run/shared/writer", "2"])?;
     lan.share_identity()?;
     let service = lan.serve(&lan.b)?;
-    // Whoever answers faults is there before the restore touches anything. A page is 800 ms away, and comes no nearer
+    // What tells of faults is there before the restore touches anything. A page is 800 ms away, and comes no nearer
     // then.
-    let threads = lan.b.proc(service.job.pid).join("task");
+    let descriptors = lan.b.proc(service.job.pid).join("fd");
     let relay = Relay::with_gate(
         lan,
         Weather { lost: 0, repeated: 0, delay: FAR, reorders: false },
-        Box::new(move |way| way == Way::Forth && answers_faults(&threads)),
+        Box::new(move |way| way == Way::Forth && sees_faults(&descriptors)),
     )?;
     let job = lan.start_move(&lan.a, &relay.address, workload.pid(), &["--mode", "postcopy"])?;
     wait_for("the restore", SETTLE, || {
@@ -211,11 +211,11 @@ fn cut_in_the_restore(lan: &Lan) -> Result {
     workload.check_going_on(&lan.b)
 }
 
-/// Whether one of a service's threads answers faults.
-fn answers_faults(threads: &Path) -> bool {
-    let Ok(list) = std::fs::read_dir(threads) else { return false };
-    let comm = |entry: std::fs::DirEntry| std::fs::read_to_string(entry.path().join("comm"));
-    list.flatten().any(|entry| comm(entry).is_ok_and(|name| name.starts_with("faults-")))
+/// Whether a service has a userfaultfd.
+fn sees_faults(descriptors: &Path) -> bool {
+    let Ok(list) = std::fs::read_dir(descriptors) else { return false };
+    let link = |entry: std::fs::DirEntry| std::fs::read_link(entry.path());
+    list.flatten().any(|entry| link(entry).is_ok_and(|to| to.as_os_str() == "anon_inode:[userfaultfd]"))
 }
 
 /// The sentinel goes on with the pages of the stopped process.

@@ -25,6 +25,7 @@ pub(crate) fn cases() -> Vec<Case> {
         Case::new("tcp/not_accepted_yet_500", |lan| there_and_back(lan, 500, 512)),
         Case::new("tcp/not_accepted_yet_timestamps_off_there", |lan| without_timestamps(lan, &lan.b)),
         Case::new("tcp/not_accepted_yet_timestamps_off_here", |lan| without_timestamps(lan, &lan.a)),
+        Case::new("tcp/not_accepted_yet_ipv6", ipv6),
         Case::new("tcp/not_accepted_yet_address_on_both_hosts", address_on_both_hosts),
         Case::new("tcp/not_accepted_yet_and_not_moved", not_moved),
     ]
@@ -148,6 +149,35 @@ fn there_and_back(lan: &Lan, count: usize, backlog: usize) -> Result {
         all_wait(here, &clients)?;
     }
     all_are_served(lan, here, &mut workload, clients, &resets)
+}
+
+/// Addresses of IPv6, which the clients and the server have as well.
+const CLIENT_IPV6: &str = "fd00:77::9/64";
+const SERVICE_IPV6: &str = "fd00:77::100";
+const NOBODY_IPV6: &str = "fd00:77::2";
+const MOVE_IPV6: [&str; 3] = ["--tcp-established", "--move-ip", "fd00:77::100/64@eth0"];
+
+/// Over IPv6, by an address that moves along.
+fn ipv6(lan: &Lan) -> Result {
+    // Without waiting for another host that might have it.
+    let give = |host: &Host, address: &str, device| {
+        host.net(&["ip", "address", "add", address, "dev", device, "nodad"]).map(drop)
+    };
+    give(&lan.middle, CLIENT_IPV6, "br0")?;
+    give(&lan.a, &format!("{SERVICE_IPV6}/64"), "eth0")?;
+    give(&lan.b, &format!("{NOBODY_IPV6}/64"), "eth0")?;
+    // A reset would be seen: there is one where nobody listens.
+    let nobody = SocketAddr::new(NOBODY_IPV6.parse()?, PORT);
+    let resets = Resets::watch(lan, PORT)?;
+    let dialled =
+        lan.client("refused", move || TcpStream::connect(nobody))?.join().map_err(|_| "panicked")??;
+    ensure(dialled.is_err(), || "somebody listens".to_owned())?;
+    ensure(resets.seen().iter().any(|reset| reset.from == nobody), || "no reset was seen".to_owned())?;
+
+    let (mut workload, resets, service, clients) = begin(lan, SERVICE_IPV6)?;
+    lan.move_to(&lan.a, &service, workload.pid(), &MOVE_IPV6, MOVE)?.expect_moved()?;
+    all_wait(&lan.b, &clients)?;
+    all_are_served(lan, &lan.b, &mut workload, clients, &resets)
 }
 
 /// Begun with timestamps, they go on where there are none; and the other way round.
