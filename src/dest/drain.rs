@@ -181,12 +181,12 @@ impl Drain {
         pid: Tid,
         guard: Guard,
         kept: &[(Held, OwnedFd)],
-    ) -> Result<(), (DrainError, Guard)> {
+    ) -> Result<(), (Box<DrainError>, Guard)> {
         let keeper = match guard.keeper() {
             Ok(keeper) => keeper,
             Err(source) => {
                 let source = BookError::Io { step: "finding a way to", source };
-                return Err((DrainError::Lazy(source.into()), guard));
+                return Err((Box::new(DrainError::Lazy(source.into())), guard));
             }
         };
         let taken = Lazy::take_over(pid, kept, keeper, self.ask()).map_err(DrainError::Lazy);
@@ -195,7 +195,7 @@ impl Drain {
                 self.guard = Some(guard);
                 Ok(())
             }
-            Err(error) => Err((error, guard)),
+            Err(error) => Err((Box::new(error), guard)),
         }
     }
 
