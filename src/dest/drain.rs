@@ -10,19 +10,20 @@ use std::time::{Duration, Instant};
 
 use super::guardian::{Guard, GuardianError};
 use crate::engine::extents::Extents;
+use crate::engine::priority::Hurry;
 use crate::engine::remote::Tid;
 use crate::engine::skeleton::Skeleton;
 use crate::engine::state::mm::canonical;
 use crate::identity::Fingerprint;
 use crate::lazy::book::BookError;
-use crate::lazy::{Ask, Held, Lazy, LazyError, Left};
+use crate::lazy::{Ask, Held, Lazy, LazyError, Left, Reader, UNSETTLED};
 use crate::migration::MigrationId;
 use crate::pageserver::frame::{Frame, FrameError};
 use crate::pageserver::runs;
 use crate::pageserver::unpack::{Content, Unpacker};
 use crate::proto::control::{DrainStats, PageRuns};
 use crate::transport::TransportError;
-use crate::transport::urgent::{Urgent, UrgentHandle, UrgentServer, Watch};
+use crate::transport::urgent::{Next, Urgent, UrgentHandle, UrgentServer, Watch};
 
 /// Why a page could not be placed.
 #[derive(Debug, thiserror::Error)]
@@ -56,8 +57,8 @@ pub(super) struct Drain {
     id: MigrationId,
     peer: Fingerprint,
     lazy: Arc<OnceLock<Arc<Lazy>>>,
-    /// Lets its faults and events be read.
-    watch: Option<Watch>,
+    /// Who reads its faults and events.
+    reading: Option<Reading>,
     line: Arc<Mutex<Line>>,
     urgent: Arc<Mutex<Option<UrgentHandle>>>,
     unpacker: Unpacker,
@@ -66,6 +67,15 @@ pub(super) struct Drain {
     guard: Option<Guard>,
     /// When another guardian could not be had.
     failed_at: Option<Instant>,
+}
+
+/// Who reads faults and events, as long as this lives.
+#[allow(dead_code, reason = "held")]
+enum Reading {
+    /// The thread that asks and places.
+    Together(Watch),
+    /// A thread of its own.
+    Alone(Reader),
 }
 
 /// The connection for single pages, as the restore sees it.
@@ -93,7 +103,7 @@ impl Drain {
             id,
             peer,
             lazy: Arc::default(),
-            watch: None,
+            reading: None,
             line: Arc::default(),
             urgent: Arc::default(),
             unpacker: Unpacker::default(),
@@ -154,16 +164,23 @@ impl Drain {
         if line.lost { Err(DrainError::Unattached) } else { Ok(()) }
     }
 
-    /// Its faults and events are read from here on, by the thread that asks the source and places the answers.
+    /// Its faults and events are read from here on: by the thread that asks the source and places the answers, or by
+    /// one of its own if that may take long.
     fn begin(&mut self, lazy: Lazy) -> Result<(), DrainError> {
         let lazy = Arc::new(lazy);
-        let events = lazy.events().try_clone_to_owned().map_err(DrainError::Descriptor)?;
-        let reads = lazy.clone();
-        self.watch = Some(
-            self.server.watch(events, move || reads.read() == Left::Nothing).map_err(DrainError::Reader)?,
-        );
-        // Only one is ever started.
-        let _ = self.lazy.set(lazy);
+        // Only one is ever started. Whoever brings pages has to find it.
+        let _ = self.lazy.set(lazy.clone());
+        self.reading = Some(if lazy.reads_slowly() {
+            Reading::Alone(lazy.read_on_a_thread()?)
+        } else {
+            let events = lazy.events().try_clone_to_owned().map_err(DrainError::Descriptor)?;
+            let read = move || match lazy.read() {
+                Left::Nothing => Next::Wait,
+                Left::Some => Next::Again,
+                Left::Unsettled => Next::Soon(UNSETTLED),
+            };
+            Reading::Together(self.server.watch(events, read).map_err(DrainError::Reader)?)
+        });
         Ok(())
     }
 
@@ -190,13 +207,15 @@ impl Drain {
             }
         };
         let taken = Lazy::take_over(pid, kept, keeper, self.ask()).map_err(DrainError::Lazy);
-        match taken.and_then(|lazy| self.begin(lazy)) {
-            Ok(()) => {
-                self.guard = Some(guard);
-                Ok(())
+        if let Err(error) = taken.and_then(|lazy| self.begin(lazy)) {
+            // The guardian keeps them all waiting, until they are ended together.
+            if let Some(lazy) = self.lazy.get() {
+                lazy.abandon();
             }
-            Err(error) => Err((Box::new(error), guard)),
+            return Err((Box::new(error), guard));
         }
+        self.guard = Some(guard);
+        Ok(())
     }
 
     fn ask(&self) -> Ask {
@@ -315,7 +334,7 @@ impl Drain {
         if let Some(lazy) = self.lazy.get() {
             lazy.finish();
         }
-        self.watch = None;
+        self.reading = None;
         if let Some(guard) = self.guard.take() {
             guard.dismiss();
         }
@@ -343,7 +362,10 @@ fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 fn place(lazy: &Lazy, frame: &Frame, unpacker: &mut Unpacker) -> Result<(), DrainError> {
-    match unpacker.unpack(frame)? {
+    let content = unpacker.unpack(frame)?;
+    // The thread that reads faults is first in line and needs the same lock.
+    let _hurry = Hurry::up();
+    match content {
         Content::Data(pages) => {
             for (start, bytes) in pages.runs() {
                 lazy.install(start, bytes)?;

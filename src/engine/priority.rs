@@ -9,6 +9,9 @@ const BACKGROUND_NICE: i32 = 10;
 
 /// `SCHED_FIFO`: runs until it waits.
 const SCHED_FIFO: u32 = 1;
+/// Its priorities: who is waited for, before who only holds what that one needs.
+const AT_ONCE: u32 = 2;
+const HURRIED: i32 = 1;
 /// `SCHED_FLAG_RESET_ON_FORK`.
 const RESET_ON_FORK: u64 = 1;
 
@@ -26,7 +29,8 @@ pub fn urgent() {
 /// wait for and that has little to do. Without the right to, things stay as they are.
 pub fn at_once() {
     // What it starts in turn is ordinary again.
-    let attr = SchedAttr { policy: SCHED_FIFO, priority: 1, flags: RESET_ON_FORK, ..SchedAttr::default() };
+    let attr =
+        SchedAttr { policy: SCHED_FIFO, priority: AT_ONCE, flags: RESET_ON_FORK, ..SchedAttr::default() };
     if let Err(errno) = set_sched_attr(0, attr) {
         tracing::debug!(%errno, "no real-time priority");
     }
@@ -34,7 +38,7 @@ pub fn at_once() {
 
 /// As long as it lives the calling thread comes before all ordinary ones: while it holds a lock for which a thread
 /// may wait that is first in line. An ordinary one that had to give up the processor would keep that one waiting for
-/// milliseconds. Costs two calls.
+/// milliseconds. Costs three calls.
 #[derive(Debug)]
 pub struct Hurry {
     /// What it was; none if nothing is to be undone.
@@ -48,7 +52,7 @@ impl Hurry {
     pub fn up() -> Self {
         let ordinary =
             |policy: &i32| [libc::SCHED_OTHER, libc::SCHED_BATCH, libc::SCHED_IDLE].contains(policy);
-        let policy = sys::policy().ok().filter(ordinary).filter(|_| sys::first_in_line().is_ok());
+        let policy = sys::policy().ok().filter(ordinary).filter(|_| sys::set_first(HURRIED).is_ok());
         Self { policy, _here: std::marker::PhantomData }
     }
 }
@@ -87,8 +91,9 @@ mod tests {
         assert_eq!(sys::policy().unwrap(), meanwhile, "one within another changes nothing");
         drop(hurry);
         assert_eq!(sys::policy().unwrap(), before);
-        if nix::unistd::geteuid().is_root() {
+        if sys::set_first(HURRIED).is_ok() {
             assert_eq!(meanwhile, libc::SCHED_FIFO);
+            sys::set_ordinary(before).unwrap();
         }
     }
 }

@@ -111,7 +111,7 @@ impl Lazy {
             let dev = (number(major(is.dev())), number(minor(is.dev())));
             objects.insert(index as usize, ObjectFile { file, dev, inode: is.ino() });
         }
-        let mut state = State::new(table, spaces, objects, pid, book);
+        let mut state = State::new(table, spaces, objects, pid, book)?;
         state.again = true;
         // Before a child may be born.
         state.keeper = Some(keeper);
@@ -122,11 +122,10 @@ impl Lazy {
             crate::engine::sys::uffd::wake(space.uffd.as_fd(), LOWEST, HIGHEST - LOWEST)
                 .map_err(sys("waking whoever waits for pages"))?;
         }
-        Self::over(pid, state, ask)
+        Ok(Self::over(state, ask))
     }
 
-    /// Ends as if this process had been killed: nothing is written, said or ended. For tests.
-    #[doc(hidden)]
+    /// Closes all that is held here, and ends nobody: to be called where another one holds it as well.
     pub fn abandon(&self) {
         self.shared.lock().let_go();
     }

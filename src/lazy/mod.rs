@@ -40,7 +40,7 @@ mod state;
 mod stats;
 pub mod table;
 
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -48,7 +48,6 @@ use nix::sys::epoll::Epoll;
 
 use crate::engine::extents::Extents;
 use crate::engine::memory::PAGE_BYTES;
-use crate::engine::priority::Hurry;
 use crate::engine::remote::{InjectError, Tid};
 use crate::report::Latency;
 use book::BookError;
@@ -56,7 +55,7 @@ use place::{Content, Progress};
 use state::State;
 use table::TableError;
 
-pub use handler::Left;
+pub use handler::{Left, Reader, UNSETTLED};
 pub use keep::{Held, Keeper, Kept};
 pub use stats::Stats;
 
@@ -141,7 +140,7 @@ struct Shared {
     state: Mutex<State>,
     /// Something has been read, installed or dropped.
     changed: Condvar,
-    epoll: Epoll,
+    epoll: Arc<Epoll>,
     ask: Ask,
 }
 
@@ -192,8 +191,6 @@ impl Lazy {
         let end = end.filter(|_| address.is_multiple_of(PAGE_BYTES) && len.is_multiple_of(PAGE_BYTES));
         let end = end.ok_or(LazyError::NotPages { address, len })?;
         let mut at = address;
-        // The thread that reads faults is first in line and needs the same lock.
-        let _hurry = Hurry::up();
         while at < end {
             let mut state = self.shared.lock();
             let (page, same) = state.table.unit(at, end);

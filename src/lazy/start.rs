@@ -4,8 +4,6 @@ use std::collections::BTreeMap;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Condvar, Mutex};
 
-use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
-
 use super::book::Book;
 use super::state::{ObjectFile, Space, State};
 use super::table::{Registered, Table};
@@ -49,19 +47,13 @@ impl Lazy {
         let book = Book::new(layout, missing)?;
         let mut spaces = BTreeMap::new();
         spaces.insert(0, Space { uffd, pid: Some(pid) });
-        Self::over(pid, State::new(table, spaces, objects, pid, book), ask)
+        Ok(Self::over(State::new(table, spaces, objects, pid, book)?, ask))
     }
 
-    /// Watches the userfaultfds. [`Lazy::read`] does the rest.
-    pub(super) fn over(pid: Tid, state: State, ask: Ask) -> Result<Self, LazyError> {
-        let sys = |step| move |errno| LazyError::Sys { step, pid, errno };
-        let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).map_err(sys("making an epoll"))?;
-        for (mm, space) in &state.spaces {
-            epoll
-                .add(&space.uffd, EpollEvent::new(EpollFlags::EPOLLIN, (*mm).into()))
-                .map_err(sys("watching a userfaultfd"))?;
-        }
-        Ok(Self { shared: Shared { state: Mutex::new(state), changed: Condvar::new(), epoll, ask } })
+    /// [`Lazy::read`] does the rest.
+    pub(super) fn over(state: State, ask: Ask) -> Self {
+        let epoll = state.epoll.clone();
+        Self { shared: Shared { state: Mutex::new(state), changed: Condvar::new(), epoll, ask } }
     }
 }
 

@@ -7,10 +7,11 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use nix::errno::Errno;
-use nix::sys::epoll::{Epoll, EpollEvent, EpollFlags};
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
+use super::LazyError;
 use super::book::Book;
 use super::huge::Assembler;
 use super::keep::{Held, Keeper};
@@ -41,6 +42,8 @@ pub(super) struct ObjectFile {
 /// See the module.
 #[derive(Debug)]
 pub(super) struct State {
+    /// Has all userfaultfds.
+    pub(super) epoll: Arc<Epoll>,
     pub(super) table: Table,
     pub(super) spaces: BTreeMap<MmId, Space>,
     pub(super) objects: BTreeMap<usize, ObjectFile>,
@@ -58,7 +61,9 @@ pub(super) struct State {
     pub(super) keeper: Option<Box<dyn Keeper>>,
     /// It was taken over: pages may be there that nobody wrote down.
     pub(super) again: bool,
-    pid: Tid,
+    pub(super) pid: Tid,
+    /// Why the last message could not be read: told once.
+    unreadable: Option<Errno>,
     /// At so many mms those that are gone are looked for.
     sweep_at: usize,
 }
@@ -73,7 +78,7 @@ pub(super) enum Pumped {
 }
 
 /// Messages that are acted upon before others get their turn.
-const MOST_MESSAGES: usize = 64;
+const MOST_MESSAGES: usize = 16;
 /// An address to ask the kernel about when what matters is whether it answers.
 const ANYWHERE: u64 = 1 << 20;
 /// Below this many mms nobody looks for those that are gone.
@@ -86,8 +91,17 @@ impl State {
         objects: BTreeMap<usize, ObjectFile>,
         pid: Tid,
         book: Book,
-    ) -> Self {
-        Self {
+    ) -> Result<Self, LazyError> {
+        let sys = |step| move |errno| LazyError::Sys { step, pid, errno };
+        let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).map_err(sys("making an epoll"))?;
+        for (mm, space) in &spaces {
+            epoll
+                .add(&space.uffd, EpollEvent::new(EpollFlags::EPOLLIN, (*mm).into()))
+                .map_err(sys("watching a userfaultfd"))?;
+        }
+        Ok(Self {
+            epoll: Arc::new(epoll),
+            unreadable: None,
             table,
             spaces,
             objects,
@@ -101,11 +115,11 @@ impl State {
             again: false,
             pid,
             sweep_at: FIRST_SWEEP,
-        }
+        })
     }
 
     /// Reads what an mm has to say and acts upon it. `asks` grows by the pages that are needed.
-    pub(super) fn pump(&mut self, mm: MmId, epoll: &Epoll, asks: &mut Vec<u64>) -> Pumped {
+    pub(super) fn pump(&mut self, mm: MmId, asks: &mut Vec<u64>) -> Pumped {
         for _ in 0..MOST_MESSAGES {
             let Some(space) = self.spaces.get(&mm) else { return Pumped::Settled };
             // Which thread gives shared memory up, and how, can only be seen while it waits for us.
@@ -137,13 +151,16 @@ impl State {
             }
             match message {
                 Ok(message) => {
-                    self.act(mm, message, &advising, epoll, asks);
+                    self.unreadable = None;
+                    self.act(mm, message, &advising, asks);
                     self.settle();
                 }
                 Err(Errno::EAGAIN) => return self.settled(),
                 Err(Errno::EINTR) => {}
                 Err(errno) => {
-                    tracing::error!(pid = self.pid, %errno, "reading a userfaultfd");
+                    if self.unreadable.replace(errno) != Some(errno) {
+                        tracing::error!(pid = self.pid, %errno, "reading a userfaultfd");
+                    }
                     // The thread behind the message goes on waiting.
                     return Pumped::Unsettled;
                 }
@@ -175,10 +192,10 @@ impl State {
         }
     }
 
-    fn act(&mut self, mm: MmId, message: Message, advising: &[Advising], epoll: &Epoll, asks: &mut Vec<u64>) {
+    fn act(&mut self, mm: MmId, message: Message, advising: &[Advising], asks: &mut Vec<u64>) {
         match message {
             Message::Fault { address, tid } => self.fault(mm, address, tid, asks),
-            Message::Fork(uffd) => self.fork(mm, uffd, epoll),
+            Message::Fork(uffd) => self.fork(mm, uffd),
             Message::Remap { from, to, len: 0 } => self.duplicate(mm, from, to),
             Message::Remap { from, to, len } => {
                 for child in self.table.recent_children(mm) {
@@ -270,9 +287,9 @@ impl State {
         // Else a fault there finds it out.
     }
 
-    fn fork(&mut self, parent: MmId, uffd: OwnedFd, epoll: &Epoll) {
+    fn fork(&mut self, parent: MmId, uffd: OwnedFd) {
         let Some(child) = self.table.fork(parent) else { return };
-        if let Err(errno) = epoll.add(&uffd, EpollEvent::new(EpollFlags::EPOLLIN, child.into())) {
+        if let Err(errno) = self.epoll.add(&uffd, EpollEvent::new(EpollFlags::EPOLLIN, child.into())) {
             tracing::error!(pid = self.pid, %errno, "watching the memory of a child");
             self.give_up(parent, "its child's memory cannot be watched");
         }
@@ -352,7 +369,9 @@ impl State {
     /// The mm has ended.
     pub(super) fn gone(&mut self, mm: MmId) {
         self.table.gone(mm);
-        self.spaces.remove(&mm);
+        if let Some(space) = self.spaces.remove(&mm) {
+            self.forget(&space);
+        }
         if let Some(keeper) = &mut self.keeper {
             keeper.release(Held::Space(mm));
         }
@@ -411,9 +430,18 @@ impl State {
         self.let_go();
     }
 
+    /// What is closed here may be open elsewhere, and would be reported as ready for ever.
+    fn forget(&self, space: &Space) {
+        if let Err(errno) = self.epoll.delete(&space.uffd) {
+            tracing::error!(pid = self.pid, %errno, "forgetting a userfaultfd");
+        }
+    }
+
     /// Closes what we have of all this, whatever is missing.
     pub(super) fn let_go(&mut self) {
-        self.spaces.clear();
+        for space in std::mem::take(&mut self.spaces).into_values() {
+            self.forget(&space);
+        }
         self.objects.clear();
         self.keeper = None;
     }

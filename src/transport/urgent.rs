@@ -33,7 +33,7 @@ pub use link::{Lost, Serve, UrgentLink, connect};
 pub use request::{MAX_REQUEST_PAGES, RequestError};
 pub(super) use server::Attachments;
 pub use server::{On, Urgent, UrgentHandle, UrgentServer};
-pub use watch::Watch;
+pub use watch::{Next, Watch};
 
 use super::{Settings, TransportError};
 

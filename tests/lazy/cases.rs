@@ -184,6 +184,16 @@ fn giving_up_kills_rather_than_shows_zeros() {
 }
 
 #[test]
+fn a_fault_that_was_never_read_is_not_reported_for_ever() {
+    let mut rig = Rig::start("stuck", Take::All);
+    rig.leave_unread();
+    rig.worker.go();
+    rig.await_a_fault();
+    rig.stop();
+    assert_eq!(rig.worker.line(), "", "it must neither find a wrong page nor end well");
+}
+
+#[test]
 fn what_was_asked_for_can_be_asked_for_again() {
     let mut rig = Rig::start_holding("stuck", Take::All, |worker| {
         let r = &worker.regions[0];

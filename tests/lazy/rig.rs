@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, HashSet};
 use std::io::{BufRead, BufReader, Write};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::process::{Child, ChildStdout, Command, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
@@ -13,10 +13,9 @@ use std::time::Duration;
 use migrate::engine::extents::Extents;
 use migrate::engine::freeze::Frozen;
 use migrate::engine::remote::{Batch, RemoteCalls};
-use migrate::lazy::{Held, Keeper, Lazy, Left, Stats};
+use migrate::lazy::{Held, Keeper, Lazy, Left, Reader, Stats};
 use migrate::proto::image::{Layout, Vma, VmaKind};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::eventfd::EventFd;
 
 pub(crate) const PAGE: u64 = 4096;
 pub(crate) const HUGE: u64 = 2 << 20;
@@ -289,7 +288,7 @@ pub(crate) struct Rig {
     maps: Vec<String>,
     fds: usize,
     answers: Option<Answers>,
-    reader: Reader,
+    reader: Option<Reader>,
     kept: Kept,
 }
 
@@ -316,7 +315,7 @@ impl Rig {
         let lazy = Arc::new(Lazy::start(&mut frozen, &worker.layout(), &missing, ask).unwrap());
         let kept = Kept::default();
         lazy.entrust(Box::new(kept.clone())).unwrap();
-        let reader = Reader::start(&lazy);
+        let reader = Some(lazy.read_on_a_thread().unwrap());
         frozen.thaw().unwrap();
         let answers = Some((asks, answer(asked, &lazy, &source)));
         Self { worker, lazy, source, missing, maps, fds, answers, reader, kept }
@@ -327,7 +326,7 @@ impl Rig {
         let (asks, answering) = self.answers.take().unwrap();
         asks.send(Vec::new()).unwrap();
         answering.join().unwrap();
-        self.reader.stop();
+        self.reader = None;
         self.lazy.abandon();
         let (asks, asked, ask) = line();
         let kept: Vec<(Held, OwnedFd)> = {
@@ -336,7 +335,7 @@ impl Rig {
         };
         let keeper = Box::new(self.kept.clone());
         self.lazy = Arc::new(Lazy::take_over(self.worker.pid(), &kept, keeper, ask).unwrap());
-        self.reader = Reader::start(&self.lazy);
+        self.reader = Some(self.lazy.read_on_a_thread().unwrap());
         self.answers = Some((asks, answer(asked, &self.lazy, &self.source)));
     }
 
@@ -372,6 +371,18 @@ impl Rig {
         stats
     }
 
+    /// Nobody reads faults any more.
+    pub(crate) fn leave_unread(&mut self) {
+        self.reader = None;
+    }
+
+    /// Returns when there is one to be read.
+    pub(crate) fn await_a_fault(&self) {
+        let mut ready = [PollFd::new(self.lazy.events(), PollFlags::POLLIN)];
+        let timeout = PollTimeout::try_from(PATIENCE).unwrap();
+        assert_eq!(poll(&mut ready, timeout), Ok(1), "nobody faults");
+    }
+
     /// Ends what serves it, and checks the numbers.
     pub(crate) fn stop(&mut self) -> Stats {
         if let Some((asks, answering)) = self.answers.take() {
@@ -387,45 +398,11 @@ impl Rig {
         }
         assert_eq!(stats.present, 0, "pages were there already");
         self.lazy.finish();
+        self.reader = None;
+        // The keeper has them still.
+        assert_eq!(self.lazy.read(), Left::Nothing, "what was closed is reported");
         self.kept.0.lock().unwrap().clear();
-        self.reader.stop();
         stats
-    }
-}
-
-/// Reads faults and events, as the thread for faults does.
-struct Reader {
-    stop: Arc<EventFd>,
-    thread: Option<JoinHandle<()>>,
-}
-
-impl Reader {
-    fn start(lazy: &Arc<Lazy>) -> Self {
-        let (lazy, stop) = (Arc::clone(lazy), Arc::new(EventFd::new().unwrap()));
-        let stopped = Arc::clone(&stop);
-        let read = move || {
-            loop {
-                let (faults, stop) = (lazy.events(), stopped.as_fd());
-                let mut ready =
-                    [PollFd::new(faults, PollFlags::POLLIN), PollFd::new(stop, PollFlags::POLLIN)];
-                match poll(&mut ready, PollTimeout::NONE) {
-                    Ok(_) | Err(nix::errno::Errno::EINTR) => {}
-                    Err(errno) => panic!("{errno}"),
-                }
-                if ready[1].any() == Some(true) {
-                    return;
-                }
-                while lazy.read() == Left::Some {}
-            }
-        };
-        Self { stop, thread: Some(std::thread::spawn(read)) }
-    }
-
-    fn stop(&mut self) {
-        self.stop.write(1).unwrap();
-        if let Some(thread) = self.thread.take() {
-            thread.join().unwrap();
-        }
     }
 }
 

@@ -1,4 +1,5 @@
-//! Nice values of single threads (setpriority(2): on Linux, PRIO_PROCESS means one thread).
+//! Nice values of single threads (setpriority(2): on Linux, PRIO_PROCESS means one thread), and their policies
+//! (sched(7)).
 
 use nix::errno::Errno;
 
@@ -13,12 +14,12 @@ pub fn set_nice(tid: Tid, nice: i32) -> Result<(), Errno> {
     Errno::result(unsafe { libc::setpriority(libc::PRIO_PROCESS, tid.unsigned_abs(), nice) }).map(drop)
 }
 
-/// Puts the calling thread before all ordinary ones (SCHED_FIFO, lowest priority of it).
+/// Puts the calling thread before all ordinary ones: SCHED_FIFO with this priority, of which 1 is the lowest.
 ///
 /// # Errors
 /// EPERM without CAP_SYS_NICE.
-pub fn first_in_line() -> Result<(), Errno> {
-    let param = libc::sched_param { sched_priority: 1 };
+pub fn set_first(priority: libc::c_int) -> Result<(), Errno> {
+    let param = libc::sched_param { sched_priority: priority };
     // SAFETY: `param` is live for the whole call and only read; 0 is the calling thread.
     Errno::result(unsafe { libc::sched_setscheduler(0, libc::SCHED_FIFO, &raw const param) }).map(drop)
 }

@@ -16,7 +16,7 @@ use super::super::pump::{self, Frames};
 use super::super::server::accept_all;
 use super::super::setup::{self, Answered, Streams};
 use super::super::{TransportError, code};
-use super::watch::Watch;
+use super::watch::{Next, Watch};
 use super::{request, settings, start_thread};
 use crate::identity::{Fingerprint, Node};
 use crate::migration::MigrationId;
@@ -241,18 +241,17 @@ impl UrgentServer {
         UrgentHandle { id, asks, registry }
     }
 
-    /// Calls `act` on the `faults` thread whenever `fd` has become readable, until the answer is dropped; all
-    /// migrations wait meanwhile. It is to read until there is nothing more, and to say `true`; otherwise it is called
-    /// again after all else that there is to do.
+    /// Calls `read` on the `faults` thread whenever `fd` has become readable, and again as it says, until the answer is
+    /// dropped. All migrations wait while it runs, so it is to read a little at a time.
     ///
     /// # Errors
     /// If the descriptor cannot be watched.
     pub fn watch(
         &self,
         fd: OwnedFd,
-        act: impl FnMut() -> bool + Send + 'static,
+        read: impl FnMut() -> Next + Send + 'static,
     ) -> Result<Watch, TransportError> {
-        Watch::start(&self.attachments.runtime, fd, act)
+        Watch::start(&self.attachments.runtime, fd, read)
     }
 
     pub(in super::super) fn attachments(&self) -> Attachments {

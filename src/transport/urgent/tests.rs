@@ -1,9 +1,13 @@
 //! Requests and pages over loopback.
 
 use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 
 use bytes::Bytes;
+use nix::sys::eventfd::{EfdFlags, EventFd};
 use quinn::VarInt;
 
 use super::super::tests::{Listening, Place, SHORT, bare, hello, listen, patient, place, trust};
@@ -153,6 +157,57 @@ fn requests_that_come_together_are_all_served() {
     let got: Vec<u64> = asked.iter().map(|_| next_page(&happened)).collect();
     assert_eq!(got, asked);
     drop(source);
+}
+
+/// Whoever has always more to read, or can never read what there is, holds up nobody's pages.
+#[test]
+fn pages_come_beside_what_is_watched() {
+    let grounds = grounds();
+    let (handle, happened) = grounds.expect();
+    let _source = grounds.connect(ID, honest()).unwrap();
+    attached(&happened);
+    let mut watches = Vec::new();
+    let turns = Arc::new(AtomicUsize::new(0));
+    for next in [Next::Again, Next::Soon(Duration::from_micros(30))] {
+        let event = EventFd::from_value(1).unwrap();
+        let counts = turns.clone();
+        let read = move || {
+            counts.fetch_add(1, Ordering::Relaxed);
+            next
+        };
+        watches.push(grounds.server.watch(OwnedFd::from(event), read).unwrap());
+    }
+    for address in (1..100).map(|page| page * 4096) {
+        handle.ask(&[address]);
+        assert_eq!(next_page(&happened), address);
+    }
+    assert!(turns.load(Ordering::Relaxed) > 100, "nobody read");
+    drop(watches);
+}
+
+/// What becomes readable is read, each time.
+#[test]
+fn what_is_watched_is_read() {
+    let grounds = grounds();
+    let event = Arc::new(EventFd::from_flags(EfdFlags::EFD_NONBLOCK).unwrap());
+    let (tell, told) = channel();
+    let reads = event.clone();
+    let read = move || {
+        if reads.read().is_ok() {
+            tell.send(()).unwrap();
+            return Next::Again;
+        }
+        Next::Wait
+    };
+    let fd = event.as_fd().try_clone_to_owned().unwrap();
+    let watch = grounds.server.watch(fd, read).unwrap();
+    for _ in 0..100 {
+        event.write(1).unwrap();
+        told.recv_timeout(SHORT).unwrap();
+    }
+    drop(watch);
+    // The function goes with the watch.
+    assert_eq!(told.recv_timeout(SHORT), Err(std::sync::mpsc::RecvTimeoutError::Disconnected));
 }
 
 #[test]
