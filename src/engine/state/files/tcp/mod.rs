@@ -12,6 +12,7 @@
 mod buffers;
 mod connection;
 mod diag;
+mod glance;
 mod list;
 mod live;
 mod queued;
@@ -41,6 +42,7 @@ use connection::{POLLED, QueueRoom};
 pub(super) use table::{Known, Sets};
 
 pub(in crate::engine) use diag::received_by;
+pub(super) use glance::{Glance, Seen};
 pub(super) use list::examine;
 pub use list::{is_unsettled, unsettled};
 pub(super) use live::Silent;
@@ -107,15 +109,25 @@ pub(super) struct Captures {
     sets: Sets,
     /// The options of connections, by inode, that need not be read any more.
     known: HashMap<u64, Known>,
+    /// What was seen at a glance, now that the process stands still.
+    seen: Option<Seen>,
     /// None: queues are not read.
     room: Option<QueueRoom>,
 }
 
 impl Captures {
-    /// `queues`: what is in queues is read too. `early`: what was seen before and is so still.
-    pub(super) fn new(queues: bool, early: Option<(Sets, HashMap<u64, Known>)>) -> Self {
-        let (sets, known) = early.unwrap_or_default();
-        Self { sets, known, room: queues.then(QueueRoom::new) }
+    /// `queues`: what is in queues is read too. `early`: what was seen before and is so still, and what was seen at a
+    /// glance just now.
+    pub(super) fn new(queues: bool, early: Option<Early>) -> Self {
+        let Early { sets, known, seen } = early.unwrap_or_default();
+        Self { sets, known, seen: seen.filter(|_| queues), room: queues.then(QueueRoom::new) }
+    }
+
+    /// A connection that is quiet, where all of it was seen without asking its socket.
+    fn quiet(&self, open: &Open) -> Option<TcpConnection> {
+        let inode = open.stat.ino();
+        let known = self.known.get(&inode)?;
+        quiet(self.seen.as_ref()?, inode, known)
     }
 
     /// The family of a socket that is known to be a connection.
@@ -133,6 +145,21 @@ impl Captures {
     }
 }
 
+/// What was seen of the connections of a process before, and what was seen of them now.
+#[derive(Debug, Default)]
+pub(super) struct Early {
+    pub(super) sets: Sets,
+    /// By inode.
+    pub(super) known: HashMap<u64, Known>,
+    pub(super) seen: Option<Seen>,
+}
+
+/// A connection that was seen to be quiet, with the options that it is known to have.
+pub(super) fn quiet(seen: &Seen, inode: u64, known: &Known) -> Option<TcpConnection> {
+    let image = seen.quiet(inode).filter(|image| image.family == known.family)?;
+    Some(TcpConnection { option_set: known.number, ..image })
+}
+
 /// Reads a TCP socket of this family; the queues of a live connection only if there is room for them.
 pub(super) fn capture(
     open: &Open,
@@ -140,6 +167,11 @@ pub(super) fn capture(
     allowed: &FilesOptions,
     all: &Captures,
 ) -> Result<Tcp, Stop> {
+    if allowed.tcp_established
+        && let Some(image) = all.quiet(open)
+    {
+        return Ok(Tcp::Live(image));
+    }
     let fd = open.fd();
     let mut info = [0; socket::VALUE_BYTES];
     let info = socket::read_option(fd, IPPROTO_TCP, libc::TCP_INFO, &mut info)

@@ -1,0 +1,152 @@
+//! One glance at all TCP connections of a process.
+//!
+//! To read a connection through `TCP_REPAIR` takes some twenty calls, and a server has connections by the thousand, most
+//! of which have nothing in their queues. Of these the kernel's own structures say all that the calls would say: a
+//! program (a BPF iterator) goes through the files of the process and copies the few members that count. Where they are
+//! in the structures of this very kernel, its description of itself tells (BTF).
+//!
+//! What is said of a connection here is what `TCP_REPAIR` would say, to the byte. Of whatever is not plain and quiet
+//! nothing is said, nor where the kernel has no such programs, or we may not load them: that is read as ever.
+//!
+//! Nothing is locked while members are copied. So those of a socket are copied twice: if both copies are the same, all
+//! of them were so at one moment between the two, as sequence numbers do not come back.
+
+mod layout;
+mod program;
+mod record;
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::io::Read;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::OnceLock;
+
+use nix::errno::Errno;
+
+use self::layout::{Layout, Part};
+use self::record::Record;
+use crate::engine::bpf::{KERNEL, LICENCE};
+use crate::engine::remote::Tid;
+use crate::engine::sys::bpf::{self, Array};
+use crate::engine::sys::pidfd;
+use crate::proto::files::TcpConnection;
+
+/// The kernel gives no more at a time.
+const PIECE_BYTES: usize = 32 << 10;
+/// Of a million sockets.
+const MOST_BYTES: usize = 1 << 30;
+
+/// Why nothing can be seen at a glance.
+#[derive(Debug, thiserror::Error)]
+pub(in super::super) enum GlanceError {
+    /// The kernel refused.
+    #[error("{step}")]
+    Sys {
+        /// What was being done.
+        step: &'static str,
+        /// The kernel's answer.
+        #[source]
+        errno: Errno,
+    },
+    /// The kernel's description of itself cannot be read.
+    #[error("reading {KERNEL}")]
+    Kernel(#[source] std::io::Error),
+    /// The kernel is too old, or too new.
+    #[error("the kernel is not one that we know")]
+    Unknown,
+    /// The pass over the files broke off.
+    #[error("looking at the files of the process")]
+    Read(#[source] std::io::Error),
+}
+
+fn step(step: &'static str) -> impl Fn(Errno) -> GlanceError {
+    move |errno| GlanceError::Sys { step, errno }
+}
+
+/// The layout stays the same as long as the kernel runs.
+fn layout() -> Result<&'static Layout, GlanceError> {
+    static LAYOUT: OnceLock<Option<Layout>> = OnceLock::new();
+    if let Some(layout) = LAYOUT.get() {
+        return layout.as_ref().ok_or(GlanceError::Unknown);
+    }
+    let btf = std::fs::read(KERNEL).map_err(GlanceError::Kernel)?;
+    LAYOUT.get_or_init(|| Layout::of(&btf)).as_ref().ok_or(GlanceError::Unknown)
+}
+
+/// Ready to look at a process.
+#[derive(Debug)]
+pub(in super::super) struct Glance {
+    layout: &'static Layout,
+    link: OwnedFd,
+}
+
+impl Glance {
+    /// Makes ready, which takes milliseconds, and longer the first time.
+    ///
+    /// # Errors
+    /// If the kernel cannot do it, or we may not.
+    pub(in super::super) fn prepare(pid: Tid) -> Result<Self, GlanceError> {
+        let layout = layout()?;
+        let bytes = u32::try_from(layout.bytes).map_err(|_| GlanceError::Unknown)?;
+        let record = Array::create(bytes, 1).map_err(step("making an array for a BPF program"))?;
+        let instructions = program::instructions(layout, record.number()).ok_or(GlanceError::Unknown)?;
+        let program = bpf::load_iterator(&instructions, LICENCE, layout.function)
+            .map_err(step("loading a BPF program"))?;
+        let process = pidfd::PidFd::open(pid.unsigned_abs()).map_err(step("opening a pidfd"))?;
+        let link = bpf::iterate_over(program.as_fd(), process.as_fd())
+            .map_err(step("pointing a BPF program at a process"))?;
+        Ok(Self { layout, link })
+    }
+
+    /// Looks. The process may run, or stand still.
+    ///
+    /// # Errors
+    /// If the kernel breaks off.
+    pub(in super::super) fn look(&self) -> Result<Seen, GlanceError> {
+        let pass = bpf::iterator(self.link.as_fd()).map_err(step("beginning a pass of a BPF program"))?;
+        let mut pass = File::from(pass);
+        let mut bytes = Vec::with_capacity(PIECE_BYTES);
+        let mut piece = vec![0; PIECE_BYTES];
+        while bytes.len() < MOST_BYTES {
+            let len = pass.read(&mut piece).map_err(GlanceError::Read)?;
+            if len == 0 {
+                return Seen::of(bytes, self.layout).ok_or(GlanceError::Unknown);
+            }
+            bytes.extend_from_slice(piece.get(..len).unwrap_or_default());
+        }
+        Err(GlanceError::Unknown)
+    }
+}
+
+/// What was seen of the TCP sockets of a process.
+#[derive(Debug)]
+pub(in super::super) struct Seen {
+    layout: &'static Layout,
+    bytes: Vec<u8>,
+    /// By inode: where its record begins.
+    places: HashMap<u64, usize>,
+}
+
+impl Seen {
+    fn of(bytes: Vec<u8>, layout: &'static Layout) -> Option<Self> {
+        if !bytes.len().is_multiple_of(layout.bytes) {
+            return None;
+        }
+        let inode = |record: &[u8]| layout.value_of(record, Part::Inode);
+        let places = bytes.chunks_exact(layout.bytes).enumerate();
+        let places = places.map(|(number, record)| (inode(record), number * layout.bytes)).collect();
+        Some(Self { layout, bytes, places })
+    }
+
+    /// What was seen of the socket with this inode.
+    fn record(&self, inode: u64) -> Option<Record<'_>> {
+        let place = *self.places.get(&inode)?;
+        let bytes = self.bytes.get(place..place.checked_add(self.layout.bytes)?)?;
+        Some(Record { layout: self.layout, bytes })
+    }
+
+    /// A connection that is quiet, without its options; `None` for any other socket.
+    pub(in super::super) fn quiet(&self, inode: u64) -> Option<TcpConnection> {
+        self.record(inode)?.quiet()
+    }
+}
