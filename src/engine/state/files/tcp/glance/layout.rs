@@ -156,7 +156,7 @@ pub(super) struct Layout {
 
 /// Numbers, and addresses of IPv6.
 fn is_known(field: btf::Field) -> bool {
-    field.len == 128 && field.start % 8 == 0 || field.len > 0 && field.start % 8 + field.len <= 64
+    field.len == 128 && field.start.is_multiple_of(8) || field.len > 0 && field.start % 8 + field.len <= 64
 }
 
 impl Layout {
@@ -167,7 +167,7 @@ impl Layout {
         btf.structure("bpf_iter_link_info")?.field("task.pid_fd")?;
         let pointer = |of: &str, path: &str| {
             let field = btf.structure(of)?.field(path)?;
-            (field.len == 64 && field.start % 8 == 0).then(|| i16::try_from(field.start / 8).ok())?
+            (field.len == 64 && field.start.is_multiple_of(8)).then(|| i16::try_from(field.start / 8).ok())?
         };
         let mut fields = Vec::new();
         let mut structure = None;
