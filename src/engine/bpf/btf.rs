@@ -153,7 +153,7 @@ impl<'a> Btf<'a> {
             let at = of.at + ENTRY_BYTES + i * MEMBER_BYTES;
             let (kind, place) = (word(self.types, at + 4)?, size(self.types, at + 8)?);
             let (start, len) = if of.has_lengths { (place & 0xff_ffff, place >> 24) } else { (place, 0) };
-            if self.is_called(at, name) {
+            if !name.is_empty() && self.is_called(at, name) {
                 return Some((start, len, kind));
             }
             let within = self.is_called(at, "").then(|| self.meant(kind)).flatten()?;

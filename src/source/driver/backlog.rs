@@ -40,12 +40,15 @@ impl Driver<'_> {
     }
 
     fn lock_descriptors(&mut self) -> Result<Descriptors, ActionError> {
-        let descriptors = Descriptors::take(self.pid()).map_err(CaptureError::from)?;
+        let mut descriptors = Descriptors::take(self.pid()).map_err(CaptureError::from)?;
         let lock = self.state.lock.as_mut().ok_or(ActionError::Order)?;
         let locked = lock.close_on_process(&descriptors.socket_inodes())?;
         tracing::debug!(count = locked.all.len(), queued = locked.queued.len(), "connections are locked");
         self.state.queued = locked.queued;
         self.expect_strays(locked.all);
+        if let Some(early) = &self.state.early {
+            descriptors.glance(early);
+        }
         Ok(descriptors)
     }
 

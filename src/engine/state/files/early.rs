@@ -17,7 +17,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use nix::errno::Errno;
 
 use super::scan::numbers_of;
-use super::tcp::{self, Early, Glance, Known, Seen, Sets};
+use super::tcp::{self, Glance, Known, Seen, Sets};
 use super::{CaptureFilesError, Trouble};
 use crate::engine::freeze::thread_ids;
 use crate::engine::many;
@@ -88,19 +88,19 @@ impl EarlyLook {
         self.sets.all()
     }
 
-    fn glance(&self) -> Option<Seen> {
+    /// What is to be seen of the connections now; `None` where the kernel cannot do it.
+    pub(super) fn glance(&self) -> Option<Seen> {
         let start = std::time::Instant::now();
         let seen = self.glance.as_ref()?.look().inspect_err(|error| say_unseen(error)).ok()?;
         tracing::debug!(took = ?start.elapsed(), "connections were seen at a glance");
         Some(seen)
     }
 
-    /// What was seen, if it is so still. Now the process stands still, and nothing comes for it any more.
-    pub(super) fn into_seen(self) -> Option<Early> {
+    /// What was seen, if it is so still.
+    pub(super) fn into_known(self) -> Option<(Sets, HashMap<u64, Known>)> {
         let holds = self.holds();
         tracing::debug!(holds, connections = self.known.len(), "options were read early");
-        let seen = holds.then(|| self.glance())?;
-        Some(Early { sets: self.sets, known: self.known, seen })
+        holds.then_some((self.sets, self.known))
     }
 }
 

@@ -116,15 +116,25 @@ pub(super) struct Captures {
 }
 
 impl Captures {
-    /// `queues`: what is in queues is read too. `early`: what was seen before and is so still, and what was seen at a
-    /// glance just now.
-    pub(super) fn new(queues: bool, early: Option<Early>) -> Self {
-        let Early { sets, known, seen } = early.unwrap_or_default();
-        Self { sets, known, seen: seen.filter(|_| queues), room: queues.then(QueueRoom::new) }
+    /// `queues`: what is in queues is read too.
+    pub(super) fn new(queues: bool) -> Self {
+        Self { sets: Sets::default(), known: HashMap::new(), seen: None, room: queues.then(QueueRoom::new) }
+    }
+
+    /// With the queues, after what was seen before and is so still, and what was seen at a glance since the process
+    /// stands still.
+    pub(super) fn after(known: Option<(Sets, HashMap<u64, Known>)>, seen: Option<Seen>) -> Self {
+        let (sets, known) = known.unwrap_or_default();
+        Self { sets, known, seen, ..Self::new(true) }
+    }
+
+    /// What was seen at a glance.
+    pub(super) fn seen(&self) -> Option<&Seen> {
+        self.seen.as_ref()
     }
 
     /// A connection that is quiet, where all of it was seen without asking its socket.
-    fn quiet(&self, open: &Open) -> Option<TcpConnection> {
+    pub(super) fn quiet(&self, open: &Open) -> Option<TcpConnection> {
         let inode = open.stat.ino();
         let known = self.known.get(&inode)?;
         quiet(self.seen.as_ref()?, inode, known)
@@ -145,15 +155,6 @@ impl Captures {
     }
 }
 
-/// What was seen of the connections of a process before, and what was seen of them now.
-#[derive(Debug, Default)]
-pub(super) struct Early {
-    pub(super) sets: Sets,
-    /// By inode.
-    pub(super) known: HashMap<u64, Known>,
-    pub(super) seen: Option<Seen>,
-}
-
 /// A connection that was seen to be quiet, with the options that it is known to have.
 pub(super) fn quiet(seen: &Seen, inode: u64, known: &Known) -> Option<TcpConnection> {
     let image = seen.quiet(inode).filter(|image| image.family == known.family)?;
@@ -167,11 +168,6 @@ pub(super) fn capture(
     allowed: &FilesOptions,
     all: &Captures,
 ) -> Result<Tcp, Stop> {
-    if allowed.tcp_established
-        && let Some(image) = all.quiet(open)
-    {
-        return Ok(Tcp::Live(image));
-    }
     let fd = open.fd();
     let mut info = [0; socket::VALUE_BYTES];
     let info = socket::read_option(fd, IPPROTO_TCP, libc::TCP_INFO, &mut info)

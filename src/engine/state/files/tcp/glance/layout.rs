@@ -115,8 +115,8 @@ const PARTS: &[(Part, Of, &str, &str, bool)] = &[
     (Part::FirstDataTaken, Socket, "tcp_sock", "syn_data_acked", true),
     (Part::ChildOfFastOpen, Socket, "tcp_sock", "syn_fastopen_child", false),
     (Part::Multipath, Socket, "tcp_sock", "is_mptcp", false),
-    // Without it the kernel knows none.
-    (Part::Keys, Socket, "tcp_sock", "md5sig_info", false),
+    // Without this nobody would know whether segments are signed.
+    (Part::Keys, Socket, "tcp_sock", "md5sig_info", true),
 ];
 
 /// Older kernels: whom a file signals, and by what.

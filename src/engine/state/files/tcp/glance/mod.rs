@@ -145,6 +145,21 @@ impl Seen {
         Some(Record { layout: self.layout, bytes })
     }
 
+    /// Whether this socket is a connection that is quiet.
+    pub(in super::super) fn is_quiet(&self, inode: u64) -> bool {
+        self.record(inode).is_some_and(|record| record.is_quiet())
+    }
+
+    /// The flags of its description (`F_GETFL`), where it is a TCP socket.
+    pub(in super::super) fn flags(&self, inode: u64) -> Option<i32> {
+        Some(self.record(inode)?.flags())
+    }
+
+    /// The signal that it sends instead of `SIGIO`, where it is a TCP socket that sends it to nobody.
+    pub(in super::super) fn signal_for_nobody(&self, inode: u64) -> Option<u32> {
+        self.record(inode)?.signal_for_nobody()
+    }
+
     /// A connection that is quiet, without its options; `None` for any other socket.
     pub(in super::super) fn quiet(&self, inode: u64) -> Option<TcpConnection> {
         self.record(inode)?.quiet()

@@ -37,6 +37,16 @@ impl Record<'_> {
         self.value(part) as u32
     }
 
+    /// `F_GETFL`
+    pub(super) fn flags(&self) -> i32 {
+        self.word(Part::Flags).cast_signed()
+    }
+
+    /// `F_GETSIG`, if nobody is the owner. In newer kernels, what says so is only there when one of both was ever set.
+    pub(super) fn signal_for_nobody(&self) -> Option<u32> {
+        (self.value(Part::Owner) == 0).then(|| self.word(Part::Signal))
+    }
+
     /// Whether both copies of the socket are the same.
     fn is_whole(&self) -> bool {
         let again = self.layout.socket.end..;
@@ -46,7 +56,7 @@ impl Record<'_> {
 
     /// Whether it is a connection of which all is said here: it is established, both its queues are empty, and there is
     /// nothing unusual.
-    fn is_quiet(&self) -> bool {
+    pub(super) fn is_quiet(&self) -> bool {
         const NOT_THERE: &[Part] = &[
             Part::ErrorsQueued,
             Part::Received,

@@ -10,7 +10,7 @@ use crate::engine::state::files::ScannedProcesses;
 use crate::engine::state::files::tcp::{Glance, Seen};
 use crate::engine::sys::perf;
 use crate::engine::trial::until;
-use crate::proto::files::TcpConnection;
+use crate::proto::files::{Description, Files, TcpConnection};
 
 fn inode(s: &Held, fd: i32) -> u64 {
     std::fs::File::from(s.take(fd)).metadata().unwrap().st_ino()
@@ -219,11 +219,17 @@ fn quiet_connections_are_not_asked_one_by_one() {
         let (mut s, ends, mut clients) = crowd(network, 150);
         clients[7].write_all(b"not read yet").unwrap();
         wait_unread(&s.take(ends[7]), 12);
+        let us = s.pid().into();
+        s.call(libc::SYS_fcntl, &[ends[1].into(), libc::F_SETFL.into(), libc::O_NONBLOCK.into()]);
+        s.call(libc::SYS_fcntl, &[ends[2].into(), fds::F_SETSIG.into(), libc::SIGUSR1.into()]);
+        s.call(libc::SYS_fcntl, &[ends[3].into(), libc::F_SETOWN.into(), us]);
+        s.call(libc::SYS_fcntl, &[ends[4].into(), libc::F_SETFL.into(), libc::O_ASYNC.into()]);
         let look = look_early(&s);
         let quiet = look.quiet_connections();
         assert_eq!(quiet.len(), 149);
         let sets = look.option_sets();
         let mut descriptors = Descriptors::take(s.pid()).unwrap();
+        descriptors.glance(&look);
         descriptors.remember(look);
         descriptors.ask(s.calls()).unwrap();
         let scanned = ScannedProcesses::default();
@@ -237,9 +243,14 @@ fn quiet_connections_are_not_asked_one_by_one() {
         assert!(calls > 1500, "{calls}");
         let (seen, read) = (connections(&captured), connections(&asked.image));
         assert_eq!(seen.len(), 150);
+        let descriptions = |files: &Files| -> Vec<Description> {
+            files.descriptions.iter().map(|one| Description { kind: None, ..one.clone() }).collect()
+        };
+        assert_eq!(descriptions(&captured), descriptions(&asked.image));
+        assert_eq!(captured.fds, asked.image.fds);
         for fd in ends {
             assert_eq!(still(seen[&fd].clone()), still(read[&fd].clone()));
-            let options = |image: &crate::proto::files::Files, connection: &TcpConnection| {
+            let options = |image: &Files, connection: &TcpConnection| {
                 image.option_sets[connection.option_set as usize].clone()
             };
             assert_eq!(options(&captured, seen[&fd]), options(&asked.image, read[&fd]));

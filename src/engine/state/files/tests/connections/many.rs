@@ -23,6 +23,7 @@ pub(super) fn look_early(s: &Held) -> EarlyLook {
 
 fn captured_after(s: &mut Held, look: EarlyLook) -> CapturedFiles {
     let mut descriptors = Descriptors::take(s.pid()).unwrap();
+    descriptors.glance(&look);
     descriptors.remember(look);
     descriptors.ask(s.calls()).unwrap();
     capture_after(descriptors, &carry(), &ScannedProcesses::default()).unwrap()
