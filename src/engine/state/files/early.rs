@@ -88,6 +88,12 @@ impl EarlyLook {
         self.sets.all()
     }
 
+    /// The inodes of the sockets that the process has now, of whatever kind; `None` where the kernel cannot tell as fast.
+    pub fn socket_inodes(&self) -> Option<HashSet<u64>> {
+        let sockets = self.glance.as_ref()?.sockets().inspect_err(|error| say_unseen(error)).ok()?;
+        Some(sockets.into_iter().map(|(_, inode)| inode).collect())
+    }
+
     /// What is to be seen of the connections now; `None` where the kernel cannot do it.
     pub(super) fn glance(&self) -> Option<Seen> {
         let start = std::time::Instant::now();

@@ -18,12 +18,13 @@ mod record;
 use std::collections::HashMap;
 use std::fs::File;
 use std::io::Read;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::OnceLock;
 
 use nix::errno::Errno;
 
 use self::layout::{Layout, Part};
+use self::program::NAME_BYTES;
 use self::record::Record;
 use crate::engine::bpf::{KERNEL, LICENCE};
 use crate::engine::remote::Tid;
@@ -77,7 +78,8 @@ fn layout() -> Result<&'static Layout, GlanceError> {
 #[derive(Debug)]
 pub(in super::super) struct Glance {
     layout: &'static Layout,
-    link: OwnedFd,
+    connections: OwnedFd,
+    names: OwnedFd,
 }
 
 impl Glance {
@@ -87,35 +89,60 @@ impl Glance {
     /// If the kernel cannot do it, or we may not.
     pub(in super::super) fn prepare(pid: Tid) -> Result<Self, GlanceError> {
         let layout = layout()?;
-        let bytes = u32::try_from(layout.bytes).map_err(|_| GlanceError::Unknown)?;
-        let record = Array::create(bytes, 1).map_err(step("making an array for a BPF program"))?;
-        let instructions = program::instructions(layout, record.number()).ok_or(GlanceError::Unknown)?;
-        let program = bpf::load_iterator(&instructions, LICENCE, layout.function)
-            .map_err(step("loading a BPF program"))?;
         let process = pidfd::PidFd::open(pid.unsigned_abs()).map_err(step("opening a pidfd"))?;
-        let link = bpf::iterate_over(program.as_fd(), process.as_fd())
-            .map_err(step("pointing a BPF program at a process"))?;
-        Ok(Self { layout, link })
+        let ready = |bytes: usize, instructions: &dyn Fn(i32) -> Option<Vec<u8>>| {
+            let bytes = u32::try_from(bytes).map_err(|_| GlanceError::Unknown)?;
+            let record = Array::create(bytes, 1).map_err(step("making an array for a BPF program"))?;
+            let instructions = instructions(record.number()).ok_or(GlanceError::Unknown)?;
+            let program = bpf::load_iterator(&instructions, LICENCE, layout.function)
+                .map_err(step("loading a BPF program"))?;
+            bpf::iterate_over(program.as_fd(), process.as_fd())
+                .map_err(step("pointing a BPF program at a process"))
+        };
+        Ok(Self {
+            layout,
+            connections: ready(layout.bytes, &|record| program::instructions(layout, record))?,
+            names: ready(NAME_BYTES, &|record| program::instructions_for_names(layout, record))?,
+        })
     }
 
-    /// Looks. The process may run, or stand still.
+    /// Looks at its TCP sockets. The process may run, or stand still.
     ///
     /// # Errors
     /// If the kernel breaks off.
     pub(in super::super) fn look(&self) -> Result<Seen, GlanceError> {
-        let pass = bpf::iterator(self.link.as_fd()).map_err(step("beginning a pass of a BPF program"))?;
-        let mut pass = File::from(pass);
-        let mut bytes = Vec::with_capacity(PIECE_BYTES);
-        let mut piece = vec![0; PIECE_BYTES];
-        while bytes.len() < MOST_BYTES {
-            let len = pass.read(&mut piece).map_err(GlanceError::Read)?;
-            if len == 0 {
-                return Seen::of(bytes, self.layout).ok_or(GlanceError::Unknown);
-            }
-            bytes.extend_from_slice(piece.get(..len).unwrap_or_default());
-        }
-        Err(GlanceError::Unknown)
+        let bytes = pass(self.connections.as_fd())?;
+        Seen::of(bytes, self.layout).ok_or(GlanceError::Unknown)
     }
+
+    /// The inodes of all its sockets, of whatever kind, by the numbers of its descriptors.
+    ///
+    /// # Errors
+    /// If the kernel breaks off.
+    pub(in super::super) fn sockets(&self) -> Result<Vec<(u64, u64)>, GlanceError> {
+        let bytes = pass(self.names.as_fd())?;
+        let (names, rest) = bytes.as_chunks::<NAME_BYTES>();
+        let word = |name: &[u8], at: usize| {
+            name.get(at..).and_then(|bytes| bytes.first_chunk()).map_or(0, |b| u64::from_ne_bytes(*b))
+        };
+        let names = names.iter().map(|name| (word(name, 0), word(name, 8))).collect();
+        if rest.is_empty() { Ok(names) } else { Err(GlanceError::Unknown) }
+    }
+}
+
+/// All that a program says, one call after the other.
+fn pass(link: BorrowedFd<'_>) -> Result<Vec<u8>, GlanceError> {
+    let mut pass = File::from(bpf::iterator(link).map_err(step("beginning a pass of a BPF program"))?);
+    let mut bytes = Vec::with_capacity(PIECE_BYTES);
+    let mut piece = vec![0; PIECE_BYTES];
+    while bytes.len() < MOST_BYTES {
+        let len = pass.read(&mut piece).map_err(GlanceError::Read)?;
+        if len == 0 {
+            return Ok(bytes);
+        }
+        bytes.extend_from_slice(piece.get(..len).unwrap_or_default());
+    }
+    Err(GlanceError::Unknown)
 }
 
 /// What was seen of the TCP sockets of a process.

@@ -228,6 +228,12 @@ fn quiet_connections_are_not_asked_one_by_one() {
         let quiet = look.quiet_connections();
         assert_eq!(quiet.len(), 149);
         let sets = look.option_sets();
+        // Of other kinds, too, and no files.
+        let other = s.call(libc::SYS_socket, &[libc::AF_UNIX.into(), libc::SOCK_DGRAM.into(), 0]);
+        s.call(libc::SYS_epoll_create1, &[0]);
+        let inodes = Descriptors::take(s.pid()).unwrap().socket_inodes();
+        assert_eq!(look.socket_inodes(), Some(inodes));
+        s.call(libc::SYS_close, &[other]);
         let mut descriptors = Descriptors::take(s.pid()).unwrap();
         descriptors.glance(&look);
         descriptors.remember(look);
