@@ -149,6 +149,10 @@ pub fn load_iterator(instructions: &[u8], licence: &CStr, kind: u32) -> Result<O
 
 /// Lets such a program look at what this process has.
 pub fn iterate_over(program: BorrowedFd<'_>, process: BorrowedFd<'_>) -> Result<OwnedFd, Errno> {
+    // This number would mean all processes. Nobody who has a standard input gets it.
+    if process.as_raw_fd() == 0 {
+        return Err(Errno::EBADF);
+    }
     let which = [0, 0, process.as_raw_fd() as u32];
     let [at, at_high] = words(which.as_ptr());
     bpf(LINK, &mut [program.as_raw_fd() as u32, 0, ITERATOR, 0, at, at_high, TASK_BYTES]).map(super::owned_fd)

@@ -254,7 +254,7 @@ impl<'a> Collector<'a> {
         }
         let is_socket = open.stat.file_type().is_socket();
         let seen = captures.seen().filter(|_| is_socket);
-        if let Some(signal) = seen.and_then(|seen| seen.signal_for_nobody(open.stat.ino())) {
+        if let Some(signal) = seen.and_then(|seen| seen.signal_for_nobody(open.number, open.stat.ino())) {
             return Ok((false, signal));
         }
         let (owner, signal) =

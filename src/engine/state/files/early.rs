@@ -78,8 +78,8 @@ impl EarlyLook {
     /// cannot do it.
     pub fn quiet_connections(&self) -> HashMap<u64, TcpConnection> {
         let Some(seen) = self.glance() else { return HashMap::new() };
-        let quiet = |(inode, known): (&u64, &Known)| Some((*inode, tcp::quiet(&seen, *inode, known)?));
-        self.known.iter().filter_map(quiet).collect()
+        let known = |(inode, image)| Some((inode, tcp::with_options(image, self.known.get(&inode)?)?));
+        seen.all_quiet().filter_map(known).collect()
     }
 
     /// The sets of options that these have, by number. What is captured after this look has the same numbers, as long as

@@ -126,9 +126,8 @@ impl Descriptors {
         (self.early.take(), self.seen.take())
     }
 
-    /// Whether this is a TCP connection that was seen to be quiet.
-    pub(super) fn is_quiet(&self, inode: u64) -> bool {
-        self.seen.as_ref().is_some_and(|seen| seen.is_quiet(inode))
+    fn is_quiet(&self, socket: &Duplicate) -> bool {
+        self.seen.as_ref().is_some_and(|seen| seen.is_quiet(socket.number, socket.stat.ino()))
     }
 
     /// Asks the process itself what it alone can say of its sockets without much ado. Otherwise /proc is read, which
@@ -162,9 +161,9 @@ impl Descriptors {
         self.duplicates.iter().filter(|d| d.is_socket()).map(|d| d.number).collect()
     }
 
-    /// Its sockets, by inode.
-    pub(super) fn sockets(&self) -> impl Iterator<Item = (u64, BorrowedFd<'_>)> {
-        self.duplicates.iter().filter(|d| d.is_socket()).map(|d| (d.stat.ino(), d.ours.as_fd()))
+    /// Its sockets, but for TCP connections that were seen to be quiet.
+    pub(super) fn busy_sockets(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        self.duplicates.iter().filter(|d| d.is_socket() && !self.is_quiet(d)).map(|d| d.ours.as_fd())
     }
 }
 
@@ -279,7 +278,9 @@ impl Look {
 
 fn look(pid: Tid, duplicate: &Duplicate, seen: Option<&Seen>) -> Result<Look, Cause> {
     let failed = |step: &'static str| move |e: std::io::Error| (step, errno_of(&e));
-    let flags = match seen.and_then(|seen| seen.flags(duplicate.stat.ino())).filter(|_| duplicate.is_socket())
+    let flags = match seen
+        .and_then(|seen| seen.flags(duplicate.number, duplicate.stat.ino()))
+        .filter(|_| duplicate.is_socket())
     {
         Some(flags) => flags,
         None => fds::status_flags(duplicate.ours.as_fd()).map_err(|e| ("reading flags", e))?,

@@ -19,8 +19,7 @@ use crate::proto::files::TcpConnection;
 /// The TCP sockets of a process that only the process itself can bring into a state that is carried, by
 /// descriptors of ours: with connections that wait to be accepted, or ended with something not yet read.
 pub fn unsettled(descriptors: &Descriptors) -> Vec<OwnedFd> {
-    let others = descriptors.sockets().filter(|(inode, _)| !descriptors.is_quiet(*inode));
-    let waiting = others.map(|(_, fd)| fd).filter(|fd| is_tcp(*fd) && is_unsettled(*fd));
+    let waiting = descriptors.busy_sockets().filter(|fd| is_tcp(*fd) && is_unsettled(*fd));
     waiting.filter_map(|fd| fd.try_clone_to_owned().ok()).collect()
 }
 

@@ -136,8 +136,8 @@ impl Captures {
     /// A connection that is quiet, where all of it was seen without asking its socket.
     pub(super) fn quiet(&self, open: &Open) -> Option<TcpConnection> {
         let inode = open.stat.ino();
-        let known = self.known.get(&inode)?;
-        quiet(self.seen.as_ref()?, inode, known)
+        let image = self.seen.as_ref()?.quiet(open.number, inode)?;
+        with_options(image, self.known.get(&inode)?)
     }
 
     /// The family of a socket that is known to be a connection.
@@ -155,10 +155,9 @@ impl Captures {
     }
 }
 
-/// A connection that was seen to be quiet, with the options that it is known to have.
-pub(super) fn quiet(seen: &Seen, inode: u64, known: &Known) -> Option<TcpConnection> {
-    let image = seen.quiet(inode).filter(|image| image.family == known.family)?;
-    Some(TcpConnection { option_set: known.number, ..image })
+/// A connection that was seen at a glance, with the options that it is known to have.
+pub(super) fn with_options(image: TcpConnection, known: &Known) -> Option<TcpConnection> {
+    (image.family == known.family).then_some(TcpConnection { option_set: known.number, ..image })
 }
 
 /// Reads a TCP socket of this family; the queues of a live connection only if there is room for them.

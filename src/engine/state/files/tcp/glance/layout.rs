@@ -127,6 +127,7 @@ const GAP: usize = 64;
 const LARGEST: usize = 1 << 14;
 /// Before what is copied: the time, and the number of the descriptor.
 pub(super) const HEAD_BYTES: usize = 16;
+pub(super) const NUMBER_TO: usize = 8;
 
 /// What is copied: so many bytes of something to this place in the record.
 #[derive(Debug, Clone, Copy)]

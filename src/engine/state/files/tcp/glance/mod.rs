@@ -15,7 +15,6 @@ mod layout;
 mod program;
 mod record;
 
-use std::collections::HashMap;
 use std::fs::File;
 use std::io::Read;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -23,7 +22,7 @@ use std::sync::OnceLock;
 
 use nix::errno::Errno;
 
-use self::layout::{Layout, Part};
+use self::layout::Layout;
 use self::program::NAME_BYTES;
 use self::record::Record;
 use crate::engine::bpf::{KERNEL, LICENCE};
@@ -146,12 +145,15 @@ fn pass(link: BorrowedFd<'_>) -> Result<Vec<u8>, GlanceError> {
 }
 
 /// What was seen of the TCP sockets of a process.
+///
+/// One is meant by the number of a descriptor and its inode: what only stands for the path of a socket (`O_PATH`) has
+/// the inode, too.
 #[derive(Debug)]
 pub(in super::super) struct Seen {
     layout: &'static Layout,
     bytes: Vec<u8>,
-    /// By inode: where its record begins.
-    places: HashMap<u64, usize>,
+    /// Ascending: the numbers of descriptors, and where their records begin.
+    places: Vec<(u64, usize)>,
 }
 
 impl Seen {
@@ -159,36 +161,45 @@ impl Seen {
         if !bytes.len().is_multiple_of(layout.bytes) {
             return None;
         }
-        let inode = |record: &[u8]| layout.value_of(record, Part::Inode);
         let places = bytes.chunks_exact(layout.bytes).enumerate();
-        let places = places.map(|(number, record)| (inode(record), number * layout.bytes)).collect();
+        let mut places: Vec<_> =
+            places.map(|(place, bytes)| (Record { layout, bytes }.number(), place * layout.bytes)).collect();
+        places.sort_unstable();
         Some(Self { layout, bytes, places })
     }
 
-    /// What was seen of the socket with this inode.
-    fn record(&self, inode: u64) -> Option<Record<'_>> {
-        let place = *self.places.get(&inode)?;
+    fn record(&self, number: i32, inode: u64) -> Option<Record<'_>> {
+        let number = u64::try_from(number).ok()?;
+        let at = self.places.binary_search_by_key(&number, |(number, _)| *number).ok()?;
+        let place = self.places.get(at)?.1;
         let bytes = self.bytes.get(place..place.checked_add(self.layout.bytes)?)?;
-        Some(Record { layout: self.layout, bytes })
+        Some(Record { layout: self.layout, bytes }).filter(|record| record.inode() == inode)
     }
 
     /// Whether this socket is a connection that is quiet.
-    pub(in super::super) fn is_quiet(&self, inode: u64) -> bool {
-        self.record(inode).is_some_and(|record| record.is_quiet())
+    pub(in super::super) fn is_quiet(&self, number: i32, inode: u64) -> bool {
+        self.record(number, inode).is_some_and(|record| record.is_quiet())
     }
 
     /// The flags of its description (`F_GETFL`), where it is a TCP socket.
-    pub(in super::super) fn flags(&self, inode: u64) -> Option<i32> {
-        Some(self.record(inode)?.flags())
+    pub(in super::super) fn flags(&self, number: i32, inode: u64) -> Option<i32> {
+        Some(self.record(number, inode)?.flags())
     }
 
     /// The signal that it sends instead of `SIGIO`, where it is a TCP socket that sends it to nobody.
-    pub(in super::super) fn signal_for_nobody(&self, inode: u64) -> Option<u32> {
-        self.record(inode)?.signal_for_nobody()
+    pub(in super::super) fn signal_for_nobody(&self, number: i32, inode: u64) -> Option<u32> {
+        self.record(number, inode)?.signal_for_nobody()
     }
 
     /// A connection that is quiet, without its options; `None` for any other socket.
-    pub(in super::super) fn quiet(&self, inode: u64) -> Option<TcpConnection> {
-        self.record(inode)?.quiet()
+    pub(in super::super) fn quiet(&self, number: i32, inode: u64) -> Option<TcpConnection> {
+        self.record(number, inode)?.quiet()
+    }
+
+    /// All connections that are quiet, without their options, and their inodes.
+    pub(in super::super) fn all_quiet(&self) -> impl Iterator<Item = (u64, TcpConnection)> {
+        let records = self.bytes.chunks_exact(self.layout.bytes);
+        let records = records.map(|bytes| Record { layout: self.layout, bytes });
+        records.filter_map(|record| Some((record.inode(), record.quiet()?)))
     }
 }

@@ -1,7 +1,7 @@
 //! The program that is called for each file of a process: of a TCP socket it copies what the layout says into a record.
 //! It judges nothing. And a smaller one, which only says what sockets there are.
 
-use super::layout::{HEAD_BYTES, Layout, Of, Range};
+use super::layout::{HEAD_BYTES, Layout, NUMBER_TO, Of, Range};
 use crate::engine::bpf::program::{ADD, EXIT, IF_EQUAL, LOAD, LOAD_DOUBLE, MOVE, Program, SET, STORE_DOUBLE};
 
 /// Calls of the kernel (`BPF_FUNC_*`).
@@ -14,10 +14,9 @@ const SOCK_FROM_FILE: i32 = 162;
 const META: i16 = 0;
 const NUMBER: i16 = 16;
 const FILE: i16 = 24;
-/// Where a record has the time and the number of the descriptor.
+/// Where a record has the time; the number of the descriptor follows.
 const TIME_TO: i16 = 0;
-const NUMBER_TO: i16 = 8;
-const _: () = assert!(HEAD_BYTES == 16);
+const _: () = assert!(NUMBER_TO == 8 && HEAD_BYTES == 16);
 
 /// There is only one place to jump to.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -55,7 +54,7 @@ pub(super) fn instructions(layout: &Layout, record: i32) -> Option<Vec<u8>> {
     p.call(KTIME_GET_NS);
     p.push(STORE_DOUBLE, 9, 0, TIME_TO, 0);
     p.push(LOAD, 1, 6, NUMBER, 0);
-    p.push(STORE_DOUBLE, 9, 1, NUMBER_TO, 0);
+    p.push(STORE_DOUBLE, 9, 1, i16::try_from(NUMBER_TO).ok()?, 0);
     for range in &layout.ranges {
         copy(&mut p, layout, *range)?;
     }

@@ -2,7 +2,7 @@
 
 #![allow(clippy::cast_possible_truncation, reason = "members have as many bits as what is made of them")]
 
-use super::layout::{Layout, Part};
+use super::layout::{Layout, NUMBER_TO, Part};
 use crate::engine::sys::tcp::WINDOW_BYTES;
 use crate::proto::files::TcpConnection;
 
@@ -35,6 +35,16 @@ impl Record<'_> {
     /// Of members that have 32 bits or fewer.
     fn word(&self, part: Part) -> u32 {
         self.value(part) as u32
+    }
+
+    /// Of the descriptor.
+    pub(super) fn number(&self) -> u64 {
+        let number = self.bytes.get(NUMBER_TO..).and_then(|bytes| bytes.first_chunk());
+        number.map_or(u64::MAX, |bytes| u64::from_ne_bytes(*bytes))
+    }
+
+    pub(super) fn inode(&self) -> u64 {
+        self.value(Part::Inode)
     }
 
     /// `F_GETFL`

@@ -47,7 +47,9 @@ fn compare(s: &Held, ends: &[i32]) -> HashMap<i32, TcpConnection> {
         said.clear();
         ends.iter().all(|fd| {
             let inode = inode(s, *fd);
-            let (Some(before), Some(after)) = (before.quiet(inode), after.quiet(inode)) else { return false };
+            let (Some(before), Some(after)) = (before.quiet(*fd, inode), after.quiet(*fd, inode)) else {
+                return false;
+            };
             if still(before.clone()) != still(after.clone()) {
                 return false;
             }
@@ -195,12 +197,21 @@ fn nothing_is_said_of_what_is_not_quiet() {
         network.cut();
         assert_eq!(stuff(s.take(unsent), b"into nowhere"), 12);
         let seen = glance(&s);
-        let said = |fd| seen.quiet(inode(&s, fd)).is_some();
+        let said = |fd| seen.quiet(fd, inode(&s, fd)).is_some();
         for fd in [unread, urgent, ended, shut, reset, signed, repaired, unsent, listening] {
             assert!(!said(fd), "{fd}");
         }
         assert!(said(quiet));
         assert!(!said(0), "no socket of TCP");
+        // What only stands for the path of a socket is none.
+        let path = format!("/proc/self/fd/{quiet}\0");
+        let path = s.with(|b| {
+            let at = b.input(path.as_bytes());
+            b.call(libc::SYS_openat, &[libc::AT_FDCWD.into(), at, libc::O_PATH.into()])
+        });
+        let path = path.unwrap() as i32;
+        let (seen, inode) = (glance(&s), inode(&s, quiet));
+        assert!(seen.flags(quiet, inode).is_some() && seen.flags(path, inode).is_none());
     });
 }
 
