@@ -6,6 +6,7 @@
 
 pub mod address;
 pub mod alive;
+mod bpf;
 pub mod capture;
 pub mod clocks;
 pub mod cpu;

@@ -13,7 +13,6 @@
 //!
 //! [`Lock::release_but`]: crate::engine::lock::Lock::release_but
 
-mod btf;
 mod program;
 mod segment;
 #[cfg(test)]
@@ -34,6 +33,8 @@ use nix::sys::socket::{MsgFlags, SockaddrStorage, sendto};
 use self::program::{Agreed, Outcome, PASSES, PLACES, VALUE_BYTES};
 use self::segment::{ACK, FIN, RST, Segment};
 use super::address::end_of;
+use super::bpf::btf::Btf;
+use super::bpf::{KERNEL, LICENCE};
 use super::lock::{self, Connection};
 use super::reason::{Reason, chain};
 use super::state::files;
@@ -41,11 +42,8 @@ use super::sys::bpf::{self, Array};
 use super::sys::{socket, tcp};
 use crate::proto::files::TcpConnection;
 
-/// Where the kernel describes itself, and the function that we need of it.
-const KERNEL: &str = "/sys/kernel/btf/vmlinux";
+/// The function of the kernel that we need.
 const ASSIGN: &str = "bpf_sk_assign_tcp_reqsk";
-/// It may only be called by programs that say so.
-const LICENCE: &std::ffi::CStr = c"Dual MIT/GPL";
 /// `LOOPBACK_IFINDEX`
 const LOOPBACK: u32 = 1;
 /// Without these the kernel refuses, or cannot know how a window is scaled.
@@ -302,7 +300,8 @@ fn assign() -> Result<i32, QueuedError> {
         return Ok(*number);
     }
     let btf = std::fs::read(KERNEL).map_err(QueuedError::Kernel)?;
-    let number = btf::function(&btf, ASSIGN).and_then(|number| i32::try_from(number).ok());
+    let number =
+        Btf::parse(&btf).and_then(|btf| btf.function(ASSIGN)).and_then(|number| i32::try_from(number).ok());
     number.map(|number| *NUMBER.get_or_init(|| number)).ok_or(QueuedError::Missing)
 }
 

@@ -6,7 +6,9 @@
 
 use std::net::{IpAddr, SocketAddr};
 
-use super::super::sys::bpf::INSTRUCTION_BYTES;
+use crate::engine::bpf::program::{
+    ADD, EXIT, IF_EQUAL, LOAD, MOVE, Program, SET, STACK, STORE, STORE_CONSTANT, SUBTRACT_32, UNLESS_EQUAL,
+};
 use crate::engine::lock;
 
 /// Connections that the array has room for.
@@ -100,35 +102,15 @@ const MARK: i16 = 8;
 const NEXT: i32 = -1;
 const THIS_NAMESPACE: i32 = -1;
 
-/// The codes of instructions: 64-bit moves and sums, 32-bit ones, loads and stores of words, jumps.
-const MOVE: u8 = 0xbf;
-const SET: u8 = 0xb7;
-const ADD: u8 = 0x07;
-const SUBTRACT_32: u8 = 0x14;
-const LOAD: u8 = 0x61;
-const STORE: u8 = 0x63;
-const STORE_CONSTANT: u8 = 0x62;
-const LOAD_MAP: u8 = 0x18;
-const IF_EQUAL: u8 = 0x15;
-const UNLESS_EQUAL: u8 = 0x55;
-const CALL: u8 = 0x85;
-const EXIT: u8 = 0x95;
-/// As the source of an instruction: the constant is the descriptor of a map; the number of a kernel's function.
-const IS_MAP: u8 = 1;
-const IS_KERNEL_FUNCTION: u8 = 2;
-/// The register with the end of the stack.
-const STACK: u8 = 10;
-
 /// The instructions. `array` is the descriptor of the array, `assign` the number of `bpf_sk_assign_tcp_reqsk`.
 pub(super) fn instructions(array: i32, assign: i32) -> Vec<u8> {
-    let mut p = Program::default();
+    let mut p = Program::new();
     // 6 is the packet, 7 the value, 8 the listening socket.
     p.push(MOVE, 6, 1, 0, 0);
     p.push(LOAD, 1, 6, MARK, 0);
     p.push(SUBTRACT_32, 1, 0, 0, lock::OUR_MARK.cast_signed());
     p.push(STORE, STACK, 1, -4, 0);
-    p.push(LOAD_MAP, 1, IS_MAP, 0, array);
-    p.push(0, 0, 0, 0, 0);
+    p.load_map(1, array);
     p.push(MOVE, 2, STACK, 0, 0);
     p.push(ADD, 2, 0, 0, -4);
     p.call(MAP_LOOKUP);
@@ -159,7 +141,7 @@ pub(super) fn instructions(array: i32, assign: i32) -> Vec<u8> {
     p.push(MOVE, 3, 7, 0, 0);
     p.push(ADD, 3, 0, 0, AGREED);
     p.push(SET, 4, 0, 0, AGREED_BYTES);
-    p.push(CALL, 0, IS_KERNEL_FUNCTION, 0, assign);
+    p.call_kernel(assign);
     p.push(STORE, 7, 0, OUTCOME, 0);
     p.here(Label::Release);
     p.push(MOVE, 1, 8, 0, 0);
@@ -176,46 +158,4 @@ enum Label {
     Look,
     Release,
     Out,
-}
-
-#[derive(Default)]
-struct Program {
-    bytes: Vec<u8>,
-    /// Where jumps are, and where to.
-    jumps: Vec<(usize, Label)>,
-    labels: Vec<(Label, usize)>,
-}
-
-impl Program {
-    /// struct bpf_insn: code, two registers of four bits, offset, constant.
-    fn push(&mut self, code: u8, to: u8, from: u8, offset: i16, constant: i32) {
-        self.bytes.extend([code, from << 4 | to]);
-        self.bytes.extend(offset.to_ne_bytes());
-        self.bytes.extend(constant.to_ne_bytes());
-    }
-
-    fn call(&mut self, function: i32) {
-        self.push(CALL, 0, 0, 0, function);
-    }
-
-    fn jump(&mut self, code: u8, register: u8, value: i32, label: Label) {
-        self.jumps.push((self.bytes.len(), label));
-        self.push(code, register, 0, 0, value);
-    }
-
-    fn here(&mut self, label: Label) {
-        self.labels.push((label, self.bytes.len()));
-    }
-
-    fn finish(mut self) -> Vec<u8> {
-        for (at, label) in self.jumps {
-            let target = self.labels.iter().find(|(other, _)| *other == label).map_or(at, |(_, at)| *at);
-            let offset = (target.saturating_sub(at) / INSTRUCTION_BYTES).saturating_sub(1);
-            let offset = i16::try_from(offset).unwrap_or(0).to_ne_bytes();
-            if let Some(field) = self.bytes.get_mut(at + 2..at + 4) {
-                field.copy_from_slice(&offset);
-            }
-        }
-        self.bytes
-    }
 }

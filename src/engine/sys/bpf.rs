@@ -1,5 +1,5 @@
-//! bpf(2): which programs are loaded on this machine, and of which kind; arrays that programs share with us, and
-//! programs that look at packets.
+//! bpf(2): which programs are loaded on this machine, and of which kind; arrays that programs share with us, programs
+//! that look at packets, and programs that look at the files of a process.
 
 #![allow(
     clippy::cast_possible_truncation,
@@ -23,6 +23,14 @@ const LOOK_UP: libc::c_int = 1;
 const UPDATE: libc::c_int = 2;
 const LOAD: libc::c_int = 5;
 const LINK: libc::c_int = 28;
+/// `BPF_ITER_CREATE`
+const ITERATE: libc::c_int = 33;
+
+/// `BPF_PROG_TYPE_TRACING`, `BPF_TRACE_ITER`
+const TRACING: u32 = 26;
+const ITERATOR: u32 = 28;
+/// Bytes of the part of `union bpf_iter_link_info` about tasks: a thread, a process, a pidfd.
+const TASK_BYTES: u32 = 12;
 
 /// `BPF_MAP_TYPE_ARRAY`, `BPF_PROG_TYPE_SCHED_CLS`, `BPF_TCX_INGRESS`, `BPF_F_BEFORE`
 const ARRAY: u32 = 2;
@@ -124,4 +132,33 @@ pub fn load_classifier(instructions: &[u8], licence: &CStr) -> Result<OwnedFd, E
 /// Lets a program look at what comes in by a device, before others do, as long as the descriptor is open.
 pub fn attach_at_ingress(program: BorrowedFd<'_>, device: u32) -> Result<OwnedFd, Errno> {
     bpf(LINK, &mut [program.as_raw_fd() as u32, device, INGRESS, BEFORE, 0, 0, 0, 0]).map(super::owned_fd)
+}
+
+/// Loads a program that is called for each of many things, of the kind that the function `kind` of the kernel's
+/// description has as its arguments.
+pub fn load_iterator(instructions: &[u8], licence: &CStr, kind: u32) -> Result<OwnedFd, Errno> {
+    let count = (instructions.len() / INSTRUCTION_BYTES) as u32;
+    let ([at, at_high], [licence, licence_high]) = (words(instructions), words(licence.as_ptr()));
+    let mut attributes = [0; 28];
+    attributes[..6].copy_from_slice(&[TRACING, count, at, at_high, licence, licence_high]);
+    // `expected_attach_type` and `attach_btf_id`.
+    attributes[17] = ITERATOR;
+    attributes[27] = kind;
+    bpf(LOAD, &mut attributes).map(super::owned_fd)
+}
+
+/// Lets such a program look at what this process has.
+pub fn iterate_over(program: BorrowedFd<'_>, process: BorrowedFd<'_>) -> Result<OwnedFd, Errno> {
+    // This number would mean all processes. Nobody who has a standard input gets it.
+    if process.as_raw_fd() == 0 {
+        return Err(Errno::EBADF);
+    }
+    let which = [0, 0, process.as_raw_fd() as u32];
+    let [at, at_high] = words(which.as_ptr());
+    bpf(LINK, &mut [program.as_raw_fd() as u32, 0, ITERATOR, 0, at, at_high, TASK_BYTES]).map(super::owned_fd)
+}
+
+/// One pass of it, which happens as it is read.
+pub fn iterator(link: BorrowedFd<'_>) -> Result<OwnedFd, Errno> {
+    bpf(ITERATE, &mut [link.as_raw_fd() as u32, 0]).map(super::owned_fd)
 }

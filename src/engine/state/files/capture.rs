@@ -8,6 +8,7 @@ use std::collections::{HashMap, HashSet};
 use std::ffi::OsString;
 use std::fs;
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 
 use nix::errno::Errno;
 
@@ -47,7 +48,7 @@ pub struct CapturedFiles {
 pub fn check(pid: Tid, options: &FilesOptions) -> Result<FilesCheck, CaptureFilesError> {
     let table = Table::read(pid, true)?;
     let collector = Collector::new(&table, options, false, &ScannedProcesses::default());
-    let collected = collector.collect(Captures::new(false, None));
+    let collected = collector.collect(Captures::new(false));
     let reasons = collected.reasons(&table, true)?;
     let highest = table.opens.last().map_or(0, |open| open.number.unsigned_abs());
     let mut found = FilesCheck { reasons, scanned: collected.scanned, highest, ..FilesCheck::default() };
@@ -85,8 +86,9 @@ pub fn capture_after(
     options: &FilesOptions,
     scanned: &ScannedProcesses,
 ) -> Result<CapturedFiles, CaptureFilesError> {
-    let captures = Captures::new(true, descriptors.take_early().and_then(EarlyLook::into_seen));
-    let table = Table::of(descriptors)?;
+    let (early, seen) = descriptors.take_early();
+    let captures = Captures::after(early.and_then(EarlyLook::into_known), seen);
+    let table = Table::of(descriptors, captures.seen())?;
     let pid = table.pid;
     let collected = Collector::new(&table, options, true, scanned).collect(captures);
     let reasons = collected.reasons(&table, false)?;
@@ -147,6 +149,8 @@ struct Collector<'a> {
     /// By inode: pair and end.
     unix_index: HashMap<u64, Result<(u32, u32), Stop>>,
     closing: Vec<usize>,
+    /// Connections of which all is known.
+    quiet: HashSet<usize>,
 }
 
 fn index(len: usize) -> u32 {
@@ -169,6 +173,7 @@ impl<'a> Collector<'a> {
             pairs: Vec::new(),
             unix_index: HashMap::new(),
             closing: Vec::new(),
+            quiet: HashSet::new(),
         }
     }
 
@@ -221,7 +226,7 @@ impl<'a> Collector<'a> {
             true => Err(Stop::refuse("is a socket of another network namespace than ours")),
             false => sockets::look(open, self.options, captures),
         };
-        Look { signal: self.signal(open), socket: open.link_starts_with("socket:[").then(seen) }
+        Look { signal: self.signal(open, captures), socket: open.link_starts_with("socket:[").then(seen) }
     }
 
     /// What shows only when all connections are known.
@@ -232,7 +237,7 @@ impl<'a> Collector<'a> {
         });
         let mut connections = connections.peekable();
         let Some(first) = connections.peek().map(|(at, _)| *at) else { return };
-        let stops = match tcp::examine(connections, self.contents) {
+        let stops = match tcp::examine(connections, &self.quiet, self.contents) {
             Ok(found) => found.into_iter().map(|(at, why)| (at, Stop::refuse(why))).collect(),
             Err(errno) => vec![(first, Stop::Failed { step: "asking the kernel about connections", errno })],
         };
@@ -243,9 +248,14 @@ impl<'a> Collector<'a> {
         }
     }
 
-    fn signal(&self, open: &Open) -> Result<(bool, u32), Stop> {
+    fn signal(&self, open: &Open, captures: &Captures) -> Result<(bool, u32), Stop> {
         if open.is_path_only() {
             return Ok((false, 0));
+        }
+        let is_socket = open.stat.file_type().is_socket();
+        let seen = captures.seen().filter(|_| is_socket);
+        if let Some(signal) = seen.and_then(|seen| seen.signal_for_nobody(open.number, open.stat.ino())) {
+            return Ok((false, signal));
         }
         let (owner, signal) =
             fds::signal_owner(open.fd()).map_err(Stop::failed("asking for the SIGIO owner"))?;

@@ -5,6 +5,9 @@
 //! process has not called it since before the look, what was seen is so still. If it has, or if calls cannot be counted
 //! here, the options are read again when it stands still.
 //!
+//! What is not an option is seen at a glance when the process stands still (`tcp::glance`), where the kernel has that;
+//! what takes time of it is done here.
+//!
 //! Counted are ends of calls, not beginnings: one that is under way when the counting begins may have its effect after
 //! the look. A thread does not stop within such a call, so all that had an effect are counted at the freeze.
 
@@ -14,12 +17,14 @@ use std::os::fd::{AsFd, OwnedFd};
 use nix::errno::Errno;
 
 use super::scan::numbers_of;
-use super::tcp::{self, Known, Sets};
+use super::tcp::{self, Glance, Known, Seen, Sets};
 use super::{CaptureFilesError, Trouble};
 use crate::engine::freeze::thread_ids;
 use crate::engine::many;
+use crate::engine::reason::chain;
 use crate::engine::remote::Tid;
 use crate::engine::sys::{perf, pidfd};
+use crate::proto::files::{OptionSet, TcpConnection};
 
 /// Fewer sockets are read as fast when the process stands still.
 const WORTH_IT: usize = 100;
@@ -39,6 +44,7 @@ pub struct EarlyLook {
     /// By inode.
     known: HashMap<u64, Known>,
     calls: Calls,
+    glance: Option<Glance>,
 }
 
 impl EarlyLook {
@@ -54,7 +60,9 @@ impl EarlyLook {
             if threads.iter().any(|tid| !calls.seen.contains(tid)) {
                 return Err(Trouble::Step("counting the calls of all threads", Errno::EAGAIN));
             }
-            Ok(Self { sets, known, calls })
+            let glance = Glance::prepare(pid);
+            let glance = glance.inspect_err(|error| say_unseen(error)).ok();
+            Ok(Self { sets, known, calls, glance })
         });
         look.inspect_err(|error| tracing::debug!(%error, "options are not read early")).ok()
     }
@@ -64,12 +72,46 @@ impl EarlyLook {
         self.calls.are_none()
     }
 
+    /// The quiet connections as they are now, by inode: those that are established, with nothing in their queues and
+    /// nothing unusual. The process may run: then they may have changed by the time that this returns. Their options
+    /// are the ones that were seen before. It disturbs neither the process nor the connections. Empty where the kernel
+    /// cannot do it.
+    pub fn quiet_connections(&self) -> HashMap<u64, TcpConnection> {
+        let Some(seen) = self.glance() else { return HashMap::new() };
+        let known = |(inode, image)| Some((inode, tcp::with_options(image, self.known.get(&inode)?)?));
+        seen.all_quiet().filter_map(known).collect()
+    }
+
+    /// The sets of options that these have, by number. What is captured after this look has the same numbers, as long as
+    /// it [holds](Self::holds).
+    pub fn option_sets(&self) -> Vec<OptionSet> {
+        self.sets.all()
+    }
+
+    /// The inodes of the sockets that the process has now, of whatever kind; `None` where the kernel cannot tell as fast.
+    pub fn socket_inodes(&self) -> Option<HashSet<u64>> {
+        let sockets = self.glance.as_ref()?.sockets().inspect_err(|error| say_unseen(error)).ok()?;
+        Some(sockets.into_iter().map(|(_, inode)| inode).collect())
+    }
+
+    /// What is to be seen of the connections now; `None` where the kernel cannot do it.
+    pub(super) fn glance(&self) -> Option<Seen> {
+        let start = std::time::Instant::now();
+        let seen = self.glance.as_ref()?.look().inspect_err(|error| say_unseen(error)).ok()?;
+        tracing::debug!(took = ?start.elapsed(), "connections were seen at a glance");
+        Some(seen)
+    }
+
     /// What was seen, if it is so still.
-    pub(super) fn into_seen(self) -> Option<(Sets, HashMap<u64, Known>)> {
+    pub(super) fn into_known(self) -> Option<(Sets, HashMap<u64, Known>)> {
         let holds = self.holds();
         tracing::debug!(holds, connections = self.known.len(), "options were read early");
         holds.then_some((self.sets, self.known))
     }
+}
+
+fn say_unseen(error: &dyn std::error::Error) {
+    tracing::debug!(error = chain(error), "connections are not seen at a glance");
 }
 
 fn listing(error: std::io::Error) -> Trouble {

@@ -10,6 +10,7 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 
 use nix::errno::Errno;
 
+use super::tcp::Seen;
 use super::{CaptureFilesError, EarlyLook, errno_of};
 use crate::engine::many;
 use crate::engine::procfs;
@@ -94,6 +95,7 @@ pub struct Descriptors {
     /// Ascending by number.
     duplicates: Vec<Duplicate>,
     early: Option<EarlyLook>,
+    seen: Option<Seen>,
 }
 
 impl Descriptors {
@@ -105,7 +107,7 @@ impl Descriptors {
         let (pidfd, numbers) = numbers_of(pid)?;
         let take = |number: &i32| duplicate(&pidfd, *number).map_err(|cause| cause_of(pid, *number, cause));
         let duplicates = many::map(&numbers, take).into_iter().collect::<Result<_, _>>()?;
-        Ok(Self { pid, duplicates, early: None })
+        Ok(Self { pid, duplicates, early: None, seen: None })
     }
 
     /// What was seen when the process was running.
@@ -113,8 +115,19 @@ impl Descriptors {
         self.early = Some(early);
     }
 
-    pub(super) fn take_early(&mut self) -> Option<EarlyLook> {
-        self.early.take()
+    /// Looks at all TCP connections at a glance, where `early` has made ready for that. From here on nothing may come
+    /// for the process.
+    pub fn glance(&mut self, early: &EarlyLook) {
+        self.seen = early.glance();
+    }
+
+    /// What was seen when the process was running, and at a glance when it stood still.
+    pub(super) fn take_early(&mut self) -> (Option<EarlyLook>, Option<Seen>) {
+        (self.early.take(), self.seen.take())
+    }
+
+    fn is_quiet(&self, socket: &Duplicate) -> bool {
+        self.seen.as_ref().is_some_and(|seen| seen.is_quiet(socket.number, socket.stat.ino()))
     }
 
     /// Asks the process itself what it alone can say of its sockets without much ado. Otherwise /proc is read, which
@@ -148,9 +161,9 @@ impl Descriptors {
         self.duplicates.iter().filter(|d| d.is_socket()).map(|d| d.number).collect()
     }
 
-    /// Its sockets.
-    pub(super) fn sockets(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
-        self.duplicates.iter().filter(|d| d.is_socket()).map(|d| d.ours.as_fd())
+    /// Its sockets, but for TCP connections that were seen to be quiet.
+    pub(super) fn busy_sockets(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        self.duplicates.iter().filter(|d| d.is_socket() && !self.is_quiet(d)).map(|d| d.ours.as_fd())
     }
 }
 
@@ -173,7 +186,7 @@ impl Table {
         let mut opens = Vec::with_capacity(numbers.len());
         for number in numbers {
             let open = duplicate(&pidfd, number)
-                .and_then(|duplicate| look(pid, &duplicate).map(|look| look.of(duplicate)));
+                .and_then(|duplicate| look(pid, &duplicate, None).map(|look| look.of(duplicate)));
             match open {
                 Ok(open) => opens.push(open),
                 Err((_, Errno::EBADF | Errno::ENOENT)) if running => {}
@@ -183,10 +196,10 @@ impl Table {
         Self::group(pid, opens, running)
     }
 
-    /// The table of a stopped process whose descriptors were taken already.
-    pub(super) fn of(descriptors: Descriptors) -> Result<Self, CaptureFilesError> {
+    /// The table of a stopped process whose descriptors were taken already. `seen`: what is known of its sockets.
+    pub(super) fn of(descriptors: Descriptors, seen: Option<&Seen>) -> Result<Self, CaptureFilesError> {
         let Descriptors { pid, duplicates, .. } = descriptors;
-        let looks = many::map(&duplicates, |duplicate| look(pid, duplicate));
+        let looks = many::map(&duplicates, |duplicate| look(pid, duplicate, seen));
         let mut opens = Vec::with_capacity(duplicates.len());
         for (duplicate, look) in duplicates.into_iter().zip(looks) {
             let number = duplicate.number;
@@ -263,9 +276,15 @@ impl Look {
     }
 }
 
-fn look(pid: Tid, duplicate: &Duplicate) -> Result<Look, Cause> {
+fn look(pid: Tid, duplicate: &Duplicate, seen: Option<&Seen>) -> Result<Look, Cause> {
     let failed = |step: &'static str| move |e: std::io::Error| (step, errno_of(&e));
-    let flags = fds::status_flags(duplicate.ours.as_fd()).map_err(|e| ("reading flags", e))?;
+    let flags = match seen
+        .and_then(|seen| seen.flags(duplicate.number, duplicate.stat.ino()))
+        .filter(|_| duplicate.is_socket())
+    {
+        Some(flags) => flags,
+        None => fds::status_flags(duplicate.ours.as_fd()).map_err(|e| ("reading flags", e))?,
+    };
     // A socket's link says nothing more, and a server has them by the thousand.
     let socket = duplicate.is_socket().then(|| OsString::from(format!("socket:[{}]", duplicate.stat.ino())));
     if let (Some(link), Some(cloexec)) = (&socket, duplicate.cloexec) {

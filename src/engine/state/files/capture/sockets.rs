@@ -7,16 +7,28 @@ use super::super::tcp::{self, Captures, Tcp};
 use super::super::{FilesOptions, Stop, ip_socket, netlink};
 use super::Collector;
 use crate::engine::sys::socket;
+use crate::proto::files::TcpConnection;
 use crate::proto::files::description::Kind;
 
 /// What a socket is, and all of it if it is one of TCP.
 pub(super) enum Seen {
     Tcp(Tcp),
-    Other { domain: i32, kind: i32, protocol: i32 },
+    /// A live connection of which there is nothing more to be asked.
+    Quiet(TcpConnection),
+    Other {
+        domain: i32,
+        kind: i32,
+        protocol: i32,
+    },
 }
 
 /// Looks at a socket. Of these a server has thousands: all processors do it at once.
 pub(super) fn look(open: &Open, options: &FilesOptions, all: &Captures) -> Result<Seen, Stop> {
+    if options.tcp_established
+        && let Some(image) = all.quiet(open)
+    {
+        return Ok(Seen::Quiet(image));
+    }
     if let Some(family) = all.family_of(open) {
         return tcp::capture(open, family, options, all).map(Seen::Tcp);
     }
@@ -37,6 +49,10 @@ impl Collector<'_> {
     pub(super) fn socket(&mut self, description: usize, open: &Open, seen: Seen) -> Result<Kind, Stop> {
         let (domain, kind, protocol) = match seen {
             Seen::Tcp(tcp) => return self.tcp(description, open, tcp),
+            Seen::Quiet(image) => {
+                self.quiet.insert(description);
+                return self.connection(open, image);
+            }
             Seen::Other { domain, kind, protocol } => (domain, kind, protocol),
         };
         match (domain, kind, protocol) {
@@ -75,16 +91,22 @@ impl Collector<'_> {
                 }
                 Ok(Kind::Tcp(image))
             }
-            Tcp::Live(image) => match self.holders.others(&open.link) {
-                Some(pids) => self.held_too(open, "a TCP connection", &pids),
-                None => Ok(Kind::TcpConnection(image)),
-            },
+            Tcp::Live(image) => self.connection(open, image),
             Tcp::Dead { image, close_later } => {
                 if close_later {
                     self.closing.push(description);
                 }
                 Ok(Kind::TcpClosed(image))
             }
+        }
+    }
+}
+
+impl Collector<'_> {
+    fn connection(&self, open: &Open, image: TcpConnection) -> Result<Kind, Stop> {
+        match self.holders.others(&open.link) {
+            Some(pids) => self.held_too(open, "a TCP connection", &pids),
+            None => Ok(Kind::TcpConnection(image)),
         }
     }
 }

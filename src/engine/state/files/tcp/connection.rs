@@ -49,9 +49,9 @@ const LARGEST_SEGMENT: u32 = 32_767;
 const UNSCALED_WINDOW: u32 = 65_535;
 
 /// `TCPI_OPT_*`
-const TIMESTAMPS: u32 = 1;
-const SELECTIVE: u32 = 2;
-const SCALING: u32 = 4;
+pub(super) const TIMESTAMPS: u32 = 1;
+pub(super) const SELECTIVE: u32 = 2;
+pub(super) const SCALING: u32 = 4;
 /// The codes of these options in a header.
 const CODE_SEGMENT: u32 = 2;
 const CODE_SCALE: u32 = 3;

@@ -1,8 +1,8 @@
 //! The TCP sockets of a process taken together, without touching them.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::ffi::c_int;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use libc::{AF_INET, AF_INET6, IPPROTO_TCP, SOL_SOCKET};
@@ -19,7 +19,7 @@ use crate::proto::files::TcpConnection;
 /// The TCP sockets of a process that only the process itself can bring into a state that is carried, by
 /// descriptors of ours: with connections that wait to be accepted, or ended with something not yet read.
 pub fn unsettled(descriptors: &Descriptors) -> Vec<OwnedFd> {
-    let waiting = descriptors.sockets().filter(|fd| is_tcp(*fd) && is_unsettled(*fd));
+    let waiting = descriptors.busy_sockets().filter(|fd| is_tcp(*fd) && is_unsettled(*fd));
     waiting.filter_map(|fd| fd.try_clone_to_owned().ok()).collect()
 }
 
@@ -73,7 +73,8 @@ pub(super) fn is_tcp(fd: BorrowedFd<'_>) -> bool {
 }
 
 /// What shows only when all connections of a process are known: its reasons, each with the place of its
-/// connection in `all`. `still`: the process stands still, and the queues were read.
+/// connection in `all`. `still`: the process stands still, and the queues were read. Of those in `quiet` the kernel
+/// has nothing more to say.
 ///
 /// - A connection to another process of this very host: its other end would stay where the address does
 ///   not lead any more.
@@ -81,16 +82,23 @@ pub(super) fn is_tcp(fd: BorrowedFd<'_>) -> bool {
 /// - What the kernel says only from outside, see [`diag`].
 pub(in super::super) fn examine<'a>(
     all: impl Iterator<Item = (usize, &'a TcpConnection)>,
+    quiet: &HashSet<usize>,
     still: bool,
 ) -> Result<Vec<(usize, String)>, Errno> {
     let all: Vec<_> = all.filter_map(|(at, image)| Some((at, image, ends(image)?))).collect();
+    // Only these can be other ends of each other.
+    let places: HashSet<IpAddr> = all.iter().map(|(_, _, (local, _))| local.ip().to_canonical()).collect();
     let index: HashMap<_, _> = all
         .iter()
+        .filter(|(_, _, (_, remote))| places.contains(&remote.ip().to_canonical()))
         .map(|(_, image, (local, remote))| ((canonical(*local), canonical(*remote)), *image))
         .collect();
-    let asked: Vec<_> = all.iter().map(|(_, _, ends)| *ends).collect();
+    let is_asked = |at: &usize| !quiet.contains(at);
+    let asked: Vec<_> = all.iter().filter(|(at, ..)| is_asked(at)).map(|(_, _, ends)| *ends).collect();
+    let mut answers = diag::ask(&asked)?.into_iter();
     let mut found = Vec::new();
-    for ((at, image, (local, remote)), seen) in all.iter().zip(diag::ask(&asked)?) {
+    for (at, image, (local, remote)) in &all {
+        let seen = if is_asked(at) { answers.next().flatten() } else { None };
         let (local, remote) = (canonical(*local), canonical(*remote));
         let why = match (index.get(&(remote, local)), seen) {
             (None, _) if remote.ip().is_loopback() || remote.ip() == local.ip() => {

@@ -12,6 +12,7 @@
 mod buffers;
 mod connection;
 mod diag;
+mod glance;
 mod list;
 mod live;
 mod queued;
@@ -41,6 +42,7 @@ use connection::{POLLED, QueueRoom};
 pub(super) use table::{Known, Sets};
 
 pub(in crate::engine) use diag::received_by;
+pub(super) use glance::{Glance, Seen};
 pub(super) use list::examine;
 pub use list::{is_unsettled, unsettled};
 pub(super) use live::Silent;
@@ -107,15 +109,35 @@ pub(super) struct Captures {
     sets: Sets,
     /// The options of connections, by inode, that need not be read any more.
     known: HashMap<u64, Known>,
+    /// What was seen at a glance, now that the process stands still.
+    seen: Option<Seen>,
     /// None: queues are not read.
     room: Option<QueueRoom>,
 }
 
 impl Captures {
-    /// `queues`: what is in queues is read too. `early`: what was seen before and is so still.
-    pub(super) fn new(queues: bool, early: Option<(Sets, HashMap<u64, Known>)>) -> Self {
-        let (sets, known) = early.unwrap_or_default();
-        Self { sets, known, room: queues.then(QueueRoom::new) }
+    /// `queues`: what is in queues is read too.
+    pub(super) fn new(queues: bool) -> Self {
+        Self { sets: Sets::default(), known: HashMap::new(), seen: None, room: queues.then(QueueRoom::new) }
+    }
+
+    /// With the queues, after what was seen before and is so still, and what was seen at a glance since the process
+    /// stands still.
+    pub(super) fn after(known: Option<(Sets, HashMap<u64, Known>)>, seen: Option<Seen>) -> Self {
+        let (sets, known) = known.unwrap_or_default();
+        Self { sets, known, seen, ..Self::new(true) }
+    }
+
+    /// What was seen at a glance.
+    pub(super) fn seen(&self) -> Option<&Seen> {
+        self.seen.as_ref()
+    }
+
+    /// A connection that is quiet, where all of it was seen without asking its socket.
+    pub(super) fn quiet(&self, open: &Open) -> Option<TcpConnection> {
+        let inode = open.stat.ino();
+        let image = self.seen.as_ref()?.quiet(open.number, inode)?;
+        with_options(image, self.known.get(&inode)?)
     }
 
     /// The family of a socket that is known to be a connection.
@@ -131,6 +153,11 @@ impl Captures {
     pub(super) fn into_sets(self) -> Vec<OptionSet> {
         self.sets.into_all()
     }
+}
+
+/// A connection that was seen at a glance, with the options that it is known to have.
+pub(super) fn with_options(image: TcpConnection, known: &Known) -> Option<TcpConnection> {
+    (image.family == known.family).then_some(TcpConnection { option_set: known.number, ..image })
 }
 
 /// Reads a TCP socket of this family; the queues of a live connection only if there is room for them.

@@ -25,7 +25,7 @@ pub struct TakenQueues {
 
 /// Takes what waits at those of `sockets` that listen, at most `most` connections.
 pub fn take_queued(sockets: &[OwnedFd], most: usize) -> TakenQueues {
-    let all = Captures::new(true, None);
+    let all = Captures::new(true);
     let mut taken = TakenQueues::default();
     for listening in sockets.iter().map(AsFd::as_fd).filter(|fd| is_listening(*fd)) {
         // A queue that is empty by now must not be waited for. Nobody will read this flag.

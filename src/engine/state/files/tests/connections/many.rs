@@ -8,7 +8,7 @@ use crate::proto::files::description::Kind;
 use crate::proto::files::{Files, TcpConnection};
 
 /// A process with that many connections: their descriptors, and the ends of the client.
-fn crowd(network: &Network, count: usize) -> (Held, Vec<i32>, Vec<TcpStream>) {
+pub(super) fn crowd(network: &Network, count: usize) -> (Held, Vec<i32>, Vec<TcpStream>) {
     let mut s = Held::source();
     let (listening, port) = listener(&mut s, network.service(0));
     let connect = |_| (dial(network, network.service(0), port), accept(&mut s, listening));
@@ -16,13 +16,14 @@ fn crowd(network: &Network, count: usize) -> (Held, Vec<i32>, Vec<TcpStream>) {
     (s, ends, clients)
 }
 
-fn look_early(s: &Held) -> EarlyLook {
+pub(super) fn look_early(s: &Held) -> EarlyLook {
     let inodes = Descriptors::take(s.pid()).unwrap().socket_inodes();
     EarlyLook::at(s.pid(), &inodes).expect("a kernel that counts calls")
 }
 
 fn captured_after(s: &mut Held, look: EarlyLook) -> CapturedFiles {
     let mut descriptors = Descriptors::take(s.pid()).unwrap();
+    descriptors.glance(&look);
     descriptors.remember(look);
     descriptors.ask(s.calls()).unwrap();
     capture_after(descriptors, &carry(), &ScannedProcesses::default()).unwrap()
@@ -37,7 +38,7 @@ fn gone(s: Held, captured: CapturedFiles) -> Files {
 }
 
 /// The connections of an image by descriptor.
-fn connections(image: &Files) -> HashMap<i32, &TcpConnection> {
+pub(super) fn connections(image: &Files) -> HashMap<i32, &TcpConnection> {
     let of = |fd: &crate::proto::files::Fd| match &image.descriptions[fd.description as usize].kind {
         Some(Kind::TcpConnection(c)) => Some((fd.number as i32, c)),
         _ => None,

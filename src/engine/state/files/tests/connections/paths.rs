@@ -283,6 +283,7 @@ fn cost_of_2000_connections() {
         let t = now();
         let mut descriptors = Descriptors::take(s.pid()).unwrap();
         step("take", t);
+        descriptors.glance(&early);
         descriptors.remember(early);
         descriptors.ask(s.calls()).unwrap();
         step("take, ask", t);

@@ -1,0 +1,263 @@
+//! Which parts of the kernel's structures are read, and where they are then.
+
+use crate::engine::bpf::btf::{self, Btf};
+
+/// What is read of an open file that is a TCP socket.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Part {
+    Flags,
+    Owner,
+    Signal,
+    Inode,
+    Family,
+    State,
+    RemoteV4,
+    LocalV4,
+    RemotePort,
+    LocalPort,
+    RemoteV6,
+    LocalV6,
+    ErrorsQueued,
+    Received,
+    Backlog,
+    ReceiveBuffer,
+    Error,
+    SendBuffer,
+    Shutdown,
+    Kind,
+    UpperLayer,
+    LargestWindow,
+    ClockOffset,
+    SendWindow,
+    InRepair,
+    InMicroseconds,
+    Copied,
+    WindowUpdate,
+    Urgent,
+    Written,
+    Congestion,
+    Expected,
+    Next,
+    Unacknowledged,
+    Clamp,
+    ReceiveWindow,
+    Timestamps,
+    Scaled,
+    Selective,
+    SendScale,
+    ReceiveScale,
+    SegmentLimit,
+    Acknowledged,
+    FirstDataTaken,
+    ChildOfFastOpen,
+    Multipath,
+    Keys,
+}
+
+/// How many there are.
+const COUNT: usize = Part::Keys as usize + 1;
+
+/// What a part is of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Of {
+    File,
+    Inode,
+    Socket,
+}
+
+use Of::{File, Socket};
+
+/// Structure and member of each part, and whether it must be there. All structures of a socket have the same beginning.
+const PARTS: &[(Part, Of, &str, &str, bool)] = &[
+    (Part::Flags, File, "file", "f_flags", true),
+    // A pointer in newer kernels, which is empty unless the process has asked for signals; the whole of it in older ones.
+    (Part::Owner, File, "file", "f_owner", true),
+    (Part::Inode, Of::Inode, "inode", "i_ino", true),
+    (Part::Family, Socket, "sock", "__sk_common.skc_family", true),
+    (Part::State, Socket, "sock", "__sk_common.skc_state", true),
+    (Part::RemoteV4, Socket, "sock", "__sk_common.skc_daddr", true),
+    (Part::LocalV4, Socket, "sock", "__sk_common.skc_rcv_saddr", true),
+    (Part::RemotePort, Socket, "sock", "__sk_common.skc_dport", true),
+    (Part::LocalPort, Socket, "inet_sock", "inet_sport", true),
+    (Part::RemoteV6, Socket, "sock", "__sk_common.skc_v6_daddr", false),
+    (Part::LocalV6, Socket, "sock", "__sk_common.skc_v6_rcv_saddr", false),
+    (Part::ErrorsQueued, Socket, "sock", "sk_error_queue.qlen", true),
+    (Part::Received, Socket, "sock", "sk_receive_queue.qlen", true),
+    (Part::Backlog, Socket, "sock", "sk_backlog.len", true),
+    (Part::ReceiveBuffer, Socket, "sock", "sk_rcvbuf", true),
+    (Part::Error, Socket, "sock", "sk_err", true),
+    (Part::SendBuffer, Socket, "sock", "sk_sndbuf", true),
+    (Part::Shutdown, Socket, "sock", "sk_shutdown", true),
+    (Part::Kind, Socket, "sock", "sk_type", true),
+    (Part::UpperLayer, Socket, "inet_connection_sock", "icsk_ulp_ops", true),
+    (Part::LargestWindow, Socket, "tcp_sock", "max_window", true),
+    (Part::ClockOffset, Socket, "tcp_sock", "tsoffset", true),
+    (Part::SendWindow, Socket, "tcp_sock", "snd_wnd", true),
+    (Part::InRepair, Socket, "tcp_sock", "repair", true),
+    (Part::InMicroseconds, Socket, "tcp_sock", "tcp_usec_ts", false),
+    (Part::Copied, Socket, "tcp_sock", "copied_seq", true),
+    (Part::WindowUpdate, Socket, "tcp_sock", "snd_wl1", true),
+    (Part::Urgent, Socket, "tcp_sock", "urg_data", true),
+    (Part::Written, Socket, "tcp_sock", "write_seq", true),
+    (Part::Congestion, Socket, "tcp_sock", "ecn_flags", true),
+    (Part::Expected, Socket, "tcp_sock", "rcv_nxt", true),
+    (Part::Next, Socket, "tcp_sock", "snd_nxt", true),
+    (Part::Unacknowledged, Socket, "tcp_sock", "snd_una", true),
+    (Part::Clamp, Socket, "tcp_sock", "window_clamp", true),
+    (Part::ReceiveWindow, Socket, "tcp_sock", "rcv_wnd", true),
+    (Part::Timestamps, Socket, "tcp_sock", "rx_opt.tstamp_ok", true),
+    (Part::Scaled, Socket, "tcp_sock", "rx_opt.wscale_ok", true),
+    (Part::Selective, Socket, "tcp_sock", "rx_opt.sack_ok", true),
+    (Part::SendScale, Socket, "tcp_sock", "rx_opt.snd_wscale", true),
+    (Part::ReceiveScale, Socket, "tcp_sock", "rx_opt.rcv_wscale", true),
+    (Part::SegmentLimit, Socket, "tcp_sock", "rx_opt.mss_clamp", true),
+    (Part::Acknowledged, Socket, "tcp_sock", "rcv_wup", true),
+    (Part::FirstDataTaken, Socket, "tcp_sock", "syn_data_acked", true),
+    (Part::ChildOfFastOpen, Socket, "tcp_sock", "syn_fastopen_child", false),
+    (Part::Multipath, Socket, "tcp_sock", "is_mptcp", false),
+    // Without this nobody would know whether segments are signed.
+    (Part::Keys, Socket, "tcp_sock", "md5sig_info", true),
+];
+
+/// Older kernels: whom a file signals, and by what.
+const OWNER_WITHIN: [(Part, &str); 2] = [(Part::Owner, "f_owner.pid"), (Part::Signal, "f_owner.signum")];
+/// What is farther apart is copied by itself.
+const GAP: usize = 64;
+/// The structures are no larger.
+const LARGEST: usize = 1 << 14;
+/// Before what is copied: the time, and the number of the descriptor.
+pub(super) const HEAD_BYTES: usize = 16;
+pub(super) const NUMBER_TO: usize = 8;
+
+/// What is copied: so many bytes of something to this place in the record.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Range {
+    pub(super) of: Of,
+    pub(super) from: usize,
+    pub(super) len: usize,
+    pub(super) to: usize,
+}
+
+/// Where the kernel has what, and where it is in a record.
+#[derive(Debug)]
+pub(super) struct Layout {
+    pub(super) ranges: Vec<Range>,
+    /// A record ends with what was copied of the socket, twice: see [`super`].
+    pub(super) socket: std::ops::Range<usize>,
+    /// The whole record.
+    pub(super) bytes: usize,
+    /// The number of the function that describes the program's arguments, and where they lead on.
+    pub(super) function: u32,
+    pub(super) file_to_inode: i16,
+    pub(super) socket_to_sock: i16,
+    pub(super) meta_to_seq: i16,
+    /// Where each part is in the record, in bits.
+    places: [Option<btf::Field>; COUNT],
+}
+
+/// Numbers, and addresses of IPv6.
+fn is_known(field: btf::Field) -> bool {
+    field.len == 128 && field.start.is_multiple_of(8) || field.len > 0 && field.start % 8 + field.len <= 64
+}
+
+impl Layout {
+    /// `None` if this kernel is not one that we know.
+    pub(super) fn of(btf: &[u8]) -> Option<Self> {
+        let btf = Btf::parse(btf)?;
+        // Older kernels would walk through the files of all processes.
+        btf.structure("bpf_iter_link_info")?.field("task.pid_fd")?;
+        let pointer = |of: &str, path: &str| {
+            let field = btf.structure(of)?.field(path)?;
+            (field.len == 64 && field.start.is_multiple_of(8)).then(|| i16::try_from(field.start / 8).ok())?
+        };
+        let mut fields = Vec::new();
+        let mut structure = None;
+        for &(part, of, name, path, needed) in PARTS {
+            if structure.as_ref().is_none_or(|(last, _)| *last != name) {
+                structure = Some((name, btf.structure(name)?));
+            }
+            let (_, found) = structure.as_ref()?;
+            let field = found.field(path);
+            if part == Part::Owner && field.is_some_and(|field| field.len > 64) {
+                for (part, path) in OWNER_WITHIN {
+                    fields.push((part, of, found.field(path)?));
+                }
+                continue;
+            }
+            match field {
+                Some(field) => fields.push((part, of, field)),
+                None if needed => return None,
+                None => {}
+            }
+        }
+        let mut layout = Self {
+            ranges: Vec::new(),
+            socket: 0..0,
+            bytes: HEAD_BYTES,
+            function: btf.function("bpf_iter_task_file")?,
+            file_to_inode: pointer("file", "f_inode")?,
+            socket_to_sock: pointer("socket", "sk")?,
+            meta_to_seq: pointer("bpf_iter_meta", "seq")?,
+            places: [None; COUNT],
+        };
+        for of in [File, Of::Inode, Socket] {
+            let start = layout.bytes;
+            layout.place(of, &fields)?;
+            layout.socket = start..layout.bytes;
+        }
+        layout.bytes += layout.socket.len();
+        Some(layout)
+    }
+
+    /// Puts the parts of one thing into the record.
+    fn place(&mut self, of: Of, fields: &[(Part, Of, btf::Field)]) -> Option<()> {
+        let mut of_it: Vec<_> = fields.iter().filter(|(_, other, _)| *other == of).collect();
+        of_it.sort_unstable_by_key(|(_, _, field)| field.start);
+        let mut last: Option<Range> = None;
+        for (part, _, field) in of_it {
+            let (start, end) = (field.start / 8, field.start.checked_add(field.len)?.div_ceil(8));
+            if end > LARGEST || !is_known(*field) {
+                return None;
+            }
+            let range = match last.filter(|range| start <= range.from + range.len + GAP) {
+                Some(range) => Range { len: range.len.max(end - range.from), ..range },
+                None => {
+                    self.ranges.extend(last);
+                    let to = last.map_or(self.bytes, |last| (last.to + last.len).next_multiple_of(8));
+                    Range { of, from: start, len: end - start, to }
+                }
+            };
+            let at = btf::Field { start: range.to * 8 + field.start - range.from * 8, len: field.len };
+            *self.places.get_mut(*part as usize)? = Some(at);
+            last = Some(range);
+        }
+        self.ranges.extend(last);
+        self.bytes = last.map_or(self.bytes, |last| (last.to + last.len).next_multiple_of(8));
+        Some(())
+    }
+
+    /// Whether this kernel has such a part.
+    pub(super) fn has(&self, part: Part) -> bool {
+        self.place_of(part).is_some()
+    }
+
+    /// The bytes of a part in a record; none if the kernel does not have it.
+    pub(super) fn bytes_of<'a>(&self, record: &'a [u8], part: Part) -> &'a [u8] {
+        let bytes = self.place_of(part).map(|at| at.start / 8..(at.start + at.len).div_ceil(8));
+        bytes.and_then(|at| record.get(at)).unwrap_or_default()
+    }
+
+    /// The value of a part that is a number; 0 if the kernel does not have it.
+    pub(super) fn value_of(&self, record: &[u8], part: Part) -> u64 {
+        let Some(at) = self.place_of(part) else { return 0 };
+        let bytes = self.bytes_of(record, part);
+        let mut whole = [0; 8];
+        whole.iter_mut().zip(bytes).for_each(|(to, from)| *to = *from);
+        let mask = u64::MAX >> 64usize.saturating_sub(at.len).min(63);
+        u64::from_le_bytes(whole) >> (at.start % 8) & mask
+    }
+
+    fn place_of(&self, part: Part) -> Option<btf::Field> {
+        self.places.get(part as usize).copied().flatten()
+    }
+}
