@@ -52,6 +52,8 @@ const UNSCALED_WINDOW: u32 = 65_535;
 pub(super) const TIMESTAMPS: u32 = 1;
 pub(super) const SELECTIVE: u32 = 2;
 pub(super) const SCALING: u32 = 4;
+/// Since Linux 6.7.
+const IN_MICROSECONDS: u32 = 64;
 /// The codes of these options in a header.
 const CODE_SEGMENT: u32 = 2;
 const CODE_SCALE: u32 = 3;
@@ -312,6 +314,23 @@ pub(super) fn make(image: &TcpConnection, flags: c_int, recipe: &Recipe) -> Resu
     Ok(fd)
 }
 
+/// Lets the timestamps go on. Since Linux 6.7 the lowest bit chooses a clock that counts microseconds; before, it is one
+/// of the time in milliseconds. That may never seem to go back.
+fn set_clock(fd: BorrowedFd<'_>, image: &TcpConnection) -> Result<(), Trouble> {
+    let step = Trouble::step;
+    let in_microseconds = image.negotiated & IN_MICROSECONDS != 0;
+    let clock = if in_microseconds { image.timestamp | 1 } else { image.timestamp.wrapping_add(1) & !1 };
+    socket::set_option(fd, IPPROTO_TCP, libc::TCP_TIMESTAMP, &clock.to_ne_bytes())
+        .map_err(step("setting a TCP connection's clock"))?;
+    let counts = || {
+        socket::option(fd, IPPROTO_TCP, libc::TCP_INFO).map(|info| info.get(5).copied().map_or(0, u32::from))
+    };
+    if in_microseconds && counts().map_err(step("reading TCP_INFO"))? & IN_MICROSECONDS == 0 {
+        return Err(Trouble::Differs("a TCP connection's clock, which counts microseconds".to_owned()));
+    }
+    Ok(())
+}
+
 /// The rest, for which there must be a route to the peer. `Ok(false)` if there is none yet.
 pub(super) fn complete(fd: BorrowedFd<'_>, image: &TcpConnection) -> Result<bool, Trouble> {
     let step = Trouble::step;
@@ -342,8 +361,7 @@ pub(super) fn complete(fd: BorrowedFd<'_>, image: &TcpConnection) -> Result<bool
     }
     if image.negotiated & TIMESTAMPS != 0 {
         agree(CODE_TIMESTAMPS, 0);
-        socket::set_option(fd, IPPROTO_TCP, libc::TCP_TIMESTAMP, &image.timestamp.to_ne_bytes())
-            .map_err(step("setting a TCP connection's clock"))?;
+        set_clock(fd, image)?;
     }
     agree(CODE_SEGMENT, image.segment_limit);
     socket::set_option(fd, IPPROTO_TCP, libc::TCP_REPAIR_OPTIONS, &agreed)

@@ -39,3 +39,18 @@ fn a_window_without_scaling() {
         goes_on(&mut server, &mut client);
     });
 }
+
+/// Older kernels tell any number; newer ones take an odd one for a clock of microseconds.
+#[test]
+fn the_clock_of_an_older_kernel_goes_on_in_milliseconds() {
+    with_network(|network| {
+        for odd in [0, 1] {
+            let (s, fd, mut client) = connected(network, 0);
+            let d =
+                moved_with(network, s, |connection| connection.timestamp = connection.timestamp & !1 | odd);
+            let info = socket::option(d.take(fd).as_fd(), IPPROTO_TCP, libc::TCP_INFO).unwrap();
+            assert_eq!(info[5] & (64 | 1), 1, "timestamps, and not in microseconds");
+            goes_on(&mut end(&d, fd), &mut client);
+        }
+    });
+}

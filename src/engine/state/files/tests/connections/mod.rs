@@ -24,6 +24,8 @@ use crate::engine::state::files::{
     unsettled, wake_connections,
 };
 use crate::engine::sys::{fds, socket, tcp};
+use crate::proto::files::TcpConnection;
+use crate::proto::files::description::Kind;
 
 /// A client that waits for ever would hide what went wrong.
 pub(super) use crate::engine::trial::PATIENCE;
@@ -102,11 +104,21 @@ pub(super) fn connections_of(s: &Held) -> Vec<Connection> {
 
 /// Moves a process as a migration does: its address goes first and comes last.
 pub(super) fn moved(network: &Network, source: Held) -> Held {
+    moved_with(network, source, |_| {})
+}
+
+/// Likewise, with something else in the images of its connections.
+pub(super) fn moved_with(network: &Network, source: Held, change: impl Fn(&mut TcpConnection)) -> Held {
     let before = source.listing();
     network.remove_service();
-    let CapturedFiles { image, carried, .. } = capture(source.pid(), &carry()).unwrap();
+    let CapturedFiles { mut image, carried, .. } = capture(source.pid(), &carry()).unwrap();
     drop_silently(carried);
     drop(source);
+    for description in &mut image.descriptions {
+        if let Some(Kind::TcpConnection(connection)) = &mut description.kind {
+            change(connection);
+        }
+    }
     let (there, silent) = arrive_silent(&image, None);
     assert_eq!(there.listing(), before);
     network.add_service();
