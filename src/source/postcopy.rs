@@ -10,6 +10,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::engine::extents::Extents;
 use crate::engine::memory::{Memory, MemoryError, PAGE_BYTES};
+use crate::engine::priority::Hurry;
 use crate::engine::remote::Tid;
 use crate::engine::sys::vm::RemoteRange;
 use crate::pageserver::frame::FrameError;
@@ -152,7 +153,11 @@ impl Store {
     ) -> Result<(), PostcopyError<E>> {
         let mut packer = Packer::new(self.compression, true);
         while !stop() {
-            let taken = self.owed().next();
+            // The thread that answers requests is first in line and needs the same lock.
+            let taken = {
+                let _hurry = Hurry::up();
+                self.owed().next()
+            };
             if taken.is_empty() {
                 break;
             }
