@@ -209,6 +209,7 @@ impl Drain {
         let taken = Lazy::take_over(pid, kept, keeper, self.ask()).map_err(DrainError::Lazy);
         if let Err(error) = taken.and_then(|lazy| self.begin(lazy)) {
             // The guardian keeps them all waiting, until they are ended together.
+            *self.handle() = None;
             if let Some(lazy) = self.lazy.get() {
                 lazy.abandon();
             }

@@ -25,6 +25,11 @@ use crate::engine::priority;
 
 /// How long a thread that is about to tell of a change, or to go on, is given the CPU: we come before it.
 pub const UNSETTLED: Duration = Duration::from_micros(30);
+/// How long to wait for a reader.
+const AGAIN_AFTER: Duration = Duration::from_micros(200);
+/// So often in a row something that cannot be read yet is tried soon, and then less often.
+const SOON: u32 = 16;
+const LATER: Duration = Duration::from_millis(1);
 /// Stack of a reader; it is touched as far as it is used.
 const STACK_BYTES: usize = 256 * 1024;
 
@@ -97,6 +102,11 @@ impl Lazy {
 
     /// Reads the event that stands in the way, or gives its thread the time to go on.
     pub(super) fn clear_the_way<'a>(&'a self, mut state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
+        if !state.objects.is_empty() {
+            // That may take long, and has a thread of its own.
+            let waited = self.shared.changed.wait_timeout(state, AGAIN_AFTER);
+            return waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
         let mut asks = Vec::new();
         let left = self.shared.turn(&mut state, &mut asks);
         if !asks.is_empty() {
@@ -118,7 +128,12 @@ impl Shared {
     fn turn(&self, state: &mut State, asks: &mut Vec<u64>) -> Left {
         let mut ready = [EpollEvent::empty(); 1];
         match self.epoll.wait(&mut ready, EpollTimeout::ZERO) {
-            Ok(0) => return Left::Nothing,
+            Ok(0) if state.later.is_empty() => return Left::Nothing,
+            // Who had to wait for what was read looks again: and may have to wait again.
+            Ok(0) => {
+                state.settled();
+                return Left::Unsettled;
+            }
             Ok(_) => {}
             Err(Errno::EINTR) => return Left::Some,
             Err(errno) => {
@@ -149,11 +164,15 @@ fn read_all(lazy: &Lazy, stop: &Stop) {
                 return;
             }
         }
+        let mut tries = 0;
         while !is_stopped() {
             match lazy.read() {
                 Left::Nothing => break,
                 Left::Some => {}
-                Left::Unsettled => std::thread::sleep(UNSETTLED),
+                Left::Unsettled => {
+                    std::thread::sleep(if tries < SOON { UNSETTLED } else { LATER });
+                    tries += 1;
+                }
             }
         }
     }

@@ -151,7 +151,6 @@ impl State {
             }
             match message {
                 Ok(message) => {
-                    self.unreadable = None;
                     self.act(mm, message, &advising, asks);
                     self.settle();
                 }
@@ -170,7 +169,7 @@ impl State {
     }
 
     /// There is nothing more to read: who had to wait for that looks again.
-    fn settled(&mut self) -> Pumped {
+    pub(super) fn settled(&mut self) -> Pumped {
         std::mem::take(&mut self.later).into_iter().for_each(|wake| self.wake(wake));
         Pumped::Settled
     }

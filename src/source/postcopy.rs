@@ -152,19 +152,22 @@ impl Store {
         stop: &dyn Fn() -> bool,
     ) -> Result<(), PostcopyError<E>> {
         let mut packer = Packer::new(self.compression, true);
+        let mut sent = 0;
         while !stop() {
             // The thread that answers requests is first in line and needs the same lock.
             let taken = {
                 let _hurry = Hurry::up();
-                self.owed().next()
+                let mut owed = self.owed();
+                owed.served.pushed += std::mem::take(&mut sent);
+                owed.next()
             };
             if taken.is_empty() {
                 break;
             }
-            let pages = self.send(&taken, &mut packer, sink)?;
-            self.owed().served.pushed += pages;
+            sent = self.send(&taken, &mut packer, sink)?;
         }
         let mut owed = self.owed();
+        owed.served.pushed += sent;
         let (all, now) = (&mut owed.served.packed, packer.stats());
         all.pages_data += now.pages_data;
         all.pages_zero += now.pages_zero;

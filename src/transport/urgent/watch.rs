@@ -49,7 +49,7 @@ impl Watch {
                 loop {
                     match read() {
                         Next::Wait => break,
-                        Next::Again => tries = 0,
+                        Next::Again => {}
                         Next::Soon(_) if tries >= SOON => tokio::time::sleep(LATER).await,
                         // Shorter than the runtime can wait.
                         Next::Soon(time) => {
