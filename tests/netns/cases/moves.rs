@@ -86,7 +86,7 @@ fn back_and_forth(
         let outcome = lan
             .move_to(here, service, workload.pid(), options, MOVE)
             .and_then(Outcome::expect_moved)
-            .map_err(|error| format!("move {round}: {error}"))?;
+            .map_err(|error| format!("move {round}: {error}\nthe service: {}", there.stderr(&service.job)))?;
         if options.contains(&"postcopy") {
             let late = outcome.report["pages_postcopy"].as_u64();
             ensure(late > Some(0), || format!("nothing followed after the resume: {}", outcome.report))?;
