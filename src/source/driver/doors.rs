@@ -46,8 +46,8 @@ impl Driver<'_> {
         };
         tracing::debug!(?left, took = ?closed.elapsed(), "the doors are closed");
         // A server that sets options sets them when it accepts: from here on that is over.
-        if self.state.early.as_ref().is_some_and(|early| !early.holds()) {
-            self.state.early = EarlyLook::at(self.config.pid, &inodes);
+        if let Some(early) = self.state.early.take_if(|early| !early.holds()) {
+            self.state.early = early.again(self.config.pid, &inodes);
         }
         Ok(())
     }

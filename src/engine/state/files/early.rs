@@ -24,7 +24,6 @@ use crate::engine::many;
 use crate::engine::reason::chain;
 use crate::engine::remote::Tid;
 use crate::engine::sys::{perf, pidfd};
-use crate::proto::files::{OptionSet, TcpConnection};
 
 /// Fewer sockets are read as fast when the process stands still.
 const WORTH_IT: usize = 100;
@@ -50,6 +49,15 @@ pub struct EarlyLook {
 impl EarlyLook {
     /// Looks at the connections of a running process. `None`: it is not worth it, or it cannot be done here.
     pub fn at(pid: Tid, sockets: &HashSet<u64>) -> Option<Self> {
+        Self::with(pid, sockets, None)
+    }
+
+    /// Looks again, with what was made ready the first time.
+    pub fn again(self, pid: Tid, sockets: &HashSet<u64>) -> Option<Self> {
+        Self::with(pid, sockets, self.glance)
+    }
+
+    fn with(pid: Tid, sockets: &HashSet<u64>, glance: Option<Glance>) -> Option<Self> {
         if sockets.len() < WORTH_IT {
             return None;
         }
@@ -60,8 +68,8 @@ impl EarlyLook {
             if threads.iter().any(|tid| !calls.seen.contains(tid)) {
                 return Err(Trouble::Step("counting the calls of all threads", Errno::EAGAIN));
             }
-            let glance = Glance::prepare(pid);
-            let glance = glance.inspect_err(|error| say_unseen(error)).ok();
+            let prepare = || Glance::prepare(pid).inspect_err(|error| say_unseen(error)).ok();
+            let glance = glance.or_else(prepare);
             Ok(Self { sets, known, calls, glance })
         });
         look.inspect_err(|error| tracing::debug!(%error, "options are not read early")).ok()
@@ -70,22 +78,6 @@ impl EarlyLook {
     /// Whether no option can have changed since. For sure once the process stands still.
     pub fn holds(&self) -> bool {
         self.calls.are_none()
-    }
-
-    /// The quiet connections as they are now, by inode: those that are established, with nothing in their queues and
-    /// nothing unusual. The process may run: then they may have changed by the time that this returns. Their options
-    /// are the ones that were seen before. It disturbs neither the process nor the connections. Empty where the kernel
-    /// cannot do it.
-    pub fn quiet_connections(&self) -> HashMap<u64, TcpConnection> {
-        let Some(seen) = self.glance() else { return HashMap::new() };
-        let known = |(inode, image)| Some((inode, tcp::with_options(image, self.known.get(&inode)?)?));
-        seen.all_quiet().filter_map(known).collect()
-    }
-
-    /// The sets of options that these have, by number. What is captured after this look has the same numbers, as long as
-    /// it [holds](Self::holds).
-    pub fn option_sets(&self) -> Vec<OptionSet> {
-        self.sets.all()
     }
 
     /// The inodes of the sockets that the process has now, of whatever kind; `None` where the kernel cannot tell as fast.

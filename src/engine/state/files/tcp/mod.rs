@@ -137,7 +137,8 @@ impl Captures {
     pub(super) fn quiet(&self, open: &Open) -> Option<TcpConnection> {
         let inode = open.stat.ino();
         let image = self.seen.as_ref()?.quiet(open.number, inode)?;
-        with_options(image, self.known.get(&inode)?)
+        let known = self.known.get(&inode).filter(|known| known.family == image.family)?;
+        Some(TcpConnection { option_set: known.number, ..image })
     }
 
     /// The family of a socket that is known to be a connection.
@@ -153,11 +154,6 @@ impl Captures {
     pub(super) fn into_sets(self) -> Vec<OptionSet> {
         self.sets.into_all()
     }
-}
-
-/// A connection that was seen at a glance, with the options that it is known to have.
-pub(super) fn with_options(image: TcpConnection, known: &Known) -> Option<TcpConnection> {
-    (image.family == known.family).then_some(TcpConnection { option_set: known.number, ..image })
 }
 
 /// Reads a TCP socket of this family; the queues of a live connection only if there is room for them.
