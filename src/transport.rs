@@ -89,4 +89,4 @@ mod code {
 mod quiet_tests;
 #[cfg(test)]
 #[allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::cast_precision_loss)]
-mod tests;
+pub(crate) mod tests;

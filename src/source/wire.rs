@@ -1,12 +1,18 @@
 //! The source's words to messages of `proto/control.proto`, and back.
 
-use super::protocol::{Message, Tell};
+use std::time::{Duration, Instant};
+
+use super::protocol::{Event, Message, Tell};
 use crate::engine::reason::Reason;
 use crate::migration::{Fate, MigrationId};
 use crate::proto::control::{
     self, Abort, Begin, Commit, Confirm, DrainStats, Gone, LateSignal, PageRuns, Query, Resume, Timings,
 };
+use crate::transport::{Incoming, Link};
 use crate::wire::{Body, Control};
+
+/// How long the last word on a link that takes no more may take.
+const LAST_WORD_PATIENCE: Duration = Duration::from_millis(200);
 
 /// A message that the source does not take.
 #[derive(Debug, thiserror::Error)]
@@ -84,6 +90,66 @@ pub(super) fn to_message(message: Control) -> Result<(Message, Extras), Unexpect
     Ok((message, extras))
 }
 
+/// Of a link that takes no more: the abort that came before its end, or its end; `None` while it is there. What else
+/// the destination has said is of no use then.
+pub(super) fn last_word(link: &mut Link) -> Option<Event> {
+    let limit = Instant::now() + LAST_WORD_PATIENCE;
+    loop {
+        match link.recv_timeout(limit.saturating_duration_since(Instant::now()))? {
+            Incoming::Control(message) => {
+                if let Ok((message @ Message::Abort(_), _)) = to_message(*message) {
+                    return Some(Event::Message(message));
+                }
+            }
+            Incoming::Frame(_) => {}
+            Incoming::Lost(error) => {
+                tracing::info!(error = &error as &dyn std::error::Error, "connection ended");
+                return Some(Event::LinkLost);
+            }
+        }
+    }
+}
+
 fn reasons(reasons: Vec<control::Reason>) -> Vec<Reason> {
     reasons.into_iter().map(Into::into).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::transport::tests::{patient, trusted_pair};
+
+    use super::*;
+
+    fn placed(round: u32) -> Control {
+        Body::RoundPlaced(control::RoundPlaced { round }).into()
+    }
+
+    /// The source learns that its frames are not taken any more before it has read why.
+    #[test]
+    fn an_abort_is_found_behind_a_link_that_has_ended() {
+        let (_a, _b, _l, mut source, destination) = trusted_pair(patient());
+        let reason = Reason::new("memory", "there is none", "");
+        destination.send_control(&placed(1)).unwrap();
+        let abort = Abort { migration_id: "m".into(), reasons: vec![reason.clone().into()] };
+        destination.send_control(&Body::Abort(abort).into()).unwrap();
+        let waiting = std::thread::spawn(move || destination.finish(Duration::from_secs(20)));
+        let said = last_word(&mut source);
+        let Some(Event::Message(Message::Abort(reasons))) = said else { panic!("{said:?}") };
+        assert_eq!(reasons, [reason]);
+        drop(source);
+        let _ = waiting.join();
+    }
+
+    #[test]
+    fn a_link_that_ends_without_a_word_is_lost() {
+        let (_a, _b, _l, mut source, destination) = trusted_pair(patient());
+        destination.send_control(&placed(1)).unwrap();
+        let mut said = last_word(&mut source);
+        assert!(said.is_none());
+        drop(destination);
+        while said.is_none() {
+            said = last_word(&mut source);
+        }
+        assert!(matches!(said, Some(Event::LinkLost)));
+    }
 }

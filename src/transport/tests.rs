@@ -18,12 +18,12 @@ use tokio::runtime::Runtime;
 pub(super) const SHORT: Duration = Duration::from_secs(20);
 
 /// For links that are not to be lost, nor given up, because the host is busy.
-pub(super) fn patient() -> Settings {
+pub(crate) fn patient() -> Settings {
     Settings { idle_timeout: Duration::from_secs(60), handshake_timeout: SHORT, ..Settings::default() }
 }
 
 /// A node in a state directory of its own.
-pub(super) struct Place {
+pub(crate) struct Place {
     _dir: tempfile::TempDir,
     pub(super) node: Arc<Node>,
 }
@@ -42,7 +42,7 @@ pub(super) fn hello() -> Hello {
     Hello { software: "test".into(), ..Hello::default() }
 }
 
-pub(super) struct Listening {
+pub(crate) struct Listening {
     pub(super) runtime: Runtime,
     pub(super) server: Server,
 }
@@ -72,7 +72,7 @@ fn dial(place: &Place, addr: SocketAddr) -> Result<Link, TransportError> {
     connect(place.node.clone(), vec![addr], hello(), patient())
 }
 
-pub(super) fn trusted_pair(settings: Settings) -> (Place, Place, Listening, Link, Link) {
+pub(crate) fn trusted_pair(settings: Settings) -> (Place, Place, Listening, Link, Link) {
     let (a, b) = (place(), place());
     trust(&a, &b);
     trust(&b, &a);

@@ -17,6 +17,7 @@ use nix::poll::PollTimeout;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::signal::Signal;
 
+use crate::backlog::Room;
 use crate::case::{self, Case, Need};
 
 /// The option with which this program runs one case, in this process.
@@ -43,6 +44,7 @@ pub(crate) fn run(cases: &[&Case], jobs: NonZeroUsize) -> ExitCode {
     println!("kernel {}, seed {}, {} cases, {jobs} at a time", kernel(), case::seed(), cases.len());
     let shares = |case: &&&Case| case.needs.iter().any(|need| matches!(need, Need::HugePages(_)));
     let (alone, together): (Vec<&Case>, Vec<&Case>) = cases.iter().partition(shares);
+    let _room = Room::make();
     let mut tally = Tally::default();
     for (queue, jobs) in [(together, jobs.get()), (alone, 1)] {
         let queue: Mutex<VecDeque<_>> =

@@ -24,7 +24,7 @@ use super::precopy::{Precopy, PrecopyError};
 use super::protocol::{Action, Cause, Event, Message, Outcome};
 use super::sentinel::{self, Sentinel};
 use super::serving::Serving;
-use super::wire::{Extras, to_message};
+use super::wire::{Extras, last_word, to_message};
 use crate::config::SourceConfig;
 use crate::engine::address::AddressSet;
 use crate::engine::capture::CaptureError;
@@ -323,20 +323,21 @@ impl Driver<'_> {
         if let ActionError::Precopy(PrecopyError::Cancelled) = error {
             return Event::Cancel;
         }
-        if matches!(error, ActionError::Precopy(PrecopyError::Pack(_))) && self.link_is_lost() {
-            return Event::LinkLost;
+        if matches!(error, ActionError::Precopy(PrecopyError::Pack(_)))
+            && let Some(event) = self.farewell()
+        {
+            return event;
         }
         Event::Failed { step, error: chain(error) }
     }
 
-    fn link_is_lost(&mut self) -> bool {
-        match self.link.as_mut().map(|l| l.recv_timeout(Duration::from_millis(1))) {
-            Some(Some(Incoming::Lost(_))) | None => {
-                self.link = None;
-                true
-            }
-            _ => false,
+    /// What the destination said before it ended the link, or that it is lost; `None` while it is there.
+    fn farewell(&mut self) -> Option<Event> {
+        let event = self.link.as_mut().map_or(Some(Event::LinkLost), last_word);
+        if matches!(event, Some(Event::LinkLost)) {
+            self.lose_link();
         }
+        event
     }
 
     fn conclude(mut self, outcome: Outcome, clock: PhaseClock, started: Instant) -> Report {
