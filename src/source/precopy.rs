@@ -297,17 +297,14 @@ impl Precopy {
         let Selected { mapped: written, windows, suspects } = self.objects.select(&map.layout, written, true);
         gone.extend(self.objects.gone(&self.sent));
         let mut dirty = Extents::new();
-        let earlier = self.pending.take().map(|(layout, selected)| {
+        if let Some((layout, Selected { mapped, windows, .. })) = self.pending.take() {
+            mapped.iter().for_each(|r| dirty.insert(r.start, r.start + r.len as u64));
+            windows.iter().for_each(|(start, end)| dirty.insert(start, end));
+            clip(&mut dirty, &map.layout);
             // A mapping that the last scan met first is fresh still: the destination has not heard of it.
             let fresh = layout.vmas.iter().filter(|v| v.fresh).map(|v| (v.start, v.end));
             fresh.for_each(|(start, end)| mark_fresh(&mut map.layout, start, end));
-            selected
-        });
-        if let Some(Selected { mapped, windows, .. }) = earlier {
-            mapped.iter().for_each(|r| dirty.insert(r.start, r.start + r.len as u64));
-            windows.iter().for_each(|(start, end)| dirty.insert(start, end));
         }
-        clip(&mut dirty, &map.layout);
         for &(start, end) in &gone {
             dirty.remove(start, end);
         }
@@ -361,11 +358,6 @@ impl Precopy {
         layout: Layout,
         sink: &mut impl Sink<E>,
     ) -> Result<(), PrecopyError<E>> {
-        let fresh = layout.vmas.iter().filter(|v| v.fresh);
-        for v in fresh {
-            self.sent.remove(v.start, v.end);
-            self.owed.remove(v.start, v.end);
-        }
         clip(&mut self.sent, &layout);
         clip(&mut self.owed, &layout);
         // An object that shrinks loses the rest of its last page too, which may be there again later.

@@ -7,16 +7,17 @@ use crate::engine::sys::vm::RemoteRange;
 use crate::proto::image::Layout;
 
 /// Marks what lies in `start..end` fresh. A mapping that it covers in part is split: it has merged with a
-/// neighbour that is not fresh.
+/// neighbour that is not fresh. One that is fresh already, because it took the place of what was there, stays whole: of
+/// huge pages there are no parts.
 pub(super) fn mark_fresh(layout: &mut Layout, start: u64, end: u64) {
     let mut vmas = Vec::with_capacity(layout.vmas.len() + 2);
     for vma in layout.vmas.drain(..) {
         let (from, to) = (start.max(vma.start), end.min(vma.end));
-        if from >= to {
+        if from >= to || vma.fresh {
             vmas.push(vma);
             continue;
         }
-        for (a, b, fresh) in [(vma.start, from, vma.fresh), (from, to, true), (to, vma.end, vma.fresh)] {
+        for (a, b, fresh) in [(vma.start, from, false), (from, to, true), (to, vma.end, false)] {
             if a < b {
                 let mut piece = vma.clone();
                 let backed = piece.file.is_some() || piece.shm_inode != 0;
@@ -29,13 +30,14 @@ pub(super) fn mark_fresh(layout: &mut Layout, start: u64, end: u64) {
     layout.vmas = vmas;
 }
 
-/// Cuts a set down to what is mapped, or in an object.
+/// Cuts a set down to what is mapped as it was before, or in an object: of what is fresh, the set knows nothing.
 pub(super) fn clip(set: &mut Extents, layout: &Layout) {
     let mut at = 0;
     let mut holes = Vec::new();
     let mut windows: Vec<_> = layout.objects.iter().map(window_range).collect();
     windows.sort_unstable();
-    for (start, end) in layout.vmas.iter().map(|v| (v.start, v.end)).chain(windows) {
+    let kept = layout.vmas.iter().filter(|v| !v.fresh);
+    for (start, end) in kept.map(|v| (v.start, v.end)).chain(windows) {
         holes.push((at, start));
         at = end;
     }
@@ -72,5 +74,21 @@ mod tests {
         mark_fresh(&mut layout, 0x3000, 0x5000);
         let pieces: Vec<_> = layout.vmas.iter().map(|v| (v.start, v.end, v.fresh)).collect();
         assert_eq!(pieces, [(0x1000, 0x3000, false), (0x3000, 0x5000, true), (0x5000, 0x9000, false)]);
+    }
+
+    /// Small pages were mapped at the last look, and a huge one by now in the place of some of them.
+    #[test]
+    fn what_took_the_place_of_something_fresh_stays_whole() {
+        let huge =
+            Vma { start: 0x20_0000, end: 0x40_0000, page_bytes: 0x20_0000, fresh: true, ..Vma::default() };
+        let other = Vma { start: 0x40_0000, end: 0x40_4000, ..Vma::default() };
+        let mut layout = Layout { vmas: vec![huge.clone(), other.clone()], ..Layout::default() };
+        let mut dirty = Extents::new();
+        dirty.insert(0x1f_f000, 0x20_2000);
+        dirty.insert(0x40_0000, 0x40_1000);
+        clip(&mut dirty, &layout);
+        mark_fresh(&mut layout, 0x1f_0000, 0x20_2000);
+        assert_eq!(layout.vmas, [huge, other]);
+        assert_eq!(dirty.iter().collect::<Vec<_>>(), [(0x40_0000, 0x40_1000)]);
     }
 }
