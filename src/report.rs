@@ -89,6 +89,10 @@ pub struct Report {
     pub pages_data: u64,
     /// Of both, those sent after the freeze.
     pub pages_after_freeze: u64,
+    /// Live TCP connections that were carried.
+    pub connections: u64,
+    /// Of these, those whose sockets were made at the destination before the state came.
+    pub connections_ahead: u64,
     /// What was done after the resume.
     #[serde(flatten)]
     pub postcopy: Postcopy,
@@ -116,6 +120,8 @@ impl Report {
             pages_zero: 0,
             pages_data: 0,
             pages_after_freeze: 0,
+            connections: 0,
+            connections_ahead: 0,
             postcopy: Postcopy::default(),
             compression_ratio: 1.0,
         }
@@ -298,6 +304,9 @@ impl fmt::Display for Report {
             self.pages_after_freeze,
             self.rounds.len()
         )?;
+        if self.connections > 0 {
+            writeln!(f, "connections: {}, {} made ahead", self.connections, self.connections_ahead)?;
+        }
         if self.postcopy.happened() {
             writeln!(f, "{}", self.postcopy)?;
         }
@@ -377,6 +386,8 @@ mod tests {
             "pages_zero",
             "pages_data",
             "pages_after_freeze",
+            "connections",
+            "connections_ahead",
             "compression_ratio",
             "pages_postcopy",
             "pages_faulted",

@@ -12,6 +12,7 @@ use crate::pageserver::frame::{Frame, FrameError};
 use crate::pageserver::runs;
 use crate::pageserver::unpack::{Content, Unpacker};
 use crate::proto::control::PageRuns;
+use crate::proto::files::Ahead;
 use crate::proto::image::{Layout, Process, VmaKind};
 
 /// Why the skeleton could not be built up.
@@ -58,6 +59,8 @@ pub enum Applied {
     RoundEnd(u32),
     /// The final state: everything is here.
     State(Box<Process>),
+    /// Connections whose sockets can be made.
+    Ahead(Ahead),
 }
 
 /// Mappings in a map, at most: twice the default of vm.max_map_count.
@@ -190,6 +193,9 @@ impl Assembly {
                 self.drop_pending()?;
                 Ok(Applied::Placed)
             }
+            Content::Ahead(bytes) => Ahead::decode(bytes)
+                .map(Applied::Ahead)
+                .map_err(|source| AssembleError::Decode { what: "list of connections", source }),
             Content::RoundEnd => {
                 self.drop_pending()?;
                 Ok(Applied::RoundEnd(round))

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
-use super::assemble::{Applied, Assembly};
+use super::assemble::Assembly;
 use super::drain::Drain;
 use super::machine::DestMachine;
 use super::protocol::{Action, Event, LinkId, Message, Outcome, Tell};
@@ -20,7 +20,6 @@ use super::strays::Waiting;
 use super::wire::{Extras, late_signals, to_control, to_message};
 use super::{reaper, recover};
 use crate::engine::address::AddressSet;
-use crate::engine::alive;
 use crate::engine::clocks::{self, Shift};
 use crate::engine::hook::Hooks;
 use crate::engine::kernel::Host;
@@ -28,16 +27,14 @@ use crate::engine::lock::Lock;
 use crate::engine::reason::{Reason, chain};
 use crate::engine::remap::Remap;
 use crate::engine::remote::Tid;
-use crate::engine::restore;
 use crate::engine::skeleton::{ReservedPid, Skeleton};
-use crate::engine::state::files::{self, SilentConnections, UnixNames};
+use crate::engine::state::files::{AheadSockets, SilentConnections, UnixNames};
 use crate::journal::{self, Incoming, IncomingState, Journal, JournalError};
 use crate::migration::{MigrationId, ProcessKey};
 use crate::operator::protocol::Phase;
 use crate::operator::{End, Posting};
-use crate::pageserver::frame::HEADER_BYTES;
 use crate::proto::control::{Begin, LateSignal, Timings};
-use crate::proto::image::{Clocks, Process};
+use crate::proto::image::Clocks;
 use crate::report::PhaseClock;
 use crate::transport::{self, Link, LinkSender};
 
@@ -62,10 +59,8 @@ pub(super) type Inbox = Receiver<Arrival>;
 
 /// How often the own connection is left to look into the inbox.
 const INBOX_POLL: Duration = Duration::from_millis(20);
-/// How often the machine is told that frames keep coming.
-const PROGRESS_EVERY: Duration = Duration::from_secs(1);
 /// The connection that began the migration.
-const OWN_LINK: LinkId = LinkId(0);
+pub(super) const OWN_LINK: LinkId = LinkId(0);
 
 /// One incoming migration.
 pub(super) struct Driver {
@@ -88,6 +83,9 @@ pub(super) struct Driver {
     /// Signals that the source got after the capture: they come with the commit.
     pub late: Vec<LateSignal>,
     pub addresses: Option<AddressSet>,
+    /// Sockets of connections that were made before the state came.
+    pub ahead: AheadSockets,
+    pub made_ahead: u64,
     /// Restored connections that are silent yet.
     pub connections: SilentConnections,
     /// Names of unix sockets that are not at their places yet.
@@ -171,7 +169,7 @@ impl Driver {
         }
     }
 
-    fn failed(&self, step: &'static str, error: &ActionError) -> Event {
+    pub(super) fn failed(&self, step: &'static str, error: &ActionError) -> Event {
         tracing::warn!(step, error = chain(error), "failed");
         Event::Failed { step, error: chain(error) }
     }
@@ -246,80 +244,6 @@ impl Driver {
         }
     }
 
-    fn frame(
-        &mut self,
-        frame: &crate::pageserver::frame::Frame,
-        last_progress: &mut Instant,
-    ) -> Option<Event> {
-        if self.drain.is_active() {
-            if let Err(error) = self.drain.place(frame) {
-                tracing::error!(error = chain(&error), "a page that was missing");
-                // It is missing still; the source learns that when it connects again.
-                self.link = None;
-                return Some(Event::LinkLost(OWN_LINK));
-            }
-            return None;
-        }
-        // Frames that were under way when we gave up are nobody's.
-        let assembly = self.assembly.as_mut()?;
-        self.posting.carried((HEADER_BYTES + frame.payload().len()) as u64);
-        let applied = assembly.apply(frame);
-        if assembly.is_missing_any()
-            && let Err(error) = self.drain.prepare_guard()
-        {
-            return Some(self.failed("guarding the missing pages", &error.into()));
-        }
-        match applied {
-            Ok(Applied::Placed) if last_progress.elapsed() > PROGRESS_EVERY => {
-                *last_progress = Instant::now();
-                Some(Event::Progress)
-            }
-            Ok(Applied::Placed) => None,
-            Ok(Applied::RoundEnd(round)) => {
-                self.posting.round(round.saturating_add(1));
-                Some(Event::RoundPlaced(round))
-            }
-            Ok(Applied::State(mut process)) => match self.restore(&mut process) {
-                Ok(key) => Some(Event::Applied(key)),
-                Err(error) => Some(self.failed("restoring the process", &error)),
-            },
-            Err(error) => Some(self.failed("placing memory", &error.into())),
-        }
-    }
-
-    /// The last frame has come: the rest of the state goes into the skeleton.
-    fn restore(&mut self, process: &mut Process) -> Result<ProcessKey, ActionError> {
-        self.clock.begin("build");
-        self.posting.phase(Phase::Frozen);
-        let (mut skeleton, missing) = self.assembly.take().ok_or(ActionError::Order)?.into_skeleton()?;
-        let log = self.state_dir.join("logs").join(format!("{}-{}.log", process.pid, self.id));
-        let mut descriptors = process.files.take().unwrap_or_default();
-        self.prepare_sockets(&mut descriptors)?;
-        let mut built = files::build(&descriptors, Some(&log), &self.shift, skeleton.objects())?;
-        self.connections = built.take_connections();
-        self.names = std::mem::take(&mut built.names);
-        self.lost_datagrams = built.lost_datagrams;
-        if !missing.is_empty() {
-            self.clock.begin("watch");
-            self.drain.start(&mut skeleton, missing)?;
-            self.clock.begin("guard");
-            self.drain.entrust()?;
-        }
-        self.clock.begin("restore");
-        let elapsed = clocks::catch_up(process.clocks.as_ref(), &self.shift)?;
-        let restored = restore::restore(&mut skeleton, process, built, elapsed);
-        self.drain.restored();
-        restored?;
-        self.clock.end();
-        self.stopped = process.stopped;
-        self.masks = process.threads.iter().map(|t| (t.tid.cast_signed(), t.sigmask)).collect();
-        let start_ticks = alive::start_ticks(process.pid)?.ok_or(ActionError::Order)?;
-        self.skeleton = Some(skeleton);
-        let key = ProcessKey { pid: process.pid, start_ticks };
-        self.process = Some(key);
-        Ok(key)
-    }
-
     fn perform(&mut self, action: Action) -> Result<Option<Event>, ActionError> {
         match action {
             Action::Arm(_) | Action::Disarm | Action::Finish(_) => Ok(None),
@@ -377,6 +301,7 @@ impl Driver {
             Action::Kill => {
                 self.assembly = None;
                 self.skeleton = None;
+                self.ahead = AheadSockets::default();
                 self.connections = SilentConnections::default();
                 self.lock = None;
                 self.drain.finish();
@@ -429,7 +354,7 @@ impl Driver {
         if reasons.is_empty() { Event::Built } else { Event::Unable(reasons) }
     }
 
-    fn same_kernel(&self) -> bool {
+    pub(super) fn same_kernel(&self) -> bool {
         let theirs = self.link.as_ref().map(|l| l.peer().hello.boot_id.clone()).unwrap_or_default();
         journal::boot_id().is_ok_and(|ours| ours.as_bytes() == theirs.as_slice())
     }
@@ -475,7 +400,7 @@ impl Driver {
         let mut extras = Extras { takes_queued: self.queued.is_able(), ..Extras::default() };
         match tell {
             Tell::Prepared | Tell::Committed => {
-                extras.lost_datagrams = self.lost_datagrams;
+                (extras.lost_datagrams, extras.made_ahead) = (self.lost_datagrams, self.made_ahead);
                 extras.timings = Some(Timings { phase_us: self.clock.so_far().to_micros().collect() });
             }
             Tell::Ready => extras.urgent_port = self.drain.port(),

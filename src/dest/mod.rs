@@ -6,6 +6,7 @@
 pub mod assemble;
 mod drain;
 mod driver;
+mod frames;
 pub mod guardian;
 pub mod machine;
 mod network;

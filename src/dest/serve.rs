@@ -24,7 +24,7 @@ use crate::engine::hook::Hooks;
 use crate::engine::kernel::Host;
 use crate::engine::own_files;
 use crate::engine::remote::Tid;
-use crate::engine::state::files::{SilentConnections, UnixNames};
+use crate::engine::state::files::{AheadSockets, SilentConnections, UnixNames};
 use crate::engine::sys::heap;
 use crate::identity::{IdentityError, Node};
 use crate::journal::{self, JournalError};
@@ -256,6 +256,8 @@ impl Service {
             masks: Vec::new(),
             late: Vec::new(),
             addresses: None,
+            ahead: AheadSockets::default(),
+            made_ahead: 0,
             connections: SilentConnections::default(),
             names: UnixNames::default(),
             lost_datagrams: 0,

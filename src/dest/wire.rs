@@ -18,6 +18,7 @@ pub(super) struct Unexpected(String);
 pub(super) struct Extras {
     pub timings: Option<Timings>,
     pub lost_datagrams: u64,
+    pub made_ahead: u64,
     pub urgent_port: u16,
     pub takes_queued: bool,
     pub missing: PageRuns,
@@ -25,14 +26,14 @@ pub(super) struct Extras {
 }
 
 pub(super) fn to_control(tell: &Tell, id: MigrationId, extras: Extras) -> Control {
-    let Extras { timings, lost_datagrams, urgent_port, takes_queued, missing, stats } = extras;
+    let Extras { timings, lost_datagrams, made_ahead, urgent_port, takes_queued, missing, stats } = extras;
     let migration_id = id.to_string();
     let reasons = |list: &[crate::engine::reason::Reason]| list.iter().cloned().map(Into::into).collect();
     let body = match tell {
         Tell::Ready => Body::Ready(Ready { migration_id, urgent_port: u32::from(urgent_port), takes_queued }),
         Tell::Refused(list) => Body::Refused(Refused { reasons: reasons(list) }),
         Tell::RoundPlaced(round) => Body::RoundPlaced(RoundPlaced { round: *round }),
-        Tell::Prepared => Body::Prepared(Prepared { migration_id, timings, lost_datagrams }),
+        Tell::Prepared => Body::Prepared(Prepared { migration_id, timings, lost_datagrams, made_ahead }),
         Tell::Committed => Body::Committed(Committed { migration_id, timings }),
         Tell::Answer(fate) => {
             let fate = match fate {

@@ -2,6 +2,7 @@
 //! still while each of them is read, or made.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
 
 /// Fewer are not worth a thread, which takes as long to start as some of them to be done.
 const WORTH_A_THREAD: usize = 128;
@@ -19,6 +20,12 @@ pub fn map<T: Sync, R: Send>(items: &[T], act: impl Fn(&T) -> R + Sync) -> Vec<R
 /// The same for items that are work for a while each.
 pub fn map_large<T: Sync, R: Send>(items: &[T], act: impl Fn(&T) -> R + Sync) -> Vec<R> {
     shared_out(items, (2, 1), act)
+}
+
+/// Drops each of `items`, which takes a while, too.
+pub fn drop_all<T: Send>(items: Vec<T>) {
+    let slots: Vec<_> = items.into_iter().map(|item| Mutex::new(Some(item))).collect();
+    map(&slots, |slot| drop(slot.lock().unwrap_or_else(PoisonError::into_inner).take()));
 }
 
 fn shared_out<T: Sync, R: Send>(

@@ -36,6 +36,8 @@ pub const MAX_LAYOUT_BYTES: usize = 16 << 20;
 pub const MAX_STATE_BYTES: usize = 256 << 20;
 /// Longest list of missing pages that a frame may carry.
 pub const MAX_RUNS_BYTES: usize = 16 << 20;
+/// Longest list of connections whose sockets can be made: of some 16,000.
+pub const MAX_AHEAD_BYTES: usize = 4 << 20;
 /// Page numbers end here: user space reaches to 2^56 bytes where page tables have five levels.
 pub const MAX_PAGE_NUMBER: u64 = 1 << 44;
 
@@ -63,6 +65,8 @@ pub enum Kind {
     /// Pages whose earlier contents are void and whose contents will come after the process has resumed,
     /// unless they are sent before: a `PageRuns` message.
     Missing = 7,
+    /// Connections whose sockets can be made already: an `Ahead` message.
+    Ahead = 8,
 }
 
 /// How a block is stored.
@@ -200,6 +204,7 @@ impl Header {
             5 => Kind::RoundEnd,
             6 => Kind::State,
             7 => Kind::Missing,
+            8 => Kind::Ahead,
             other => return Err(FrameError::Kind(other)),
         };
         let codec = match codec {
@@ -248,6 +253,7 @@ impl Header {
             Kind::Layout => MAX_LAYOUT_BYTES,
             Kind::State => MAX_STATE_BYTES,
             Kind::Missing => MAX_RUNS_BYTES,
+            Kind::Ahead => MAX_AHEAD_BYTES,
             Kind::Zero | Kind::Drop | Kind::RoundEnd => 0,
         };
         if len > limit {
@@ -372,6 +378,14 @@ pub fn state(round: u32, message: &[u8]) -> Result<Bytes, FrameError> {
 /// [`FrameError::TooLong`] beyond [`MAX_RUNS_BYTES`].
 pub fn missing(round: u32, message: &[u8]) -> Result<Bytes, FrameError> {
     whole(Kind::Missing, round, message, MAX_RUNS_BYTES)
+}
+
+/// The frame that carries an encoded `Ahead` message, ready to be sent.
+///
+/// # Errors
+/// [`FrameError::TooLong`] beyond [`MAX_AHEAD_BYTES`].
+pub fn ahead(round: u32, message: &[u8]) -> Result<Bytes, FrameError> {
+    whole(Kind::Ahead, round, message, MAX_AHEAD_BYTES)
 }
 
 fn whole(kind: Kind, round: u32, message: &[u8], limit: usize) -> Result<Bytes, FrameError> {

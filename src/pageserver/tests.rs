@@ -114,7 +114,7 @@ proptest! {
     }
 
     #[test]
-    fn no_header_panics_or_asks_for_too_much(bytes in any::<[u8; HEADER_BYTES]>(), kind in 0u8..8, codec in 0u8..4) {
+    fn no_header_panics_or_asks_for_too_much(bytes in any::<[u8; HEADER_BYTES]>(), kind in 0u8..9, codec in 0u8..4) {
         let mut bytes = bytes;
         (bytes[0], bytes[1]) = (kind, codec);
         if let Ok(header) = Header::decode(&bytes) {
@@ -214,7 +214,7 @@ fn headers_are_held_to_their_limits() {
     };
     assert!(matches!(head(&|_| ()), Ok(h) if h.kind() == Kind::Data));
     assert_eq!(head(&|b| b[0] = 0), Err(FrameError::Kind(0)));
-    assert_eq!(head(&|b| b[0] = 8), Err(FrameError::Kind(8)));
+    assert_eq!(head(&|b| b[0] = 9), Err(FrameError::Kind(9)));
     assert!(matches!(head(&|b| b[1] = 0), Err(FrameError::Codec { .. })));
     assert!(matches!(head(&|b| b[8] = 17), Err(FrameError::Field { field: "page count", .. })));
     assert!(matches!(head(&|b| b[8] = 0), Err(FrameError::Field { field: "page count", .. })));
@@ -230,6 +230,8 @@ fn a_long_state_is_refused_before_it_is_sent() {
     let long = vec![0; frame::MAX_STATE_BYTES + 1];
     assert!(matches!(frame::state(1, &long), Err(FrameError::TooLong { .. })));
     assert!(frame::state(1, &long[1..]).is_ok());
+    assert!(matches!(frame::ahead(1, &long[..=frame::MAX_AHEAD_BYTES]), Err(FrameError::TooLong { .. })));
+    assert!(frame::ahead(1, &long[..frame::MAX_AHEAD_BYTES]).is_ok());
 }
 
 #[test]

@@ -34,6 +34,8 @@ pub enum Content<'a> {
     State(Bytes),
     /// An encoded `PageRuns` message: pages that are void and will come late.
     Missing(Bytes),
+    /// An encoded `Ahead` message.
+    Ahead(Bytes),
 }
 
 /// The pages of a Data frame.
@@ -136,6 +138,7 @@ impl Unpacker {
             Kind::Layout => whole().map(Content::Layout),
             Kind::State => whole().map(Content::State),
             Kind::Missing => whole().map(Content::Missing),
+            Kind::Ahead => whole().map(Content::Ahead),
             Kind::RoundEnd => whole().map(|_| Content::RoundEnd),
         }
     }

@@ -24,6 +24,7 @@ use crate::engine::state::objects::{self, ObjectBook, ObjectError, Selected, Sum
 use crate::engine::sys::vm::RemoteRange;
 use crate::pageserver::frame::{self, FrameError};
 use crate::pageserver::pack::{Compression, PackError, PackStats, Packer};
+use crate::proto::files::Ahead;
 use crate::proto::image::{Layout, Object, Process, Vma};
 
 pub use late::{Following, Remainder};
@@ -341,6 +342,23 @@ impl Precopy {
         sink: &mut impl Sink<E>,
     ) -> Result<(), PrecopyError<E>> {
         self.put(frame::state(round, &process.encode_to_vec())?, sink)
+    }
+
+    /// Sends connections whose sockets can be made. What is too long for a frame is not sent: it need not be.
+    ///
+    /// # Errors
+    /// See [`PrecopyError`].
+    pub fn send_ahead<E: std::error::Error>(
+        &mut self,
+        round: u32,
+        connections: &Ahead,
+        sink: &mut impl Sink<E>,
+    ) -> Result<(), PrecopyError<E>> {
+        match frame::ahead(round, &connections.encode_to_vec()) {
+            Ok(bytes) => self.put(bytes, sink),
+            Err(FrameError::TooLong { .. }) => Ok(()),
+            Err(error) => Err(error.into()),
+        }
     }
 
     fn put<E: std::error::Error>(

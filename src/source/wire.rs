@@ -44,6 +44,7 @@ pub(super) fn to_control(tell: &Tell, id: MigrationId, begin: &Begin, late: &[La
 pub(super) struct Extras {
     pub timings: Option<Timings>,
     pub lost_datagrams: u64,
+    pub made_ahead: u64,
     pub urgent_port: u16,
     pub takes_queued: bool,
     pub missing: Option<PageRuns>,
@@ -62,7 +63,7 @@ pub(super) fn to_message(message: Control) -> Result<(Message, Extras), Unexpect
         Some(Body::RoundPlaced(m)) => Message::RoundPlaced(m.round),
         Some(Body::Prepared(m)) => {
             extras.timings = m.timings;
-            extras.lost_datagrams = m.lost_datagrams;
+            (extras.lost_datagrams, extras.made_ahead) = (m.lost_datagrams, m.made_ahead);
             Message::Prepared
         }
         Some(Body::Committed(m)) => {

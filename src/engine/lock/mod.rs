@@ -103,6 +103,10 @@ pub enum LockError {
 pub struct Lock {
     netlink: Netlink,
     name: String,
+    /// What [`Lock::close_on`] has locked: not done twice.
+    closed: HashSet<Connection>,
+    /// Local ends that are locked whatever the other end is, likewise.
+    whole: HashSet<SocketAddr>,
 }
 
 impl Lock {
@@ -115,7 +119,8 @@ impl Lock {
         let failed = |errno| LockError::Table { step: "making", errno };
         let netlink = Netlink::open_for(SockProtocol::NetlinkNetFilter).map_err(failed)?;
         netlink.allow_long_messages(BATCH_BYTES).map_err(failed)?;
-        let mut lock = Self { netlink, name: name.to_owned() };
+        let (closed, whole) = (HashSet::new(), HashSet::new());
+        let mut lock = Self { netlink, name: name.to_owned(), closed, whole };
         lock.transact(&nft::create(name)).map_err(failed)?;
         Ok(lock)
     }
@@ -125,12 +130,24 @@ impl Lock {
     /// # Errors
     /// If there are too many, or the kernel refuses; then none of them is locked.
     pub fn close_on(&mut self, connections: &[Connection]) -> Result<(), LockError> {
-        let mut whole = whole::crowded(connections);
+        let new: Vec<Connection> = connections.iter().filter(|c| !self.has(c)).copied().collect();
+        if new.is_empty() {
+            return Ok(());
+        }
+        let mut whole = whole::crowded(&new);
         if !whole.is_empty() {
             let others = diag::others_at(&whole, connections).map_err(LockError::List)?;
             whole.retain(|local| !others.contains(local));
         }
-        self.close(connections, &whole)
+        self.close(&new, &whole)?;
+        self.closed.extend(new);
+        self.whole.extend(whole);
+        Ok(())
+    }
+
+    fn has(&self, connection: &Connection) -> bool {
+        let by_end = connection.remote.is_some() && self.whole.contains(&connection.local);
+        by_end || self.closed.contains(connection)
     }
 
     /// The local ends in `whole` are locked whatever the other end is.
@@ -187,6 +204,7 @@ impl Lock {
     /// # Errors
     /// If the kernel refuses.
     pub fn release(&mut self) -> Result<(), LockError> {
+        self.forget();
         self.transact(&nft::clear(&self.name)).map_err(|errno| LockError::Table { step: "lifting", errno })
     }
 
@@ -196,8 +214,14 @@ impl Lock {
     /// # Errors
     /// If the kernel refuses; then everything is as it was.
     pub fn release_but(&mut self, kept: &[Connection]) -> Result<(), LockError> {
+        self.forget();
         let messages = [nft::clear(&self.name), nft::deafen(&self.name, kept)].concat();
         self.transact(&messages).map_err(|errno| LockError::Table { step: "lifting", errno })
+    }
+
+    fn forget(&mut self) {
+        self.closed.clear();
+        self.whole.clear();
     }
 
     /// Removes the table, although others may hold the socket still.

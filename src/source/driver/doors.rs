@@ -28,6 +28,7 @@ impl Driver<'_> {
         }
         let inodes = lock::socket_inodes(self.config.pid)?;
         self.state.early = EarlyLook::at(self.config.pid, &inodes);
+        self.tell_ahead()?;
         self.keep_requests(&inodes)?;
         let lock = self.state.lock.as_mut().ok_or(ActionError::Order)?;
         let places = lock.close_on_listeners(&inodes)?;

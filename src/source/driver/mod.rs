@@ -3,6 +3,7 @@
 //! Runs on one thread, which is the tracer of the process. The network has a thread of its own (see
 //! `transport`), so frames leave while the next ones are read.
 
+mod ahead;
 mod backlog;
 mod doors;
 mod late;
@@ -309,6 +310,7 @@ impl Driver<'_> {
             Message::Drained => self.take_stats(extras.stats),
             _ => {}
         }
+        self.report.connections_ahead = self.report.connections_ahead.max(extras.made_ahead);
         if extras.lost_datagrams > 0 {
             let why = format!("{} that were not read yet were lost on the way", extras.lost_datagrams);
             self.report.notes.push(Reason::new("datagrams", why, ""));

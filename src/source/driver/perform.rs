@@ -324,6 +324,7 @@ impl Driver<'_> {
         self.state.owes = sent?;
         posting.remaining(0);
         (self.state.closing, self.state.carried) = (captured.closing, captured.carried);
+        self.report.connections = self.state.carried.len() as u64;
         self.state.seen = captured.seen;
         precopy.send_state(round, &captured.process, &mut sink)?;
         // While the destination is at work.

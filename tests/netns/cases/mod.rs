@@ -1,5 +1,6 @@
 //! The cases, by what they show.
 
+mod ahead;
 mod clocks;
 mod crash;
 mod drain;
@@ -37,6 +38,7 @@ pub(crate) fn all() -> Vec<Case> {
         segments::cases(),
         servers::cases(),
         tcp::cases(),
+        ahead::cases(),
         live::cases(),
         grid::cases(),
         stall::cases(),

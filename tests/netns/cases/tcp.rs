@@ -25,10 +25,10 @@ const MOVE: Duration = Duration::from_secs(120);
 const PATIENCE: Duration = Duration::from_secs(30);
 /// Connections of each kind: streams, one request after the other, and such that wait.
 #[derive(Clone, Copy)]
-struct Crowd {
-    streams: usize,
-    calls: usize,
-    idle: usize,
+pub(super) struct Crowd {
+    pub(super) streams: usize,
+    pub(super) calls: usize,
+    pub(super) idle: usize,
 }
 const FEW: Crowd = Crowd { streams: 4, calls: 2, idle: 100 };
 const MANY: Crowd = Crowd { streams: 0, calls: 200, idle: 2000 };
@@ -304,7 +304,7 @@ fn received(host: &Host) -> Result<u64> {
 }
 
 /// Streams through the echo in both directions, one request after the other, and connections that wait.
-struct Clients {
+pub(super) struct Clients {
     stop: Arc<AtomicBool>,
     /// Bytes that came back, of each; the longest wait.
     progress: Vec<Arc<Progress>>,
@@ -327,7 +327,7 @@ impl Progress {
 }
 
 impl Clients {
-    fn start(lan: &Lan, address: &str, crowd: Crowd) -> Result<Self> {
+    pub(super) fn start(lan: &Lan, address: &str, crowd: Crowd) -> Result<Self> {
         let address = SocketAddr::new(address.parse()?, PORT);
         let dial = move || -> io::Result<Vec<TcpStream>> {
             (0..crowd.streams + crowd.calls + crowd.idle)
@@ -369,7 +369,7 @@ impl Clients {
     }
 
     /// Each of the busy ones gets something back, and the idle ones as well.
-    fn get_on(&self) -> Result {
+    pub(super) fn get_on(&self) -> Result {
         let before: Vec<u64> = self.progress.iter().map(|p| p.bytes.load(Ordering::Relaxed)).collect();
         let waited = wait_for("all clients getting on", PATIENCE, || {
             let all = self.progress.iter().zip(&before);
@@ -392,7 +392,7 @@ impl Clients {
     }
 
     /// Ends all streams, and looks whether everything came back. The longest wait for anything.
-    fn finish(self) -> Result<Duration> {
+    pub(super) fn finish(self) -> Result<Duration> {
         self.stop.store(true, Ordering::Relaxed);
         for thread in self.threads {
             thread.join().map_err(|_| "a client panicked")??;

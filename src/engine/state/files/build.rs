@@ -4,9 +4,11 @@ use std::fs::OpenOptions;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
+use std::sync::Arc;
+use std::time::Instant;
 
 use super::capture::boot_id;
-use super::tcp::{Recipes, Silent, SilentConnections};
+use super::tcp::{AheadSockets, Silent, SilentConnections};
 use super::unix_names::UnixNames;
 use super::{
     RestoreFilesError, Trouble, errno_of, eventfd, ip_socket, memfd, netlink, path, pipe, signalfd, tcp,
@@ -27,10 +29,12 @@ const MAX_FDS: u32 = 1 << 20;
 pub struct Built {
     pub(super) files: Files,
     /// One per description; those that only the process can make are still missing.
-    pub(super) made: Vec<Option<OwnedFd>>,
+    pub(super) made: Vec<Option<Arc<OwnedFd>>>,
     silent: SilentConnections,
     /// Datagrams that were not read yet and are not in the new sockets, as if the network had lost them.
     pub lost_datagrams: u64,
+    /// Connections whose sockets were made ahead.
+    pub made_ahead: usize,
     /// Names of unix sockets, to be published when the process is about to run.
     pub names: UnixNames,
 }
@@ -60,7 +64,8 @@ fn number_of(files: &Files, description: usize) -> u32 {
 
 /// Makes the descriptions. Listening sockets are bound but do not listen before [`super::install()`].
 /// Standard streams that were left behind lead to `stdio_log`, or to /dev/null. The clocks of the process
-/// will read `shift` more than ours; `objects` is the shared memory it has.
+/// will read `shift` more than ours; `objects` is the shared memory it has. Of the sockets in `ahead` those are used
+/// that are what they should be.
 ///
 /// # Errors
 /// If something cannot be made as it was, or the description is not valid.
@@ -69,6 +74,7 @@ pub fn build(
     stdio_log: Option<&Path>,
     shift: &Shift,
     objects: &Objects,
+    ahead: AheadSockets,
 ) -> Result<Built, RestoreFilesError> {
     validate(files)?;
     let same_kernel = !files.boot_id.is_empty() && files.boot_id == boot_id();
@@ -91,36 +97,53 @@ pub fn build(
     if lost_datagrams > 0 {
         tracing::warn!(lost_datagrams, "unread datagrams were lost on the way");
     }
-    let silent = connect(files, &mut made)?;
-    Ok(Built { files: outline(files), made, silent, lost_datagrams, names })
+    let mut made: Vec<_> = made.into_iter().map(|fd| fd.map(Arc::new)).collect();
+    let (silent, made_ahead) = connect(files, &mut made, ahead)?;
+    Ok(Built { files: outline(files), made, silent, lost_datagrams, made_ahead, names })
 }
 
 /// The connections, in TCP_REPAIR. Last: there they bind beside a socket that will listen on their port,
 /// which the other way round is refused.
-fn connect(files: &Files, made: &mut [Option<OwnedFd>]) -> Result<SilentConnections, RestoreFilesError> {
-    let mut recipes = Recipes::default();
-    let mut wanted = Vec::new();
+fn connect(
+    files: &Files,
+    made: &mut [Option<Arc<OwnedFd>>],
+    ahead: AheadSockets,
+) -> Result<(SilentConnections, usize), RestoreFilesError> {
+    let began = Instant::now();
+    let mut ahead = ahead;
+    ahead.begin();
+    let mut wanted = Vec::with_capacity(files.descriptions.len());
     for (index, description) in files.descriptions.iter().enumerate() {
         if let Some(Kind::TcpConnection(image)) = &description.kind {
             let recipe =
-                recipes.of(image, &files.option_sets).map_err(|t| t.for_fd(number_of(files, index)))?;
-            wanted.push((index, description, image, recipe));
+                ahead.recipe_of(image, &files.option_sets).map_err(|t| t.for_fd(number_of(files, index)))?;
+            let early = ahead.take(image, &recipe);
+            wanted.push((index, description, image, recipe, early));
         }
     }
-    let connections = many::map(&wanted, |(index, description, image, recipe)| {
-        let connection = Silent::make(image, description.flags.cast_signed(), recipe);
-        let finished = connection.and_then(|(silent, fd)| finish(&fd, description).map(|()| (silent, fd)));
+    let compared = began.elapsed();
+    // Some may have the ends of what is made now.
+    ahead.drop_rest();
+    let connections = many::map(&wanted, |(index, description, image, recipe, early)| {
+        let flags = description.flags.cast_signed();
+        let early = early.as_ref().and_then(|early| early.give(image, flags));
+        let was_early = early.is_some();
+        let connection = early.map_or_else(|| Silent::make(image, flags, recipe), Ok);
+        let finished =
+            connection.and_then(|silent| finish(&silent.socket(), description).map(|()| (silent, was_early)));
         finished.map_err(|t| t.for_fd(number_of(files, *index)))
     });
-    let mut all = Vec::with_capacity(connections.len());
+    let (mut all, mut made_ahead) = (Vec::with_capacity(connections.len()), 0);
     for ((index, ..), connection) in wanted.iter().zip(connections) {
-        let (silent, fd) = connection?;
-        all.push(silent);
+        let (silent, was_early) = connection?;
+        made_ahead += usize::from(was_early);
         if let Some(slot) = made.get_mut(*index) {
-            *slot = Some(fd);
+            *slot = Some(silent.socket());
         }
+        all.push(silent);
     }
-    Ok(SilentConnections::new(all))
+    tracing::debug!(made_ahead, of = all.len(), ?compared, took = ?began.elapsed(), "connections are there");
+    Ok((SilentConnections::new(all), made_ahead))
 }
 
 /// The description without what only the making of connections needs, which may be much.

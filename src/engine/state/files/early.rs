@@ -24,6 +24,7 @@ use crate::engine::many;
 use crate::engine::reason::chain;
 use crate::engine::remote::Tid;
 use crate::engine::sys::{perf, pidfd};
+use crate::proto::files::Ahead;
 
 /// Fewer sockets are read as fast when the process stands still.
 const WORTH_IT: usize = 100;
@@ -78,6 +79,15 @@ impl EarlyLook {
     /// Whether no option can have changed since. For sure once the process stands still.
     pub fn holds(&self) -> bool {
         self.calls.are_none()
+    }
+
+    /// The quiet connections as they are now: those that are established, with nothing in their queues and nothing
+    /// unusual. They may have changed by the time that this returns. Their options are the ones that were seen before.
+    /// It disturbs neither the process nor the connections. None where the kernel cannot do it.
+    pub fn quiet_connections(&self) -> Ahead {
+        let Some(seen) = self.glance() else { return Ahead::default() };
+        let known = |(inode, image)| tcp::with_options(image, self.known.get(&inode)?);
+        Ahead { connections: seen.all_quiet().filter_map(known).collect(), option_sets: self.sets.all() }
     }
 
     /// The inodes of the sockets that the process has now, of whatever kind; `None` where the kernel cannot tell as fast.

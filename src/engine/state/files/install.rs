@@ -7,6 +7,7 @@
 
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
 
 use nix::errno::Errno;
 
@@ -190,7 +191,7 @@ fn make_pairs(calls: &mut Calls<'_>, built: &mut Built) -> Result<(), RestoreFil
         let fd = slot.and_then(Option::take).ok_or(RestoreFilesError::Invalid("an end of a socket pair"))?;
         let number = built.files.fds.iter().find(|f| f.description as usize == index).map_or(0, |f| f.number);
         finish(&fd, description).map_err(|t| t.for_fd(number))?;
-        *made = Some(fd);
+        *made = Some(Arc::new(fd));
     }
     Ok(())
 }
@@ -248,7 +249,7 @@ fn place(
             gaps.push(sent.len());
             sent.push(filler.as_fd());
         }
-        let made = built.made.get(fd.description as usize).and_then(Option::as_ref);
+        let made = built.made.get(fd.description as usize).and_then(Option::as_deref);
         sent.push(made.ok_or(RestoreFilesError::Invalid("a description that nothing makes"))?.as_fd());
     }
     send_all(calls, parked, channel, &sent)?;

@@ -56,8 +56,9 @@ pub use path::{add_content, compare_here, describe};
 pub use scan::Descriptors;
 pub(in crate::engine) use tcp::received_by;
 pub use tcp::{
-    ListenPort, SilentConnections, TakenQueues, close_peers, drop_connections, drop_silently, is_listening,
-    is_unsettled, leave_repair, port_free, take_queued, unsettled, wake_connections,
+    AheadSockets, ListenPort, MOST_AHEAD, SilentConnections, TakenQueues, close_peers, drop_connections,
+    drop_silently, is_listening, is_unsettled, leave_repair, port_free, take_queued, unsettled,
+    wake_connections,
 };
 pub use unix_names::UnixNames;
 

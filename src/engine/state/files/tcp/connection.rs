@@ -314,10 +314,13 @@ pub(super) fn make(image: &TcpConnection, flags: c_int, recipe: &Recipe) -> Resu
     Ok(fd)
 }
 
-/// Lets the timestamps go on. Since Linux 6.7 the lowest bit chooses a clock that counts microseconds; before, it is one
+/// Lets the timestamps go on, where they were agreed on. Since Linux 6.7 the lowest bit chooses a clock that counts microseconds; before, it is one
 /// of the time in milliseconds. That may never seem to go back.
-fn set_clock(fd: BorrowedFd<'_>, image: &TcpConnection) -> Result<(), Trouble> {
+pub(super) fn resume_clock(fd: BorrowedFd<'_>, image: &TcpConnection) -> Result<(), Trouble> {
     let step = Trouble::step;
+    if image.negotiated & TIMESTAMPS == 0 {
+        return Ok(());
+    }
     let in_microseconds = image.negotiated & IN_MICROSECONDS != 0;
     let clock = if in_microseconds { image.timestamp | 1 } else { image.timestamp.wrapping_add(1) & !1 };
     socket::set_option(fd, IPPROTO_TCP, libc::TCP_TIMESTAMP, &clock.to_ne_bytes())
@@ -361,8 +364,8 @@ pub(super) fn complete(fd: BorrowedFd<'_>, image: &TcpConnection) -> Result<bool
     }
     if image.negotiated & TIMESTAMPS != 0 {
         agree(CODE_TIMESTAMPS, 0);
-        set_clock(fd, image)?;
     }
+    resume_clock(fd, image)?;
     agree(CODE_SEGMENT, image.segment_limit);
     socket::set_option(fd, IPPROTO_TCP, libc::TCP_REPAIR_OPTIONS, &agreed)
         .map_err(step("setting what a TCP connection has agreed on"))?;

@@ -31,7 +31,7 @@ use crate::proto::files::TcpConnection;
 /// A connection that is silent yet, by a descriptor of ours. The process has the same.
 #[derive(Debug)]
 pub(in super::super) struct Silent {
-    fd: OwnedFd,
+    fd: Arc<OwnedFd>,
     /// Has what it gets back when it is live.
     recipe: Arc<Recipe>,
     /// As far as it is still needed.
@@ -127,26 +127,41 @@ impl SilentConnections {
 }
 
 impl Silent {
-    /// Makes one, in `TCP_REPAIR`; the second descriptor of it is for the process. `flags` are those of the
-    /// description.
+    /// Makes one, in `TCP_REPAIR`. `flags` are those of the description.
     pub(in super::super) fn make(
         image: &TcpConnection,
         flags: c_int,
         recipe: &Arc<Recipe>,
-    ) -> Result<(Self, OwnedFd), Trouble> {
+    ) -> Result<Self, Trouble> {
         let fd = make(image, flags, recipe)?;
         let complete = image.connecting || complete(fd.as_fd(), image)?;
+        Self::of(Arc::new(fd), image, recipe, complete, false)
+    }
+
+    /// With a socket that was made, and is complete or not. `left`: no queue is chosen.
+    pub(super) fn of(
+        fd: Arc<OwnedFd>,
+        image: &TcpConnection,
+        recipe: &Arc<Recipe>,
+        complete: bool,
+        left: bool,
+    ) -> Result<Self, Trouble> {
         let owes = !complete || image.connecting || image.write_ended || !image.unsent.is_empty();
         let queue = if owes { Queue::Send } else { Queue::None };
-        tcp::choose_queue(fd.as_fd(), queue).map_err(Trouble::step("leaving a queue"))?;
+        if owes || !left {
+            tcp::choose_queue(fd.as_fd(), queue).map_err(Trouble::step("leaving a queue"))?;
+        }
         if complete && !(image.sent.is_empty() && image.received.is_empty()) {
             set_buffers(fd.as_fd(), image, Room::AsBefore, recipe)?;
         }
-        let ours =
-            fd.try_clone().map_err(|e| Trouble::Step("duplicating a socket", super::super::errno_of(&e)))?;
         let (quiet, recipe) = (!image.connecting && is_quiet(image), recipe.clone());
         let image = still_needed(image, complete);
-        Ok((Self { fd: ours, recipe, image, complete, owes, quiet }, fd))
+        Ok(Self { fd, recipe, image, complete, owes, quiet })
+    }
+
+    /// The socket, which the process is to have too.
+    pub(in super::super) fn socket(&self) -> Arc<OwnedFd> {
+        self.fd.clone()
     }
 
     fn complete(&self) -> Result<(), Trouble> {

@@ -9,6 +9,7 @@
 //! with EPERM; with repair off it sends its FIN again and again.) The peer learns of the end from the
 //! source, by [`close_peers`] after the commit.
 
+mod ahead;
 mod buffers;
 mod connection;
 mod diag;
@@ -41,6 +42,7 @@ use crate::proto::files::{OptionSet, SocketOption, TcpClosed, TcpConnection, Tcp
 use connection::{POLLED, QueueRoom};
 pub(super) use table::{Known, Sets};
 
+pub use ahead::{AheadSockets, MOST_AHEAD};
 pub(in crate::engine) use diag::received_by;
 pub(super) use glance::{Glance, Seen};
 pub(super) use list::examine;
@@ -48,7 +50,6 @@ pub use list::{is_unsettled, unsettled};
 pub(super) use live::Silent;
 pub use live::{SilentConnections, drop_connections, drop_silently, leave_repair, wake_connections};
 pub use queued::{TakenQueues, is_listening, take_queued};
-pub(super) use recipe::Recipes;
 
 /// Headers of IPv6 that are sent with each segment.
 const EXTENSIONS: [c_int; 4] =
@@ -137,8 +138,7 @@ impl Captures {
     pub(super) fn quiet(&self, open: &Open) -> Option<TcpConnection> {
         let inode = open.stat.ino();
         let image = self.seen.as_ref()?.quiet(open.number, inode)?;
-        let known = self.known.get(&inode).filter(|known| known.family == image.family)?;
-        Some(TcpConnection { option_set: known.number, ..image })
+        with_options(image, self.known.get(&inode)?)
     }
 
     /// The family of a socket that is known to be a connection.
@@ -154,6 +154,11 @@ impl Captures {
     pub(super) fn into_sets(self) -> Vec<OptionSet> {
         self.sets.into_all()
     }
+}
+
+/// A connection that was seen at a glance, with the options that it is known to have.
+pub(super) fn with_options(image: TcpConnection, known: &Known) -> Option<TcpConnection> {
+    (image.family == known.family).then_some(TcpConnection { option_set: known.number, ..image })
 }
 
 /// Reads a TCP socket of this family; the queues of a live connection only if there is room for them.
@@ -342,10 +347,23 @@ pub(super) fn make(image: &TcpSocket) -> Result<OwnedFd, Trouble> {
     if !image.address.is_empty() {
         let (address, port) = address_of(&image.address, image.port)?;
         set_freebind(fd.as_fd()).map_err(Trouble::step("preparing to bind"))?;
-        socket::bind(fd.as_fd(), address, port).map_err(Trouble::step("binding a TCP socket"))?;
+        bind_beside(fd.as_fd(), address, port).map_err(Trouble::step("binding a TCP socket"))?;
     }
     options::apply(fd.as_fd(), &image.options, &[&FREEBIND])?;
     Ok(fd)
+}
+
+/// Binds a socket also where connections of its port are there already, made ahead: at the source they came after it.
+/// What listens there is in its way all the same.
+fn bind_beside(fd: BorrowedFd<'_>, address: IpAddr, port: u16) -> Result<(), Errno> {
+    match socket::bind(fd, address, port) {
+        Err(Errno::EADDRINUSE) => {}
+        bound => return bound,
+    }
+    let reuse = socket::int_option(fd, SOL_SOCKET, libc::SO_REUSEADDR)?;
+    socket::set_int_option(fd, SOL_SOCKET, libc::SO_REUSEADDR, 1)?;
+    socket::bind(fd, address, port)?;
+    socket::set_int_option(fd, SOL_SOCKET, libc::SO_REUSEADDR, reuse)
 }
 
 /// Opens the port, as late as possible.

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use libc::{AF_INET, IPPROTO_IP, SOL_SOCKET};
+use prost::Message as _;
 
 use super::super::Trouble;
 use super::table::{CLASSES, LATER, SET, SO_BUF_LOCK, names, value_of};
@@ -16,11 +17,13 @@ use crate::proto::files::{OptionSet, SocketOption, TcpConnection};
 
 /// The recipes that the connections of a process need.
 #[derive(Debug, Default)]
-pub(in super::super) struct Recipes {
+pub(super) struct Recipes {
     /// What sockets of IPv4 and IPv6 have that nobody has set anything of, once asked for.
     families: [Option<NewSocket>; 2],
     /// By family and number of the set.
     known: HashMap<(c_int, u32), Arc<Recipe>>,
+    /// By family and what is in the set, encoded.
+    by_contents: HashMap<(c_int, Vec<u8>), Arc<Recipe>>,
 }
 
 /// A new socket of one family.
@@ -41,6 +44,8 @@ pub(in super::super) struct Recipe {
     /// SO_REUSEADDR, IP_TRANSPARENT and SO_BUF_LOCK as they were.
     pub(super) reuse: c_int,
     pub(super) transparent: c_int,
+    /// SO_KEEPALIVE, which is set with the others.
+    pub(super) keep_alive: c_int,
     pub(super) locked: c_int,
     /// The receive buffer of a new socket.
     pub(super) receive_buffer: c_int,
@@ -50,25 +55,37 @@ pub(in super::super) struct Recipe {
 
 impl Recipes {
     /// The recipe for a connection, whose options are among `sets`.
-    pub(in super::super) fn of(
-        &mut self,
-        image: &TcpConnection,
-        sets: &[OptionSet],
-    ) -> Result<Arc<Recipe>, Trouble> {
+    pub(super) fn of(&mut self, image: &TcpConnection, sets: &[OptionSet]) -> Result<Arc<Recipe>, Trouble> {
         let key = (image.family, image.option_set);
         if let Some(known) = self.known.get(&key) {
             return Ok(known.clone());
         }
         let set = sets.get(image.option_set as usize).ok_or(Trouble::Invalid("a set of socket options"))?;
-        let [v4, v6] = &mut self.families;
-        let slot = if image.family == AF_INET { v4 } else { v6 };
-        let new = match slot {
-            Some(new) => new,
-            None => slot.insert(NewSocket::of(image.family)?),
-        };
-        let recipe = Arc::new(Recipe::new(&set.options, new)?);
+        let recipe = self.of_set(image.family, set)?;
         self.known.insert(key, recipe.clone());
         Ok(recipe)
+    }
+
+    /// The recipe for a set; one that was there before is the same.
+    fn of_set(&mut self, family: c_int, set: &OptionSet) -> Result<Arc<Recipe>, Trouble> {
+        let key = (family, set.encode_to_vec());
+        if let Some(recipe) = self.by_contents.get(&key) {
+            return Ok(recipe.clone());
+        }
+        let [v4, v6] = &mut self.families;
+        let slot = if family == AF_INET { v4 } else { v6 };
+        let new = match slot {
+            Some(new) => new,
+            None => slot.insert(NewSocket::of(family)?),
+        };
+        let recipe = Arc::new(Recipe::new(&set.options, new)?);
+        self.by_contents.insert(key, recipe.clone());
+        Ok(recipe)
+    }
+
+    /// Other sets have the numbers from here on.
+    pub(super) fn forget_numbers(&mut self) {
+        self.known.clear();
     }
 }
 
@@ -125,6 +142,7 @@ impl Recipe {
             tried: AtomicBool::new(false),
             reuse: value(SOL_SOCKET, libc::SO_REUSEADDR),
             transparent: value(IPPROTO_IP, libc::IP_TRANSPARENT),
+            keep_alive: value(SOL_SOCKET, libc::SO_KEEPALIVE),
             locked: value(SOL_SOCKET, SO_BUF_LOCK) & 3,
             receive_buffer: new.receive_buffer,
             largest_buffer: new.largest_buffer,

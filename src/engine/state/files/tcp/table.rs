@@ -111,6 +111,14 @@ impl Sets {
         Ok(one)
     }
 
+    /// All that there are by now, by number.
+    pub(in super::super) fn all(&self) -> Vec<OptionSet> {
+        let known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut all: Vec<&Known> = known.values().collect();
+        all.sort_unstable_by_key(|known| known.number);
+        all.into_iter().map(|known| known.set.as_ref().clone()).collect()
+    }
+
     /// All of them, by number.
     pub(super) fn into_all(self) -> Vec<OptionSet> {
         let known = self.0.into_inner().unwrap_or_else(PoisonError::into_inner);

@@ -6,7 +6,7 @@ use libc::{AF_INET, AF_INET6, IPPROTO_IP, IPPROTO_IPV6, IPPROTO_UDP, SOCK_DGRAM,
 
 use super::network::with_network;
 use super::sockets::set;
-use super::{Held, all_free, arrive, build, capture, moved, options};
+use super::{AheadSockets, Held, all_free, arrive, build, capture, moved, options};
 use crate::engine::clocks::Shift;
 use crate::engine::state::objects::Objects;
 use crate::engine::sys::datagram;
@@ -210,7 +210,8 @@ fn the_address_a_datagram_was_sent_to_is_kept_or_the_datagram_is_lost() {
             socket.queue[0].to = vec![203, 0, 113, 7];
         }
         until("that its port is free", || all_free(&elsewhere));
-        let built = build(&elsewhere, None, &Shift::default(), &Objects::default()).unwrap();
+        let built =
+            build(&elsewhere, None, &Shift::default(), &Objects::default(), AheadSockets::default()).unwrap();
         assert_eq!(built.lost_datagrams, 1);
     });
 }

@@ -22,7 +22,7 @@ mod unix;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::process::{Command, Stdio};
 
-use super::{CapturedFiles, FilesOptions, SilentConnections, build, capture, install};
+use super::{AheadSockets, CapturedFiles, FilesOptions, SilentConnections, build, capture, install};
 use crate::engine::clocks::Shift;
 use crate::engine::freeze::Frozen;
 use crate::engine::remote::{Arg, Batch, RemoteCalls};
@@ -243,13 +243,23 @@ pub(super) fn arrive_silent(
     image: &crate::proto::files::Files,
     log: Option<&std::path::Path>,
 ) -> (Held, SilentConnections) {
+    let (there, silent, _) = arrive_after(image, log, AheadSockets::default());
+    (there, silent)
+}
+
+/// Likewise, where sockets were made ahead; how many of them were of use.
+pub(super) fn arrive_after(
+    image: &crate::proto::files::Files,
+    log: Option<&std::path::Path>,
+    ahead: AheadSockets,
+) -> (Held, SilentConnections, usize) {
     until("that its ports are free", || all_free(image));
     let (ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
     let mut there = Held::start(Stdio::from(OwnedFd::from(theirs)));
-    let mut built = build(image, log, &Shift::default(), &Objects::default()).unwrap();
-    let silent = built.take_connections();
+    let mut built = build(image, log, &Shift::default(), &Objects::default(), ahead).unwrap();
+    let (silent, made_ahead) = (built.take_connections(), built.made_ahead);
     let mut names = std::mem::take(&mut built.names);
     install(there.calls(), 0, ours.as_fd(), built).unwrap();
     names.publish();
-    (there, silent)
+    (there, silent, made_ahead)
 }

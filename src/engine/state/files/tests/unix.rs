@@ -11,7 +11,7 @@ use std::path::Path;
 use libc::{SOCK_DGRAM, SOCK_SEQPACKET, SOCK_STREAM, SOL_SOCKET};
 
 use super::sockets::set;
-use super::{Held, arrive, build, capture, moved, options};
+use super::{AheadSockets, Held, arrive, build, capture, moved, options};
 use crate::engine::clocks::Shift;
 use crate::engine::state::objects::Objects;
 use crate::engine::sys::{datagram, fds, socket};
@@ -133,7 +133,7 @@ fn a_name_that_is_used_there_is_left_alone() {
     bound(&mut s, SOCK_DGRAM, bytes(&path));
     let image = capture(s.pid(), &options()).unwrap().image;
     let refusal = || {
-        let built = build(&image, None, &Shift::default(), &Objects::default());
+        let built = build(&image, None, &Shift::default(), &Objects::default(), AheadSockets::default());
         built.unwrap_err().to_string()
     };
     assert!(refusal().contains("in use"), "{}", refusal());
@@ -146,7 +146,9 @@ fn a_name_that_is_used_there_is_left_alone() {
     drop(UnixDatagram::bind(&path).unwrap());
     let stale = path.metadata().unwrap().ino();
     // As soon as no process that another test is starting has a copy of that socket.
-    until("that nobody uses it", || build(&image, None, &Shift::default(), &Objects::default()).is_ok());
+    until("that nobody uses it", || {
+        build(&image, None, &Shift::default(), &Objects::default(), AheadSockets::default()).is_ok()
+    });
     assert_eq!((names_in(directory.path()), path.metadata().unwrap().ino()), (vec!["n".to_owned()], stale));
     drop(arrive(&image, None));
     assert_ne!(path.metadata().unwrap().ino(), stale);

@@ -195,4 +195,11 @@ impl Seen {
     pub(in super::super) fn quiet(&self, number: i32, inode: u64) -> Option<TcpConnection> {
         self.record(number, inode)?.quiet()
     }
+
+    /// All connections that are quiet, without their options, and their inodes.
+    pub(in super::super) fn all_quiet(&self) -> impl Iterator<Item = (u64, TcpConnection)> {
+        let records = self.bytes.chunks_exact(self.layout.bytes);
+        let records = records.map(|bytes| Record { layout: self.layout, bytes });
+        records.filter_map(|record| Some((record.inode(), record.quiet()?)))
+    }
 }

@@ -2,8 +2,10 @@
 
 use std::collections::HashMap;
 
+use super::super::all_free;
 use super::*;
-use crate::engine::state::files::{EarlyLook, RestoreFilesError, ScannedProcesses, build};
+use crate::engine::state::files::{AheadSockets, EarlyLook, RestoreFilesError, ScannedProcesses, build};
+use crate::engine::trial::until;
 use crate::proto::files::description::Kind;
 use crate::proto::files::{Files, TcpConnection};
 
@@ -30,7 +32,7 @@ fn captured_after(s: &mut Held, look: EarlyLook) -> CapturedFiles {
 }
 
 /// Ends a process whose connections go on; what they are said to be.
-fn gone(s: Held, captured: CapturedFiles) -> Files {
+pub(super) fn gone(s: Held, captured: CapturedFiles) -> Files {
     drop_silently(captured.carried);
     drop(captured.closing);
     drop(s);
@@ -171,7 +173,8 @@ fn a_set_that_is_not_there_is_an_error() {
                 connection.option_set = sets;
             }
         }
-        let built = build(&image, None, &Default::default(), &Default::default());
+        until("that its ports are free", || all_free(&image));
+        let built = build(&image, None, &Default::default(), &Default::default(), AheadSockets::default());
         assert!(matches!(built, Err(RestoreFilesError::Invalid("a set of socket options"))));
     });
 }

@@ -1,6 +1,7 @@
 //! Live TCP connections, moved under a client of another host.
 
 mod agreed;
+mod ahead;
 mod glance;
 mod many;
 mod paths;

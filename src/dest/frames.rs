@@ -1,0 +1,130 @@
+//! What the frames of the source bring: memory, sockets that can be made already, and the state of the process.
+
+use std::collections::HashSet;
+use std::time::{Duration, Instant};
+
+use super::assemble::Applied;
+use super::driver::{Driver, OWN_LINK};
+use super::protocol::Event;
+use super::steps::ActionError;
+use crate::engine::lock::{self, Connection, connection_of};
+use crate::engine::reason::chain;
+use crate::engine::state::files;
+use crate::engine::{alive, clocks, remap, restore};
+use crate::migration::ProcessKey;
+use crate::operator::protocol::Phase;
+use crate::pageserver::frame::{Frame, HEADER_BYTES};
+use crate::proto::files::Ahead;
+use crate::proto::image::Process;
+
+/// How often the machine is told that frames keep coming.
+const PROGRESS_EVERY: Duration = Duration::from_secs(1);
+/// Of connections that are all of one process, so many tell where it is.
+const SAMPLE: usize = 16;
+
+impl Driver {
+    pub(super) fn frame(&mut self, frame: &Frame, last_progress: &mut Instant) -> Option<Event> {
+        if self.drain.is_active() {
+            if let Err(error) = self.drain.place(frame) {
+                tracing::error!(error = chain(&error), "a page that was missing");
+                // It is missing still; the source learns that when it connects again.
+                self.link = None;
+                return Some(Event::LinkLost(OWN_LINK));
+            }
+            return None;
+        }
+        // Frames that were under way when we gave up are nobody's.
+        let assembly = self.assembly.as_mut()?;
+        self.posting.carried((HEADER_BYTES + frame.payload().len()) as u64);
+        let applied = assembly.apply(frame);
+        if assembly.is_missing_any()
+            && let Err(error) = self.drain.prepare_guard()
+        {
+            return Some(self.failed("guarding the missing pages", &error.into()));
+        }
+        match applied {
+            Ok(Applied::Placed) if last_progress.elapsed() > PROGRESS_EVERY => {
+                *last_progress = Instant::now();
+                Some(Event::Progress)
+            }
+            Ok(Applied::Placed) => None,
+            Ok(Applied::Ahead(ahead)) => {
+                self.make_ahead(ahead);
+                None
+            }
+            Ok(Applied::RoundEnd(round)) => {
+                self.posting.round(round.saturating_add(1));
+                Some(Event::RoundPlaced(round))
+            }
+            Ok(Applied::State(mut process)) => match self.restore(&mut process) {
+                Ok(key) => Some(Event::Applied(key)),
+                Err(error) => Some(self.failed("restoring the process", &error)),
+            },
+            Err(error) => Some(self.failed("placing memory", &error.into())),
+        }
+    }
+
+    /// The last frame has come: the rest of the state goes into the skeleton.
+    fn restore(&mut self, process: &mut Process) -> Result<ProcessKey, ActionError> {
+        self.clock.begin("build");
+        self.posting.phase(Phase::Frozen);
+        let (mut skeleton, missing) = self.assembly.take().ok_or(ActionError::Order)?.into_skeleton()?;
+        let log = self.state_dir.join("logs").join(format!("{}-{}.log", process.pid, self.id));
+        let mut descriptors = process.files.take().unwrap_or_default();
+        self.prepare_sockets(&mut descriptors)?;
+        let ahead = std::mem::take(&mut self.ahead);
+        let mut built = files::build(&descriptors, Some(&log), &self.shift, skeleton.objects(), ahead)?;
+        self.made_ahead = built.made_ahead as u64;
+        self.connections = built.take_connections();
+        self.names = std::mem::take(&mut built.names);
+        self.lost_datagrams = built.lost_datagrams;
+        if !missing.is_empty() {
+            self.clock.begin("watch");
+            self.drain.start(&mut skeleton, missing)?;
+            self.clock.begin("guard");
+            self.drain.entrust()?;
+        }
+        self.clock.begin("restore");
+        let elapsed = clocks::catch_up(process.clocks.as_ref(), &self.shift)?;
+        let restored = restore::restore(&mut skeleton, process, built, elapsed);
+        self.drain.restored();
+        restored?;
+        self.clock.end();
+        self.stopped = process.stopped;
+        self.masks = process.threads.iter().map(|t| (t.tid.cast_signed(), t.sigmask)).collect();
+        let start_ticks = alive::start_ticks(process.pid)?.ok_or(ActionError::Order)?;
+        self.skeleton = Some(skeleton);
+        let key = ProcessKey { pid: process.pid, start_ticks };
+        self.process = Some(key);
+        Ok(key)
+    }
+
+    /// Connections that do nothing: their sockets are made while the process is not here yet. None of them has to be
+    /// made; what is not is made in the end.
+    fn make_ahead(&mut self, mut ahead: Ahead) {
+        let began = Instant::now();
+        for image in &mut ahead.connections {
+            remap::apply_to(&mut image.local, &self.remaps);
+        }
+        let ends: Vec<_> = ahead.connections.iter().filter_map(connection_of).collect();
+        let Some(lock) = self.lock.as_mut() else { return };
+        let hidden = if are_here(&ends) { Ok(false) } else { lock.close_on(&ends).map(|()| true) };
+        match hidden {
+            Ok(true) => {}
+            Ok(false) => return,
+            Err(error) => {
+                tracing::debug!(error = chain(&error), "connections are not locked ahead");
+                return;
+            }
+        }
+        self.ahead.make(&ahead);
+        tracing::debug!(came = ends.len(), made = self.ahead.len(), took = ?began.elapsed(), "sockets made ahead");
+    }
+}
+
+/// Whether the network is the one of the process itself: its own connections would be locked, and its ports be taken
+/// from it.
+fn are_here(ends: &[Connection]) -> bool {
+    let some: HashSet<Connection> = ends.iter().take(SAMPLE).copied().collect();
+    !lock::reachable(&some).is_ok_and(|here| here.is_empty())
+}
