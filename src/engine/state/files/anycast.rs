@@ -5,12 +5,11 @@ use std::collections::{HashMap, HashSet};
 use std::fs;
 use std::net::Ipv6Addr;
 
-use libc::{AF_INET6, SOL_SOCKET};
+use libc::AF_INET6;
 
 use super::scan::{Open, Table};
 use crate::engine::procfs;
 use crate::engine::reason::Reason;
-use crate::engine::sys::socket;
 
 /// Longer prefixes have no anycast address of their routers (RFC 6164).
 const LONGEST_PREFIX: u32 = 126;
@@ -22,10 +21,7 @@ pub(super) fn reasons(table: &Table) -> Vec<Reason> {
     if listed.is_empty() {
         return Vec::new();
     }
-    let is_six = |open: &&Open| {
-        open.link_starts_with("socket:[")
-            && socket::int_option(open.fd(), SOL_SOCKET, libc::SO_DOMAIN) == Ok(AF_INET6)
-    };
+    let is_six = |open: &&Open| open.socket_domain() == Some(AF_INET6);
     let Some(open) = table.opens.iter().find(is_six) else { return Vec::new() };
     let reason = |(address, device): (Ipv6Addr, String)| {
         let why = format!(

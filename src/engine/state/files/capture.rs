@@ -46,9 +46,10 @@ pub struct CapturedFiles {
 /// # Errors
 /// If the process is gone or cannot be looked at; what cannot be carried is in the answer.
 pub fn check(pid: Tid, options: &FilesOptions) -> Result<FilesCheck, CaptureFilesError> {
-    let table = Table::read(pid, true)?;
-    let collector = Collector::new(&table, options, false, &ScannedProcesses::default());
-    let collected = collector.collect(Captures::new(false));
+    let (looker, captures) = (Looker::new(pid, options), Captures::new(false));
+    let (table, connections) = Table::read(pid, |open| looker.look(open, &captures))?;
+    let collector = Collector::new(&table, looker, false, &ScannedProcesses::default());
+    let collected = collector.collect(captures, connections);
     let reasons = collected.reasons(&table, true)?;
     let highest = table.opens.last().map_or(0, |open| open.number.unsigned_abs());
     let mut found = FilesCheck { reasons, scanned: collected.scanned, highest, ..FilesCheck::default() };
@@ -90,7 +91,8 @@ pub fn capture_after(
     let captures = Captures::after(early.and_then(EarlyLook::into_known), seen);
     let table = Table::of(descriptors, captures.seen())?;
     let pid = table.pid;
-    let collected = Collector::new(&table, options, true, scanned).collect(captures);
+    let collector = Collector::new(&table, Looker::new(pid, options), true, scanned);
+    let collected = collector.collect(captures, HashMap::new());
     let reasons = collected.reasons(&table, false)?;
     if !reasons.is_empty() {
         return Err(CaptureFilesError::Refused { pid, reasons });
@@ -134,12 +136,18 @@ struct Look {
     socket: Option<Result<Seen, Stop>>,
 }
 
+/// Looks at single descriptions.
+struct Looker<'a> {
+    pid: Tid,
+    options: &'a FilesOptions,
+    other_network: bool,
+}
+
 struct Collector<'a> {
     table: &'a Table,
-    options: &'a FilesOptions,
+    looker: Looker<'a>,
     contents: bool,
     holders: Holders,
-    other_network: bool,
     /// How much more its clocks read than ours; nothing if that cannot be found out.
     shift: Option<Shift>,
     pipes: Vec<Pipe>,
@@ -157,16 +165,55 @@ fn index(len: usize) -> u32 {
     u32::try_from(len).unwrap_or(u32::MAX)
 }
 
-impl<'a> Collector<'a> {
-    fn new(table: &'a Table, options: &'a FilesOptions, contents: bool, known: &ScannedProcesses) -> Self {
+impl<'a> Looker<'a> {
+    fn new(pid: Tid, options: &'a FilesOptions) -> Self {
         let network = |pid: &str| fs::read_link(format!("/proc/{pid}/ns/net")).ok();
         // Of the thread: tests give theirs another one.
+        Self { pid, options, other_network: network(&pid.to_string()) != network("thread-self") }
+    }
+
+    fn look(&self, open: &Open, captures: &Captures) -> Look {
+        let seen = || match self.other_network {
+            true => Err(Stop::refuse("is a socket of another network namespace than ours")),
+            false => sockets::look(open, self.options, captures),
+        };
+        Look { signal: self.signal(open, captures), socket: open.link_starts_with("socket:[").then(seen) }
+    }
+
+    fn signal(&self, open: &Open, captures: &Captures) -> Result<(bool, u32), Stop> {
+        if open.is_path_only() {
+            return Ok((false, 0));
+        }
+        let is_socket = open.stat.file_type().is_socket();
+        let seen = captures.seen().filter(|_| is_socket);
+        if let Some(signal) = seen.and_then(|seen| seen.signal_for_nobody(open.number, open.stat.ino())) {
+            return Ok((false, signal));
+        }
+        let (owner, signal) =
+            fds::signal_owner(open.fd()).map_err(Stop::failed("asking for the SIGIO owner"))?;
+        if owner.pid != 0 && open.stat.is_dir() {
+            // Nobody else gives a directory an owner, and it shows nowhere else.
+            let why =
+                format!("is told of changes in {} (F_NOTIFY), which cannot be carried", open.link.display());
+            return Err(Stop::refuse(why));
+        }
+        match (owner.kind, owner.pid) {
+            (_, 0) => Ok((false, signal.unsigned_abs())),
+            (1, pid) if pid == self.pid => Ok((true, signal.unsigned_abs())),
+            (_, pid) => {
+                Err(Stop::refuse(format!("sends its SIGIO to another process, group or thread ({pid})")))
+            }
+        }
+    }
+}
+
+impl<'a> Collector<'a> {
+    fn new(table: &'a Table, looker: Looker<'a>, contents: bool, known: &ScannedProcesses) -> Self {
         Self {
             table,
-            options,
+            looker,
             contents,
             holders: Holders::find(table, known),
-            other_network: network(&table.pid.to_string()) != network("thread-self"),
             shift: clocks::shift_of(table.pid).ok(),
             pipes: Vec::new(),
             pipe_index: HashMap::new(),
@@ -177,14 +224,20 @@ impl<'a> Collector<'a> {
         }
     }
 
-    fn collect(mut self, captures: Captures) -> Collected {
+    /// `looks`: what was seen before of descriptors that are not ours any more, by number.
+    fn collect(mut self, captures: Captures, mut looks: HashMap<i32, Look>) -> Collected {
         let table = self.table;
         let mut kinds = Vec::new();
         let mut signals = Vec::new();
         let opens: Vec<&Open> = (0..table.first.len()).filter_map(|at| table.open(at)).collect();
-        let looks = many::map(&opens, |open| self.look(open, &captures));
+        let left: Vec<&Open> = opens.iter().copied().filter(|o| !looks.contains_key(&o.number)).collect();
+        let seen = many::map(&left, |open| self.looker.look(open, &captures));
+        looks.extend(left.into_iter().map(|open| open.number).zip(seen));
         let option_sets = captures.into_sets();
-        for (description, (open, look)) in opens.into_iter().zip(looks).enumerate() {
+        for (description, open) in opens.into_iter().enumerate() {
+            let gone =
+                || Look { signal: Err(Stop::Failed { step: "looking", errno: Errno::EBADF }), socket: None };
+            let look = looks.remove(&open.number).unwrap_or_else(gone);
             signals.push(look.signal.clone().unwrap_or_default());
             kinds.push(look.signal.and_then(|_| match look.socket {
                 Some(seen) => self.socket(description, open, seen?),
@@ -213,20 +266,12 @@ impl<'a> Collector<'a> {
             .collect();
         let mut network = reuseport::reasons(table, &kinds);
         // The sockets of another network are refused each.
-        if !self.other_network {
+        if !self.looker.other_network {
             network.extend(anycast::reasons(table));
         }
         let Self { pipes, pairs, closing, holders, .. } = self;
         let scanned = holders.scanned;
         Collected { kinds, signals, pipes, pairs, closing, foreign_tables, network, scanned, option_sets }
-    }
-
-    fn look(&self, open: &Open, captures: &Captures) -> Look {
-        let seen = || match self.other_network {
-            true => Err(Stop::refuse("is a socket of another network namespace than ours")),
-            false => sockets::look(open, self.options, captures),
-        };
-        Look { signal: self.signal(open, captures), socket: open.link_starts_with("socket:[").then(seen) }
     }
 
     /// What shows only when all connections are known.
@@ -244,32 +289,6 @@ impl<'a> Collector<'a> {
         for (at, stop) in stops {
             if let Some(kind) = kinds.get_mut(at) {
                 *kind = Err(stop);
-            }
-        }
-    }
-
-    fn signal(&self, open: &Open, captures: &Captures) -> Result<(bool, u32), Stop> {
-        if open.is_path_only() {
-            return Ok((false, 0));
-        }
-        let is_socket = open.stat.file_type().is_socket();
-        let seen = captures.seen().filter(|_| is_socket);
-        if let Some(signal) = seen.and_then(|seen| seen.signal_for_nobody(open.number, open.stat.ino())) {
-            return Ok((false, signal));
-        }
-        let (owner, signal) =
-            fds::signal_owner(open.fd()).map_err(Stop::failed("asking for the SIGIO owner"))?;
-        if owner.pid != 0 && open.stat.is_dir() {
-            // Nobody else gives a directory an owner, and it shows nowhere else.
-            let why =
-                format!("is told of changes in {} (F_NOTIFY), which cannot be carried", open.link.display());
-            return Err(Stop::refuse(why));
-        }
-        match (owner.kind, owner.pid) {
-            (_, 0) => Ok((false, signal.unsigned_abs())),
-            (1, pid) if pid == self.table.pid => Ok((true, signal.unsigned_abs())),
-            (_, pid) => {
-                Err(Stop::refuse(format!("sends its SIGIO to another process, group or thread ({pid})")))
             }
         }
     }
@@ -319,7 +338,7 @@ impl<'a> Collector<'a> {
             image => {
                 let image = image?;
                 if let Some(pids) = self.holders.others_of_description(description)
-                    && !self.options.shell_job
+                    && !self.looker.options.shell_job
                 {
                     let why = format!(
                         "shares its open file {} with another process ({pids}), and so the position in it",
@@ -334,7 +353,7 @@ impl<'a> Collector<'a> {
     }
 
     fn is_left(&self, open: &Open) -> bool {
-        self.options.shell_job && self.table.is_standard(&open.link)
+        self.looker.options.shell_job && self.table.is_standard(&open.link)
     }
 
     /// An object whose other side is not in the process.

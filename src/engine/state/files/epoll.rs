@@ -2,6 +2,7 @@
 
 use super::Stop;
 use super::scan::{Open, Table};
+use crate::engine::procfs;
 use crate::engine::sys::{fds, socket};
 use crate::proto::files::{Epoll, Watch};
 
@@ -58,6 +59,9 @@ pub(super) fn capture(table: &Table, open: &Open) -> Result<Epoll, Stop> {
         let description = find(table, open, &line, *nth)?;
         *nth += 1;
         let Some(description) = description else {
+            if table.running && !is_there(table, open, &line) {
+                continue;
+            }
             return Err(Stop::refuse(format!(
                 "is an epoll that watches what fd {} once was, which lives on outside the process",
                 line.number
@@ -73,6 +77,18 @@ pub(super) fn capture(table: &Table, open: &Open) -> Result<Epoll, Stop> {
         watches.push(Watch { number: line.number, description, events: line.events, data: line.data });
     }
     Ok(Epoll { watches })
+}
+
+/// Whether a registration of a running process is there still, and of nothing that the process has opened since.
+fn is_there(table: &Table, epoll: &Open, line: &Line) -> bool {
+    use std::os::unix::fs::MetadataExt;
+    let now = std::fs::metadata(format!("/proc/{}/fd/{}", table.pid, line.number));
+    if now.is_ok_and(|now| now.ino() == line.inode) {
+        return false;
+    }
+    let info = procfs::read_text(format!("/proc/{}/fdinfo/{}", table.pid, epoll.number)).unwrap_or_default();
+    let mut lines = info.lines().filter(|l| l.starts_with("tfd:")).filter_map(parse);
+    lines.any(|now| (now.number, now.inode) == (line.number, line.inode))
 }
 
 /// The description that a registration watches: most often the one its number still leads to.

@@ -15,7 +15,7 @@ use super::{CaptureFilesError, EarlyLook, errno_of};
 use crate::engine::many;
 use crate::engine::procfs;
 use crate::engine::remote::{Batch, InjectError, RemoteCalls, Tid};
-use crate::engine::sys::{fds, pidfd};
+use crate::engine::sys::{fds, pidfd, socket};
 
 /// Calls in one batch.
 const CALLS: usize = 1024;
@@ -27,8 +27,10 @@ const CLOEXEC: u64 = 1;
 pub(super) struct Open {
     pub(super) number: i32,
     pub(super) cloexec: bool,
-    /// Our duplicate: the same description.
+    /// Our duplicate: the same description. Of what was given back it is nothing.
     pub(super) ours: File,
+    /// Of a socket that was given back: its domain.
+    pub(super) domain: Option<i32>,
     /// What /proc shows it as: a path, or `pipe:[12]`.
     pub(super) link: OsString,
     pub(super) stat: Metadata,
@@ -42,6 +44,12 @@ pub(super) struct Open {
 impl Open {
     pub(super) fn fd(&self) -> BorrowedFd<'_> {
         self.ours.as_fd()
+    }
+
+    /// What a socket speaks (`SO_DOMAIN`); `None` for anything else.
+    pub(super) fn socket_domain(&self) -> Option<i32> {
+        let ask = || socket::int_option(self.fd(), libc::SOL_SOCKET, libc::SO_DOMAIN).ok();
+        self.domain.or_else(|| if self.stat.file_type().is_socket() { ask() } else { None })
     }
 
     /// The rest of the first fdinfo line that starts with `name:`.
@@ -171,6 +179,8 @@ impl Descriptors {
 #[derive(Debug)]
 pub(super) struct Table {
     pub(super) pid: Tid,
+    /// It changes while it is read.
+    pub(super) running: bool,
     /// Ascending by number.
     pub(super) opens: Vec<Open>,
     /// For each of `opens` the index of its description.
@@ -180,20 +190,41 @@ pub(super) struct Table {
 }
 
 impl Table {
-    /// Reads the table. With `running`, descriptors that vanish meanwhile are passed over.
-    pub(super) fn read(pid: Tid, running: bool) -> Result<Self, CaptureFilesError> {
+    /// Reads the table of a running process. Descriptors that vanish meanwhile are passed over.
+    ///
+    /// Those of connections are given back one by one, when `at_once` has seen what there is to be seen, by number: what
+    /// the process closes while somebody has a duplicate is not closed, and its epoll goes on to tell of it.
+    pub(super) fn read<T>(
+        pid: Tid,
+        at_once: impl Fn(&Open) -> T,
+    ) -> Result<(Self, HashMap<i32, T>), CaptureFilesError> {
         let (pidfd, numbers) = numbers_of(pid)?;
         let mut opens = Vec::with_capacity(numbers.len());
+        let mut seen = HashMap::new();
+        let nothing = File::open("/dev/null").map_err(|error| CaptureFilesError::Process {
+            step: "opening /dev/null",
+            pid,
+            errno: errno_of(&error),
+        })?;
         for number in numbers {
             let open = duplicate(&pidfd, number)
                 .and_then(|duplicate| look(pid, &duplicate, None).map(|look| look.of(duplicate)));
             match open {
-                Ok(open) => opens.push(open),
-                Err((_, Errno::EBADF | Errno::ENOENT)) if running => {}
+                Ok(mut open) => {
+                    if is_connection(&open)
+                        && let Ok(nothing) = nothing.try_clone()
+                    {
+                        seen.insert(number, at_once(&open));
+                        open.domain = open.socket_domain();
+                        open.ours = nothing;
+                    }
+                    opens.push(open);
+                }
+                Err((_, Errno::EBADF | Errno::ENOENT)) => {}
                 Err(cause) => return Err(cause_of(pid, number, cause)),
             }
         }
-        Self::group(pid, opens, running)
+        Ok((Self::group(pid, opens, true)?, seen))
     }
 
     /// The table of a stopped process whose descriptors were taken already. `seen`: what is known of its sockets.
@@ -210,7 +241,7 @@ impl Table {
 
     fn group(pid: Tid, opens: Vec<Open>, running: bool) -> Result<Self, CaptureFilesError> {
         let (description_of, first) = group(pid, &opens, running)?;
-        Ok(Self { pid, opens, description_of, first })
+        Ok(Self { pid, running, opens, description_of, first })
     }
 
     /// The first descriptor that leads to a description.
@@ -260,6 +291,13 @@ fn duplicate(pidfd: &pidfd::PidFd, number: i32) -> Result<Duplicate, Cause> {
     Ok(Duplicate { number, ours, stat, cloexec: None })
 }
 
+/// Whether it is one end of a TCP connection: of these a server closes one after the other.
+fn is_connection(open: &Open) -> bool {
+    matches!(open.socket_domain(), Some(libc::AF_INET | libc::AF_INET6))
+        && socket::int_option(open.fd(), libc::SOL_SOCKET, libc::SO_TYPE) == Ok(libc::SOCK_STREAM)
+        && socket::int_option(open.fd(), libc::SOL_SOCKET, libc::SO_ACCEPTCONN) == Ok(0)
+}
+
 /// What is asked of a duplicate when the state is captured.
 struct Look {
     cloexec: bool,
@@ -272,7 +310,7 @@ struct Look {
 impl Look {
     fn of(self, Duplicate { number, ours, stat, .. }: Duplicate) -> Open {
         let Self { cloexec, link, flags, position, info } = self;
-        Open { number, cloexec, ours, link, stat, flags, position, info }
+        Open { number, cloexec, ours, domain: None, link, stat, flags, position, info }
     }
 }
 

@@ -265,7 +265,8 @@ fn cost_of_2000_connections() {
         };
         let found = check(s.pid(), &carry()).unwrap();
         let t = now();
-        let table = crate::engine::state::files::scan::Table::read(s.pid(), false).unwrap();
+        let table =
+            crate::engine::state::files::scan::Table::of(Descriptors::take(s.pid()).unwrap(), None).unwrap();
         step("table", t);
         let t = now();
         for open in &table.opens {
