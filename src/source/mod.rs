@@ -39,6 +39,7 @@ use crate::engine::hook::Hooks;
 use crate::engine::kernel::{Host, HostError};
 use crate::engine::own_files;
 use crate::engine::reason::{Reason, chain};
+use crate::engine::state::files::Lasting;
 use crate::identity::{IdentityError, Node};
 use crate::journal::JournalError;
 use crate::migration::{MigrationId, ProcessKey};
@@ -197,6 +198,7 @@ impl Attempt<'_> {
             began: self.started,
             report,
             scanned: plan.scanned,
+            lasting: Lasting::new(plan.sockets),
             hooks: self.hooks.clone(),
             state: driver::Held::default(),
         };

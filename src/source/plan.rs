@@ -1,7 +1,7 @@
 //! What is found out before the process is touched: every reason against the move, and the plan that the
 //! destination checks against its own host.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashSet};
 use std::net::IpAddr;
 
 use crate::config::Allowed;
@@ -35,6 +35,8 @@ pub struct Plan {
     pub notes: Vec<Reason>,
     /// Processes that were looked at for shared descriptors: not to be looked at again in the freeze.
     pub scanned: ScannedProcesses,
+    /// Its sockets that have been there for a while, by inode.
+    pub sockets: HashSet<u64>,
 }
 
 /// Examines the process; nothing of it is touched. What cannot even be examined is a reason too.
@@ -60,7 +62,7 @@ pub fn survey(id: MigrationId, pid: Tid, allowed: &Allowed, host: &Host) -> Plan
         Ok(check) => {
             plan.reasons.extend(check.reasons);
             plan.begin.files = check.files;
-            plan.scanned = check.scanned;
+            (plan.scanned, plan.sockets) = (check.scanned, check.sockets);
             plan.begin.highest_fd = check.highest;
             plan.begin.ports = check.ports.iter().map(Port::from).collect();
         }

@@ -27,7 +27,8 @@ impl Driver<'_> {
             return Ok(());
         }
         let inodes = lock::socket_inodes(self.config.pid)?;
-        self.state.early = EarlyLook::at(self.config.pid, &inodes);
+        let lasting = self.lasting.among(&inodes);
+        self.state.early = EarlyLook::at(self.config.pid, &lasting);
         self.tell_ahead()?;
         self.keep_requests(&inodes)?;
         let lock = self.state.lock.as_mut().ok_or(ActionError::Order)?;
@@ -48,7 +49,7 @@ impl Driver<'_> {
         tracing::debug!(?left, took = ?closed.elapsed(), "the doors are closed");
         // A server that sets options sets them when it accepts: from here on that is over.
         if let Some(early) = self.state.early.take_if(|early| !early.holds()) {
-            self.state.early = early.again(self.config.pid, &inodes);
+            self.state.early = early.again(self.config.pid, &lasting);
         }
         Ok(())
     }

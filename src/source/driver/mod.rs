@@ -39,7 +39,7 @@ use crate::engine::memory::MemoryError;
 use crate::engine::reason::{Reason, chain};
 use crate::engine::remote::{InjectError, Tid};
 use crate::engine::sleep::SleepBook;
-use crate::engine::state::files::{Descriptors, EarlyLook, ScannedProcesses};
+use crate::engine::state::files::{Descriptors, EarlyLook, Lasting, ScannedProcesses};
 use crate::engine::undertaker::Undertaker;
 use crate::identity::Node;
 use crate::journal::{Journal, JournalError, Outgoing};
@@ -123,6 +123,8 @@ pub(super) struct Driver<'a> {
     pub report: Report,
     /// Processes that preflight has looked at for shared descriptors.
     pub scanned: ScannedProcesses,
+    /// Its sockets that have been there for a while.
+    pub lasting: Lasting,
     /// The operator's.
     pub hooks: Hooks,
     pub state: Held,

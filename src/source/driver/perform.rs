@@ -13,7 +13,7 @@ use crate::engine::clocks::{self};
 use crate::engine::dirty::UffdTracker;
 use crate::engine::extents::Extents;
 use crate::engine::freeze::Frozen;
-use crate::engine::lock::Lock;
+use crate::engine::lock::{self, Lock};
 use crate::engine::preflight;
 use crate::engine::priority;
 use crate::engine::state::files::Descriptors;
@@ -203,6 +203,9 @@ impl Driver<'_> {
             self.state.pacer = Some(Pacer::new(self.pid()));
         }
         clock.begin("precopy");
+        if self.state.lock.is_some() {
+            self.lasting.note(lock::socket_inodes(self.config.pid)?);
+        }
         let start = Instant::now();
         let sender = self.link.as_ref().ok_or(ActionError::Order)?.sender();
         let precopy = self.state.precopy.as_mut().ok_or(ActionError::Order)?;

@@ -52,7 +52,10 @@ pub fn check(pid: Tid, options: &FilesOptions) -> Result<FilesCheck, CaptureFile
     let collected = collector.collect(captures, connections);
     let reasons = collected.reasons(&table, true)?;
     let highest = table.opens.last().map_or(0, |open| open.number.unsigned_abs());
-    let mut found = FilesCheck { reasons, scanned: collected.scanned, highest, ..FilesCheck::default() };
+    let is_socket = |open: &&Open| open.stat.file_type().is_socket();
+    let sockets = table.opens.iter().filter(is_socket).map(|open| open.stat.ino()).collect();
+    let scanned = collected.scanned;
+    let mut found = FilesCheck { reasons, scanned, highest, sockets, ..FilesCheck::default() };
     for kind in collected.kinds.into_iter().flatten() {
         match kind {
             Kind::Path(image) => found.files.extend(image.file.map(|mut file| {

@@ -12,6 +12,7 @@
 //! the look. A thread does not stop within such a call, so all that had an effect are counted at the freeze.
 
 use std::collections::{HashMap, HashSet};
+use std::fs;
 use std::os::fd::{AsFd, OwnedFd};
 
 use nix::errno::Errno;
@@ -48,7 +49,8 @@ pub struct EarlyLook {
 }
 
 impl EarlyLook {
-    /// Looks at the connections of a running process. `None`: it is not worth it, or it cannot be done here.
+    /// Looks at the connections of a running process that are among these sockets. `None`: it is not worth it, or it
+    /// cannot be done here.
     pub fn at(pid: Tid, sockets: &HashSet<u64>) -> Option<Self> {
         Self::with(pid, sockets, None)
     }
@@ -63,7 +65,7 @@ impl EarlyLook {
             return None;
         }
         let look = Calls::count(pid).and_then(|calls| {
-            let (sets, known) = look(pid)?;
+            let (sets, known) = look(pid, sockets)?;
             // One that was being born when its parent began to be counted is not counted, and shows only now.
             let threads = thread_ids(pid).map_err(listing)?;
             if threads.iter().any(|tid| !calls.seen.contains(tid)) {
@@ -177,7 +179,7 @@ impl Drop for Calls {
 }
 
 /// Each by a duplicate of ours that is closed at once: what the process closes meanwhile must be closed.
-fn look(pid: Tid) -> Result<(Sets, HashMap<u64, Known>), Trouble> {
+fn look(pid: Tid, sockets: &HashSet<u64>) -> Result<(Sets, HashMap<u64, Known>), Trouble> {
     let (process, numbers) = numbers_of(pid).map_err(|error| match error {
         CaptureFilesError::Process { step, errno, .. } => Trouble::Step(step, errno),
         _ => Trouble::Step("finding the process", Errno::ESRCH),
@@ -185,6 +187,9 @@ fn look(pid: Tid) -> Result<(Sets, HashMap<u64, Known>), Trouble> {
     let sets = Sets::default();
     let known = many::map(&numbers, |number| {
         // What was closed meanwhile, or cannot be read, is left for later.
+        let link = fs::read_link(format!("/proc/{pid}/fd/{number}")).ok()?;
+        let inode = link.to_str()?.strip_prefix("socket:[")?.strip_suffix(']')?;
+        sockets.get(&inode.parse().ok()?)?;
         let fd = pidfd::take_fd(process.as_fd(), *number).ok()?;
         let seen = nix::sys::stat::fstat(&fd).ok()?;
         let is_socket = seen.st_mode & libc::S_IFMT == libc::S_IFSOCK;

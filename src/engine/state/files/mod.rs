@@ -22,6 +22,7 @@ mod holders;
 mod inet;
 mod install;
 mod ip_socket;
+mod lasting;
 mod memfd;
 mod multicast;
 mod multicast_if;
@@ -41,6 +42,8 @@ mod unix_diag;
 mod unix_names;
 mod unix_single;
 
+use std::collections::HashSet;
+
 use nix::errno::Errno;
 
 use crate::engine::reason::Reason;
@@ -52,6 +55,7 @@ pub use capture::{CapturedFiles, capture, capture_after, check};
 pub use early::EarlyLook;
 pub use holders::ScannedProcesses;
 pub use install::install;
+pub use lasting::Lasting;
 pub use path::{add_content, compare_here, describe};
 pub use scan::Descriptors;
 pub(in crate::engine) use tcp::received_by;
@@ -88,6 +92,8 @@ pub struct FilesCheck {
     pub scanned: ScannedProcesses,
     /// The number of its last descriptor.
     pub highest: u32,
+    /// Its sockets that have been there for a while, by inode.
+    pub sockets: HashSet<u64>,
 }
 
 /// Why the descriptors of a process could not be read.

@@ -11,7 +11,7 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use nix::errno::Errno;
 
 use super::tcp::Seen;
-use super::{CaptureFilesError, EarlyLook, errno_of};
+use super::{CaptureFilesError, EarlyLook, errno_of, lasting};
 use crate::engine::many;
 use crate::engine::procfs;
 use crate::engine::remote::{Batch, InjectError, RemoteCalls, Tid};
@@ -192,7 +192,7 @@ pub(super) struct Table {
 impl Table {
     /// Reads the table of a running process. Descriptors that vanish meanwhile are passed over.
     ///
-    /// Those of connections are given back one by one, when `at_once` has seen what there is to be seen, by number: what
+    /// So are sockets that are new ([`lasting`]). Those of connections are given back one by one, when `at_once` has seen what there is to be seen, by number: what
     /// the process closes while somebody has a duplicate is not closed, and its epoll goes on to tell of it.
     pub(super) fn read<T>(
         pid: Tid,
@@ -206,7 +206,15 @@ impl Table {
             pid,
             errno: errno_of(&error),
         })?;
+        let sockets = lasting::wait(pid, &numbers);
         for number in numbers {
+            let is_new = || {
+                let link = fs::read_link(format!("/proc/{pid}/fd/{number}"));
+                link.is_ok_and(|link| link.as_os_str().as_bytes().starts_with(b"socket:["))
+            };
+            if !sockets.contains_key(&number) && is_new() {
+                continue;
+            }
             let open = duplicate(&pidfd, number)
                 .and_then(|duplicate| look(pid, &duplicate, None).map(|look| look.of(duplicate)));
             match open {
