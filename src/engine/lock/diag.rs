@@ -9,11 +9,8 @@ use nix::sys::socket::SockProtocol;
 
 use super::{Connection, Locked, Unfinished};
 use crate::engine::sys::netlink::{Netlink, attributes, u32_at};
+use crate::engine::tcp_diag::{self, ANSWER_BYTES, REQUEST_BYTES, SOCK_DIAG_BY_FAMILY, TCP};
 
-const SOCK_DIAG_BY_FAMILY: u16 = 20;
-/// Bytes of `struct inet_diag_req_v2` and `struct inet_diag_msg`.
-const REQUEST_BYTES: usize = 56;
-const ANSWER_BYTES: usize = 72;
 /// `INET_DIAG_INFO`, to be asked for: a `struct tcp_info`, and where that has `tcpi_notsent_bytes`.
 const INFO: u16 = 2;
 const NOT_SENT: usize = 144;
@@ -176,17 +173,34 @@ pub(super) fn closed(
     Ok(found)
 }
 
-/// Those of `wanted` that a segment reaches, by whichever device it comes.
-pub(super) fn reachable(wanted: &HashSet<Connection>) -> Result<HashSet<Connection>, Errno> {
+/// Those of `wanted` that a segment reaches, by whichever device it comes. So many connections are asked for one by one:
+/// to list all that the host has takes milliseconds.
+pub(super) fn reachable(
+    wanted: &HashSet<Connection>,
+    one_by_one: usize,
+) -> Result<HashSet<Connection>, Errno> {
+    let ends: Vec<_> = wanted.iter().filter_map(|one| Some((one.local, one.remote?))).collect();
     let mut found = HashSet::new();
-    list(&[&OPEN[..], &[LISTEN]].concat(), &mut |socket| {
+    let mut take = |socket: Socket| {
         if socket.device != 0 {
         } else if socket.state == LISTEN {
             found.extend(socket.places().filter(|place| wanted.contains(place)));
-        } else {
+        } else if OPEN.contains(&socket.state) {
             found.extend(Some(socket.connection()).filter(|connection| wanted.contains(connection)));
         }
-    })?;
+    };
+    let mut listed = Vec::new();
+    if ends.len() < wanted.len() {
+        listed.push(LISTEN);
+    }
+    if ends.len() > one_by_one {
+        listed.extend(OPEN);
+    } else if !ends.is_empty() {
+        tcp_diag::ask(&ends, 0, parse)?.into_iter().flatten().for_each(&mut take);
+    }
+    if !listed.is_empty() {
+        list(&listed, &mut take)?;
+    }
     Ok(found)
 }
 
@@ -206,7 +220,7 @@ fn list_at(port: u16, states: &[u32], info: bool, take: &mut dyn FnMut(Socket)) 
     let wanted = states.iter().fold(0u32, |all, state| all | 1 << state);
     for family in [libc::AF_INET, libc::AF_INET6] {
         let extensions = u8::from(info) << (INFO - 1);
-        let mut request = vec![u8::try_from(family).unwrap_or(0), 6, extensions, 0];
+        let mut request = vec![u8::try_from(family).unwrap_or(0), TCP, extensions, 0];
         request.extend(wanted.to_ne_bytes());
         // struct inet_diag_sockid begins with the local port.
         request.extend(port.to_be_bytes());

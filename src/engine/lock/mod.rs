@@ -36,6 +36,8 @@ use crate::engine::sys::socket;
 const BATCH_BYTES: usize = 4 << 20;
 /// Most connections that one lock takes: a process has no more descriptors.
 const MAX_CONNECTIONS: usize = 1 << 20;
+/// So many connections are looked for one by one: to list all of the host takes as long as that, and longer.
+const ONE_BY_ONE: usize = 64;
 
 /// Packets with this mark, in these bits of theirs, pass every lock: we have put them in ourselves.
 pub(in crate::engine) const OUR_MARK: u32 = 0x6d51_0000;
@@ -291,7 +293,7 @@ pub fn unfinished(places: &[Connection]) -> Result<Unfinished, LockError> {
 /// # Errors
 /// If the kernel does not tell.
 pub fn reachable(wanted: &HashSet<Connection>) -> Result<HashSet<Connection>, LockError> {
-    diag::reachable(wanted).map_err(LockError::List)
+    diag::reachable(wanted, ONE_BY_ONE).map_err(LockError::List)
 }
 
 /// The inodes of all sockets that a process has open.

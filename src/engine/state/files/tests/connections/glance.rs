@@ -8,8 +8,7 @@ use super::many::{connections, crowd, look_early};
 use super::*;
 use crate::engine::state::files::ScannedProcesses;
 use crate::engine::state::files::tcp::{Glance, Seen};
-use crate::engine::sys::perf;
-use crate::engine::trial::until;
+use crate::engine::trial::{counted, until};
 use crate::proto::files::{Description, Files, TcpConnection};
 
 fn inode(s: &Held, fd: i32) -> u64 {
@@ -213,15 +212,6 @@ fn nothing_is_said_of_what_is_not_quiet() {
         let (seen, inode) = (glance(&s), inode(&s, quiet));
         assert!(seen.flags(quiet, inode).is_some() && seen.flags(path, inode).is_none());
     });
-}
-
-/// The calls of a kind that this thread makes, and those that it starts, in `work`.
-fn counted<T>(call: &str, work: impl FnOnce() -> T) -> (u64, T) {
-    let files = perf::trace_files().unwrap();
-    let event = perf::trace_event(files.as_fd(), &format!("syscalls/sys_exit_{call}")).unwrap();
-    let counter = perf::count(nix::unistd::gettid().as_raw(), event).unwrap();
-    let done = work();
-    (perf::counted(counter.as_fd()).unwrap(), done)
 }
 
 #[test]
