@@ -26,7 +26,7 @@ const CLOSE_WAIT: u32 = 8;
 const LAST_ACK: u32 = 9;
 const LISTEN: u32 = 10;
 const CLOSING: u32 = 11;
-const CONNECTED: [u32; 8] =
+pub(super) const CONNECTED: [u32; 8] =
     [ESTABLISHED, SYN_SENT, SYN_RECEIVED, FIN_WAIT1, FIN_WAIT2, CLOSE_WAIT, LAST_ACK, CLOSING];
 /// Those whose handshake is complete.
 const OPEN: [u32; 6] = [ESTABLISHED, FIN_WAIT1, FIN_WAIT2, CLOSE_WAIT, LAST_ACK, CLOSING];
@@ -43,6 +43,8 @@ struct Socket {
     repeated: u8,
     local: SocketAddr,
     remote: SocketAddr,
+    /// Bytes that have come; of one that listens, connections that are to be accepted.
+    unread: u32,
     /// Bytes that the peer has not acknowledged, an end among them.
     unacknowledged: u32,
     /// Those of them that were not even sent yet, if that was asked for.
@@ -85,17 +87,23 @@ impl Socket {
 
 /// Where these sockets listen.
 pub(super) fn listeners(inodes: &HashSet<u64>) -> Result<Vec<Connection>, Errno> {
-    let mut found = Vec::new();
+    listeners_and_waiting(inodes).map(|(listeners, _)| listeners)
+}
+
+/// Where these sockets listen, and whether somebody waits there to be accepted.
+pub(super) fn listeners_and_waiting(inodes: &HashSet<u64>) -> Result<(Vec<Connection>, bool), Errno> {
+    let (mut found, mut are_waiting) = (Vec::new(), false);
     list(&[LISTEN], &mut |socket| {
         if !inodes.contains(&socket.inode) {
             return;
         }
         found.extend(socket.places());
+        are_waiting |= socket.unread != 0;
     })?;
     // Several sockets may listen at one place (SO_REUSEPORT).
     found.sort_unstable();
     found.dedup();
-    Ok(found)
+    Ok((found, are_waiting))
 }
 
 /// The connections of these sockets, and those that nobody has accepted at the places of `listeners`; and the local
@@ -251,7 +259,7 @@ fn parse(answer: &[u8]) -> Option<Socket> {
     };
     let (local, remote) = (end(4, 8)?, end(6, 24)?);
     let device = u32_at(answer, 40)?;
-    let unacknowledged = u32_at(answer, 60)?;
+    let (unread, unacknowledged) = (u32_at(answer, 56)?, u32_at(answer, 60)?);
     let inode = u64::from(u32_at(answer, 68)?);
     let (mut v6only, mut unsent) = (false, None);
     for (kind, value) in attributes(answer.get(ANSWER_BYTES..)?) {
@@ -261,5 +269,5 @@ fn parse(answer: &[u8]) -> Option<Socket> {
             _ => {}
         }
     }
-    Some(Socket { state, repeated, local, remote, unacknowledged, unsent, inode, v6only, device })
+    Some(Socket { state, repeated, local, remote, unread, unacknowledged, unsent, inode, v6only, device })
 }

@@ -12,12 +12,13 @@ mod diag;
 mod image;
 mod nft;
 mod orphans;
+mod own;
 #[cfg(test)]
 #[allow(clippy::unwrap_used, clippy::expect_used)]
 mod tests;
 mod whole;
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd};
 
@@ -26,6 +27,7 @@ use nix::sys::socket::SockProtocol;
 
 pub use image::{connection_of, of_image, queued_in_image};
 pub use orphans::{Concerned, Orphan};
+pub use own::{Own, is_connection};
 
 use crate::engine::reason::Reason;
 use crate::engine::remote::Tid;
@@ -105,6 +107,10 @@ pub enum LockError {
 pub struct Lock {
     netlink: Netlink,
     name: String,
+    /// Where nobody can begin a connection.
+    doors: HashSet<Connection>,
+    /// Local ends of many connections, and whether another process had one there, too: see [`Lock::look_for_others`].
+    ends: HashMap<SocketAddr, bool>,
 }
 
 impl Lock {
@@ -117,7 +123,7 @@ impl Lock {
         let failed = |errno| LockError::Table { step: "making", errno };
         let netlink = Netlink::open_for(SockProtocol::NetlinkNetFilter).map_err(failed)?;
         netlink.allow_long_messages(BATCH_BYTES).map_err(failed)?;
-        let mut lock = Self { netlink, name: name.to_owned() };
+        let mut lock = Self { netlink, name: name.to_owned(), doors: HashSet::new(), ends: HashMap::new() };
         lock.transact(&nft::create(name)).map_err(failed)?;
         Ok(lock)
     }
@@ -164,6 +170,7 @@ impl Lock {
     pub fn close_on_listeners(&mut self, inodes: &HashSet<u64>) -> Result<Vec<Connection>, LockError> {
         let listeners = diag::listeners(inodes).map_err(LockError::List)?;
         self.close_on(&listeners)?;
+        self.doors.extend(&listeners);
         Ok(listeners)
     }
 
@@ -189,6 +196,7 @@ impl Lock {
     /// # Errors
     /// If the kernel refuses.
     pub fn release(&mut self) -> Result<(), LockError> {
+        self.doors.clear();
         self.transact(&nft::clear(&self.name)).map_err(|errno| LockError::Table { step: "lifting", errno })
     }
 
@@ -198,6 +206,7 @@ impl Lock {
     /// # Errors
     /// If the kernel refuses; then everything is as it was.
     pub fn release_but(&mut self, kept: &[Connection]) -> Result<(), LockError> {
+        self.doors.clear();
         let messages = [nft::clear(&self.name), nft::deafen(&self.name, kept)].concat();
         self.transact(&messages).map_err(|errno| LockError::Table { step: "lifting", errno })
     }

@@ -3,6 +3,7 @@
 mod agreed;
 mod glance;
 mod many;
+mod own;
 mod paths;
 mod queues;
 mod refused;
