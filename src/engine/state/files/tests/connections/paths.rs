@@ -244,9 +244,11 @@ fn cost_of_2000_connections() {
         let mut s = Held::source();
         let (listening, port) = listener(&mut s, network.service(0));
         let mut clients = Vec::new();
+        let epoll = s.call(libc::SYS_epoll_create1, &[0]) as i32;
         for _ in 0..2000 {
             clients.push(dial(network, network.service(0), port));
             let fd = accept(&mut s, listening);
+            s.epoll_add(epoll, fd, libc::EPOLLIN, 0x7f00_1234_5678);
             set(&mut s, fd, IPPROTO_TCP, libc::TCP_NODELAY, 1);
         }
         network.remove_service();
@@ -296,10 +298,20 @@ fn cost_of_2000_connections() {
         let t = now();
         let mut descriptors = Descriptors::take(s.pid()).unwrap();
         step("take", t);
+        let t = now();
+        crate::engine::procfs::read_text(format!("/proc/{}/fdinfo/{epoll}", s.pid())).unwrap();
+        step("epoll", t);
+        let t = now();
+        early.glance().unwrap();
+        step("glance", t);
+        let t = now();
         descriptors.glance(&early);
+        step("glance, epoll", t);
         descriptors.remember(early);
+        let t = now();
         descriptors.ask(s.calls()).unwrap();
-        step("take, ask", t);
+        step("ask", t);
+        let t = now();
         let captured = capture_after(descriptors, &carry(), &found.scanned).unwrap();
         step("capture", t);
         drop(captured.closing);
