@@ -39,6 +39,7 @@ pub mod sleep;
 pub mod state;
 pub mod strays;
 pub mod sys;
+mod tcp_diag;
 #[cfg(test)]
 pub mod trial;
 pub mod undertaker;

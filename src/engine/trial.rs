@@ -1,13 +1,14 @@
 //! What tests of several rooms need: conditions with a deadline, and children that end with their test.
 
 use std::ops::{Deref, DerefMut};
+use std::os::fd::AsFd;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use super::freeze::thread_ids;
 use super::procfs;
 use super::remote::Tid;
-use super::sys::ptrace;
+use super::sys::{perf, ptrace};
 
 /// How long what must happen may take, also on a busy host.
 pub const PATIENCE: Duration = Duration::from_secs(20);
@@ -31,6 +32,15 @@ pub fn state_of(pid: Tid, tid: Tid) -> Option<u8> {
 pub fn until_asleep(pid: u32) {
     let call = || std::fs::read_to_string(format!("/proc/{pid}/syscall")).unwrap_or_default();
     until("the sleep of the child", || call().starts_with("230 "));
+}
+
+/// The calls of a kind that this thread makes, and those that it starts, in `work`.
+pub fn counted<T>(call: &str, work: impl FnOnce() -> T) -> (u64, T) {
+    let files = perf::trace_files().unwrap();
+    let event = perf::trace_event(files.as_fd(), &format!("syscalls/sys_exit_{call}")).unwrap();
+    let counter = perf::count(nix::unistd::gettid().as_raw(), event).unwrap();
+    let done = work();
+    (perf::counted(counter.as_fd()).unwrap(), done)
 }
 
 /// A child that is killed and reaped with its test, also if that panics.

@@ -9,11 +9,8 @@ use nix::sys::socket::SockProtocol;
 
 use super::{Connection, Locked, Unfinished};
 use crate::engine::sys::netlink::{Netlink, attributes, u32_at};
+use crate::engine::tcp_diag::{self, ANSWER_BYTES, REQUEST_BYTES, SOCK_DIAG_BY_FAMILY, TCP};
 
-const SOCK_DIAG_BY_FAMILY: u16 = 20;
-/// Bytes of `struct inet_diag_req_v2` and `struct inet_diag_msg`.
-const REQUEST_BYTES: usize = 56;
-const ANSWER_BYTES: usize = 72;
 /// `INET_DIAG_INFO`, to be asked for: a `struct tcp_info`, and where that has `tcpi_notsent_bytes`.
 const INFO: u16 = 2;
 const NOT_SENT: usize = 144;
@@ -29,7 +26,7 @@ const CLOSE_WAIT: u32 = 8;
 const LAST_ACK: u32 = 9;
 const LISTEN: u32 = 10;
 const CLOSING: u32 = 11;
-const CONNECTED: [u32; 8] =
+pub(super) const CONNECTED: [u32; 8] =
     [ESTABLISHED, SYN_SENT, SYN_RECEIVED, FIN_WAIT1, FIN_WAIT2, CLOSE_WAIT, LAST_ACK, CLOSING];
 /// Those whose handshake is complete.
 const OPEN: [u32; 6] = [ESTABLISHED, FIN_WAIT1, FIN_WAIT2, CLOSE_WAIT, LAST_ACK, CLOSING];
@@ -46,6 +43,8 @@ struct Socket {
     repeated: u8,
     local: SocketAddr,
     remote: SocketAddr,
+    /// Bytes that have come; of one that listens, connections that are to be accepted.
+    unread: u32,
     /// Bytes that the peer has not acknowledged, an end among them.
     unacknowledged: u32,
     /// Those of them that were not even sent yet, if that was asked for.
@@ -88,17 +87,23 @@ impl Socket {
 
 /// Where these sockets listen.
 pub(super) fn listeners(inodes: &HashSet<u64>) -> Result<Vec<Connection>, Errno> {
-    let mut found = Vec::new();
+    listeners_and_waiting(inodes).map(|(listeners, _)| listeners)
+}
+
+/// Where these sockets listen, and whether somebody waits there to be accepted.
+pub(super) fn listeners_and_waiting(inodes: &HashSet<u64>) -> Result<(Vec<Connection>, bool), Errno> {
+    let (mut found, mut are_waiting) = (Vec::new(), false);
     list(&[LISTEN], &mut |socket| {
         if !inodes.contains(&socket.inode) {
             return;
         }
         found.extend(socket.places());
+        are_waiting |= socket.unread != 0;
     })?;
     // Several sockets may listen at one place (SO_REUSEPORT).
     found.sort_unstable();
     found.dedup();
-    Ok(found)
+    Ok((found, are_waiting))
 }
 
 /// The connections of these sockets, and those that nobody has accepted at the places of `listeners`; and the local
@@ -176,17 +181,34 @@ pub(super) fn closed(
     Ok(found)
 }
 
-/// Those of `wanted` that a segment reaches, by whichever device it comes.
-pub(super) fn reachable(wanted: &HashSet<Connection>) -> Result<HashSet<Connection>, Errno> {
+/// Those of `wanted` that a segment reaches, by whichever device it comes. So many connections are asked for one by one:
+/// to list all that the host has takes milliseconds.
+pub(super) fn reachable(
+    wanted: &HashSet<Connection>,
+    one_by_one: usize,
+) -> Result<HashSet<Connection>, Errno> {
+    let ends: Vec<_> = wanted.iter().filter_map(|one| Some((one.local, one.remote?))).collect();
     let mut found = HashSet::new();
-    list(&[&OPEN[..], &[LISTEN]].concat(), &mut |socket| {
+    let mut take = |socket: Socket| {
         if socket.device != 0 {
         } else if socket.state == LISTEN {
             found.extend(socket.places().filter(|place| wanted.contains(place)));
-        } else {
+        } else if OPEN.contains(&socket.state) {
             found.extend(Some(socket.connection()).filter(|connection| wanted.contains(connection)));
         }
-    })?;
+    };
+    let mut listed = Vec::new();
+    if ends.len() < wanted.len() {
+        listed.push(LISTEN);
+    }
+    if ends.len() > one_by_one {
+        listed.extend(OPEN);
+    } else if !ends.is_empty() {
+        tcp_diag::ask(&ends, 0, parse)?.into_iter().flatten().for_each(&mut take);
+    }
+    if !listed.is_empty() {
+        list(&listed, &mut take)?;
+    }
     Ok(found)
 }
 
@@ -206,7 +228,7 @@ fn list_at(port: u16, states: &[u32], info: bool, take: &mut dyn FnMut(Socket)) 
     let wanted = states.iter().fold(0u32, |all, state| all | 1 << state);
     for family in [libc::AF_INET, libc::AF_INET6] {
         let extensions = u8::from(info) << (INFO - 1);
-        let mut request = vec![u8::try_from(family).unwrap_or(0), 6, extensions, 0];
+        let mut request = vec![u8::try_from(family).unwrap_or(0), TCP, extensions, 0];
         request.extend(wanted.to_ne_bytes());
         // struct inet_diag_sockid begins with the local port.
         request.extend(port.to_be_bytes());
@@ -237,7 +259,7 @@ fn parse(answer: &[u8]) -> Option<Socket> {
     };
     let (local, remote) = (end(4, 8)?, end(6, 24)?);
     let device = u32_at(answer, 40)?;
-    let unacknowledged = u32_at(answer, 60)?;
+    let (unread, unacknowledged) = (u32_at(answer, 56)?, u32_at(answer, 60)?);
     let inode = u64::from(u32_at(answer, 68)?);
     let (mut v6only, mut unsent) = (false, None);
     for (kind, value) in attributes(answer.get(ANSWER_BYTES..)?) {
@@ -247,5 +269,5 @@ fn parse(answer: &[u8]) -> Option<Socket> {
             _ => {}
         }
     }
-    Some(Socket { state, repeated, local, remote, unacknowledged, unsent, inode, v6only, device })
+    Some(Socket { state, repeated, local, remote, unread, unacknowledged, unsent, inode, v6only, device })
 }

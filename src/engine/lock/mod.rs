@@ -12,12 +12,13 @@ mod diag;
 mod image;
 mod nft;
 mod orphans;
+mod own;
 #[cfg(test)]
 #[allow(clippy::unwrap_used, clippy::expect_used)]
 mod tests;
 mod whole;
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd};
 
@@ -26,6 +27,7 @@ use nix::sys::socket::SockProtocol;
 
 pub use image::{connection_of, of_image, queued_in_image};
 pub use orphans::{Concerned, Orphan};
+pub use own::{Own, is_connection};
 
 use crate::engine::reason::Reason;
 use crate::engine::remote::Tid;
@@ -36,6 +38,8 @@ use crate::engine::sys::socket;
 const BATCH_BYTES: usize = 4 << 20;
 /// Most connections that one lock takes: a process has no more descriptors.
 const MAX_CONNECTIONS: usize = 1 << 20;
+/// So many connections are looked for one by one: to list all of the host takes as long as that, and longer.
+const ONE_BY_ONE: usize = 64;
 
 /// Packets with this mark, in these bits of theirs, pass every lock: we have put them in ourselves.
 pub(in crate::engine) const OUR_MARK: u32 = 0x6d51_0000;
@@ -107,6 +111,8 @@ pub struct Lock {
     closed: HashSet<Connection>,
     /// Local ends that are locked whatever the other end is, likewise.
     whole: HashSet<SocketAddr>,
+    /// Local ends of many connections, and whether another process had one there, too: see [`Lock::look_for_others`].
+    ends: HashMap<SocketAddr, bool>,
 }
 
 impl Lock {
@@ -119,8 +125,8 @@ impl Lock {
         let failed = |errno| LockError::Table { step: "making", errno };
         let netlink = Netlink::open_for(SockProtocol::NetlinkNetFilter).map_err(failed)?;
         netlink.allow_long_messages(BATCH_BYTES).map_err(failed)?;
-        let (closed, whole) = (HashSet::new(), HashSet::new());
-        let mut lock = Self { netlink, name: name.to_owned(), closed, whole };
+        let (closed, whole, ends) = (HashSet::new(), HashSet::new(), HashMap::new());
+        let mut lock = Self { netlink, name: name.to_owned(), closed, whole, ends };
         lock.transact(&nft::create(name)).map_err(failed)?;
         Ok(lock)
     }
@@ -315,7 +321,7 @@ pub fn unfinished(places: &[Connection]) -> Result<Unfinished, LockError> {
 /// # Errors
 /// If the kernel does not tell.
 pub fn reachable(wanted: &HashSet<Connection>) -> Result<HashSet<Connection>, LockError> {
-    diag::reachable(wanted).map_err(LockError::List)
+    diag::reachable(wanted, ONE_BY_ONE).map_err(LockError::List)
 }
 
 /// The inodes of all sockets that a process has open.

@@ -190,17 +190,21 @@ fn status(control: &[(i32, i32, Vec<u8>)]) -> u32 {
 }
 
 impl Segment {
-    /// Whether it belongs to one of these, or asks for a connection at one of these.
-    fn is_for(&self, these: &HashSet<Connection>) -> bool {
-        if !self.opening {
-            return these.contains(&Connection { local: self.local, remote: Some(self.remote) });
-        }
-        let everywhere: IpAddr = match self.local {
+    /// The connection that it belongs to, or the places of which it may ask for one.
+    fn goals(&self) -> impl Iterator<Item = Connection> + use<> {
+        let local = self.local;
+        let everywhere: IpAddr = match local {
             SocketAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
             SocketAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
         };
-        let places = [self.local, SocketAddr::new(everywhere, self.local.port())];
-        places.into_iter().any(|local| these.contains(&Connection { local, remote: None }))
+        let connection = Connection { local, remote: (!self.opening).then_some(self.remote) };
+        let place = Connection { local: SocketAddr::new(everywhere, local.port()), remote: None };
+        [Some(connection), self.opening.then_some(place)].into_iter().flatten()
+    }
+
+    /// Whether it belongs to one of these, or asks for a connection at one of these.
+    fn is_for(&self, these: &HashSet<Connection>) -> bool {
+        self.goals().any(|goal| these.contains(&goal))
     }
 }
 
@@ -216,7 +220,9 @@ pub fn put_in(packets: &[Vec<u8>], wanted: &[Connection]) -> Result<usize, Stray
     if chosen.is_empty() {
         return Ok(0);
     }
-    let here = lock::reachable(&wanted)?;
+    // Most have got nothing meanwhile.
+    let goals = chosen.iter().flat_map(|(segment, _)| segment.goals());
+    let here = lock::reachable(&goals.filter(|goal| wanted.contains(goal)).collect())?;
     let (mut v4, mut v6) = (None, None);
     let mut count = 0;
     for (segment, packet) in chosen.into_iter().filter(|(segment, _)| segment.is_for(&here)) {
@@ -238,4 +244,26 @@ pub fn put_in(packets: &[Vec<u8>], wanted: &[Connection]) -> Result<usize, Stray
         }
     }
     Ok(count)
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::segment::tests::packet;
+    use super::*;
+    use crate::engine::trial::counted;
+
+    /// A server has connections by the thousand: to ask for all of them would take longer than the rest of a move.
+    #[test]
+    fn only_sockets_that_something_has_come_for_are_looked_for() {
+        let remote = Some("10.0.0.9:1000".parse().unwrap());
+        let end = |port| SocketAddr::new(Ipv4Addr::new(10, 0, 0, 1).into(), port);
+        let wanted: Vec<_> = (1..1000).map(|port| Connection { local: end(port), remote }).collect();
+        let packets = [packet("10.0.0.9:1000", "10.0.0.1:80", 16, b"abc")];
+        // This host has none of them.
+        let (answers, count) = counted("recvfrom", || put_in(&packets, &wanted).unwrap());
+        assert_eq!((answers, count), (1, 0));
+        let (answers, count) = counted("recvfrom", || put_in(&packets, &wanted[..50]).unwrap());
+        assert_eq!((answers, count), (0, 0), "it is for none of these");
+    }
 }

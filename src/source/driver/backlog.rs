@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use super::{ActionError, Driver, FREEZE_PATIENCE};
 use crate::engine::capture::CaptureError;
 use crate::engine::queued;
-use crate::engine::state::files::{self, Descriptors, EarlyLook};
+use crate::engine::state::files::{self, Descriptors};
 
 /// How long the process may take. It is off the network meanwhile.
 const PATIENCE: Duration = Duration::from_millis(50);
@@ -41,27 +41,30 @@ impl Driver<'_> {
 
     fn lock_descriptors(&mut self) -> Result<Descriptors, ActionError> {
         let pid = self.pid();
-        let early = self.state.early.as_ref();
         let lock = self.state.lock.as_mut().ok_or(ActionError::Order)?;
-        let (mut descriptors, locked) = match early.and_then(EarlyLook::socket_inodes) {
+        let (mut descriptors, locked) = match self.state.early.as_ref() {
             None => {
                 let descriptors = Descriptors::take(pid).map_err(CaptureError::from)?;
                 let locked = lock.close_on_process(&descriptors.socket_inodes())?;
                 (descriptors, locked)
             }
             // The kernel locks on one processor, and the descriptors are taken on the others.
-            Some(inodes) => std::thread::scope(|scope| {
+            Some(early) => std::thread::scope(|scope| {
                 let take = || Descriptors::take(pid);
                 let taking = std::thread::Builder::new().name("descriptors".into()).spawn_scoped(scope, take);
-                let mut locked = lock.close_on_process(&inodes)?;
-                let descriptors = match taking.map_err(ActionError::Thread)?.join() {
+                let taking = taking.map_err(ActionError::Thread)?;
+                let own = early.own_sockets();
+                let locked = own.as_ref().map(|own| lock.close_on_own(own)).transpose()?;
+                let descriptors = match taking.join() {
                     Ok(descriptors) => descriptors.map_err(CaptureError::from)?,
                     Err(panic) => std::panic::resume_unwind(panic),
                 };
                 let all = descriptors.socket_inodes();
-                if !all.is_subset(&inodes) {
-                    locked = lock.close_on_process(&all)?;
-                }
+                let is_all = own.is_some_and(|own| all.is_subset(&own.inodes));
+                let locked = match locked.filter(|_| is_all) {
+                    Some(locked) => locked,
+                    None => lock.close_on_process(&all)?,
+                };
                 Ok::<_, ActionError>((descriptors, locked))
             })?,
         };

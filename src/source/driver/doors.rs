@@ -9,7 +9,7 @@
 use std::time::{Duration, Instant};
 
 use super::{ActionError, Driver};
-use crate::engine::lock;
+use crate::engine::lock::{self, Connection};
 use crate::engine::state::files::EarlyLook;
 
 /// The round trip of a far client, and what the process takes to accept it. Whoever has not finished by then has most
@@ -33,13 +33,26 @@ impl Driver<'_> {
         self.keep_requests(&inodes)?;
         let lock = self.state.lock.as_mut().ok_or(ActionError::Order)?;
         let places = lock.close_on_listeners(&inodes)?;
-        if places.is_empty() {
-            return Ok(());
+        if !places.is_empty() {
+            self.wait_for_unfinished(&places)?;
+            // A server that sets options sets them when it accepts: from here on that is over.
+            if let Some(early) = self.state.early.take_if(|early| !early.holds()) {
+                self.state.early = early.again(self.config.pid, &lasting);
+            }
         }
+        // What is known of its connections now need not be asked for in the freeze.
+        let own = self.state.early.as_ref().and_then(EarlyLook::own_sockets);
+        if let (Some(own), Some(lock)) = (own, self.state.lock.as_mut()) {
+            lock.look_for_others(&own.connections)?;
+        }
+        Ok(())
+    }
+
+    fn wait_for_unfinished(&self, places: &[Connection]) -> Result<(), ActionError> {
         let closed = Instant::now();
         let for_queued = if self.state.takes_queued { MOMENT } else { PATIENCE };
         let left = loop {
-            let left = lock::unfinished(&places)?;
+            let left = lock::unfinished(places)?;
             let waited = closed.elapsed();
             if (left.half_open == 0 || waited >= PATIENCE) && (left.queued == 0 || waited >= for_queued) {
                 break left;
@@ -47,10 +60,6 @@ impl Driver<'_> {
             std::thread::sleep(PAUSE);
         };
         tracing::debug!(?left, took = ?closed.elapsed(), "the doors are closed");
-        // A server that sets options sets them when it accepts: from here on that is over.
-        if let Some(early) = self.state.early.take_if(|early| !early.holds()) {
-            self.state.early = early.again(self.config.pid, &lasting);
-        }
         Ok(())
     }
 }

@@ -1,6 +1,8 @@
 //! On real connections, in a network namespace that each test makes for its own thread.
 
 mod beyond;
+mod own;
+mod reachable;
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, TcpListener, TcpStream};

@@ -21,6 +21,7 @@ use super::scan::numbers_of;
 use super::tcp::{self, Glance, Known, Seen, Sets};
 use super::{CaptureFilesError, Trouble};
 use crate::engine::freeze::thread_ids;
+use crate::engine::lock::Own;
 use crate::engine::many;
 use crate::engine::reason::chain;
 use crate::engine::remote::Tid;
@@ -92,10 +93,9 @@ impl EarlyLook {
         Ahead { connections: seen.all_quiet().filter_map(known).collect(), option_sets: self.sets.all() }
     }
 
-    /// The inodes of the sockets that the process has now, of whatever kind; `None` where the kernel cannot tell as fast.
-    pub fn socket_inodes(&self) -> Option<HashSet<u64>> {
-        let sockets = self.glance.as_ref()?.sockets().inspect_err(|error| say_unseen(error)).ok()?;
-        Some(sockets.into_iter().map(|(_, inode)| inode).collect())
+    /// The sockets that the process has now; `None` where the kernel cannot tell as fast.
+    pub fn own_sockets(&self) -> Option<Own> {
+        self.glance.as_ref()?.own().inspect_err(|error| say_unseen(error)).ok()
     }
 
     /// What is to be seen of the connections now; `None` where the kernel cannot do it.

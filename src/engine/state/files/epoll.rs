@@ -29,6 +29,7 @@ fn always_ready(table: &Table, description: usize) -> bool {
     ready && (socket || open.link_starts_with("anon_inode:[eventfd"))
 }
 
+#[derive(Debug, PartialEq, Eq)]
 struct Line {
     number: u32,
     events: u32,
@@ -36,15 +37,22 @@ struct Line {
     inode: u64,
 }
 
-/// `tfd: 5 events: 19 data: 5 pos:0 ino:1f sdev:a`, numbers after `events` in hexadecimal.
+/// `tfd: 5 events: 19 data: 5 pos:0 ino:1f sdev:a`, numbers after `events` in hexadecimal. There are thousands of them.
 fn parse(line: &str) -> Option<Line> {
-    let after = |name: &str| line.split_once(name)?.1.split_whitespace().next();
-    Some(Line {
-        number: after("tfd:")?.parse().ok()?,
-        events: u32::from_str_radix(after("events:")?, 16).ok()?,
-        data: u64::from_str_radix(after("data:")?, 16).ok()?,
-        inode: u64::from_str_radix(after("ino:")?, 16).ok()?,
-    })
+    let (mut number, mut events, mut data, mut inode) = (None, None, None, None);
+    let mut words = line.split_ascii_whitespace();
+    while let Some(word) = words.next() {
+        let (name, value) = word.split_once(':')?;
+        let value = if value.is_empty() { words.next()? } else { value };
+        match name {
+            "tfd" => number = value.parse().ok(),
+            "events" => events = u32::from_str_radix(value, 16).ok(),
+            "data" => data = u64::from_str_radix(value, 16).ok(),
+            "ino" => inode = u64::from_str_radix(value, 16).ok(),
+            _ => {}
+        }
+    }
+    Some(Line { number: number?, events: events?, data: data?, inode: inode? })
 }
 
 pub(super) fn capture(table: &Table, open: &Open) -> Result<Epoll, Stop> {
@@ -116,4 +124,32 @@ fn find(table: &Table, epoll: &Open, line: &Line, nth: u32) -> Result<Option<usi
         }
     }
     Ok(None)
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const LINE: &str = "tfd:       15 events: 80002019 data: ffffffffffff000f  pos:0 ino:1af sdev:9";
+
+    #[test]
+    fn lines() {
+        let events = 0x8000_2019;
+        let line = Line { number: 15, events, data: 0xffff_ffff_ffff_000f, inode: 0x1af };
+        assert_eq!(parse(LINE), Some(line));
+        for without in ["tfd:       15", "events: 80002019", "data: ffffffffffff000f", "ino:1af"] {
+            assert_eq!(parse(&LINE.replace(without, "")), None, "{without}");
+        }
+        assert_eq!(parse("tfd: 5 events: 19 data: 5 pos:0 ino:"), None);
+        assert_eq!(parse("tfd: 5 events: 19 data: 5 ino:x"), None);
+    }
+
+    proptest! {
+        #[test]
+        fn no_text_panics(text in ".{0,60}", at in 0..LINE.len()) {
+            let _ = (parse(&text), parse(&LINE[at..]), parse(&format!("{}{text}", &LINE[..at])));
+        }
+    }
 }

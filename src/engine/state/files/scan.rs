@@ -7,6 +7,7 @@ use std::fs::{self, File, Metadata};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::PathBuf;
 
 use nix::errno::Errno;
 
@@ -21,6 +22,8 @@ use crate::engine::sys::{fds, pidfd, socket};
 const CALLS: usize = 1024;
 /// `FD_CLOEXEC`, as a call returns it.
 const CLOEXEC: u64 = 1;
+/// What /proc shows an epoll as.
+const EPOLL: &str = "anon_inode:[eventpoll]";
 
 /// One descriptor of the process.
 #[derive(Debug)]
@@ -87,11 +90,23 @@ struct Duplicate {
     stat: Metadata,
     /// Whether it is closed by exec, where the process was asked.
     cloexec: Option<bool>,
+    /// All the rest, where it was read ahead.
+    look: Option<Look>,
 }
 
 impl Duplicate {
     fn is_socket(&self) -> bool {
         self.stat.file_type().is_socket()
+    }
+
+    /// Nobody but the process changes an epoll, unlike a file's position, or a timer. What fails is told when all are
+    /// read.
+    fn look_if_epoll(&mut self, pid: Tid) {
+        // Those of no kind that the attributes know.
+        let is_anonymous = self.stat.mode() & libc::S_IFMT == 0;
+        if is_anonymous && link(&self.ours).is_ok_and(|link| link == EPOLL) {
+            self.look = look(pid, self, None).ok();
+        }
     }
 }
 
@@ -124,9 +139,16 @@ impl Descriptors {
     }
 
     /// Looks at all TCP connections at a glance, where `early` has made ready for that. From here on nothing may come
-    /// for the process.
+    /// for the process. The kernel does that on one processor; what epolls have to say is read on another one, as it
+    /// takes as long where they watch thousands.
     pub fn glance(&mut self, early: &EarlyLook) {
-        self.seen = early.glance();
+        let (pid, duplicates) = (self.pid, &mut self.duplicates);
+        self.seen = std::thread::scope(|scope| {
+            let read = || duplicates.iter_mut().for_each(|duplicate| duplicate.look_if_epoll(pid));
+            // If there is no thread to be had, they are read with all others.
+            let _reading = std::thread::Builder::new().name("epolls".into()).spawn_scoped(scope, read);
+            early.glance()
+        });
     }
 
     /// What was seen when the process was running, and at a glance when it stood still.
@@ -238,11 +260,16 @@ impl Table {
     /// The table of a stopped process whose descriptors were taken already. `seen`: what is known of its sockets.
     pub(super) fn of(descriptors: Descriptors, seen: Option<&Seen>) -> Result<Self, CaptureFilesError> {
         let Descriptors { pid, duplicates, .. } = descriptors;
-        let looks = many::map(&duplicates, |duplicate| look(pid, duplicate, seen));
+        let looks = many::map(&duplicates, |duplicate| match duplicate.look {
+            Some(_) => Ok(None),
+            None => look(pid, duplicate, seen).map(Some),
+        });
         let mut opens = Vec::with_capacity(duplicates.len());
-        for (duplicate, look) in duplicates.into_iter().zip(looks) {
+        for (mut duplicate, look) in duplicates.into_iter().zip(looks) {
             let number = duplicate.number;
-            opens.push(look.map_err(|cause| cause_of(pid, number, cause))?.of(duplicate));
+            let look = look.map_err(|cause| cause_of(pid, number, cause))?;
+            let look = look.or(duplicate.look.take()).ok_or(CaptureFilesError::Gone(pid))?;
+            opens.push(look.of(duplicate));
         }
         Self::group(pid, opens, false)
     }
@@ -296,7 +323,12 @@ fn cause_of(pid: Tid, number: i32, (step, errno): Cause) -> CaptureFilesError {
 fn duplicate(pidfd: &pidfd::PidFd, number: i32) -> Result<Duplicate, Cause> {
     let ours = File::from(pidfd::take_fd(pidfd.as_fd(), number).map_err(|e| ("duplicating", e))?);
     let stat = ours.metadata().map_err(|e| ("reading attributes", errno_of(&e)))?;
-    Ok(Duplicate { number, ours, stat, cloexec: None })
+    Ok(Duplicate { number, ours, stat, cloexec: None, look: None })
+}
+
+/// What /proc shows one of ours as.
+fn link(ours: &File) -> std::io::Result<OsString> {
+    fs::read_link(format!("/proc/self/fd/{}", ours.as_raw_fd())).map(PathBuf::into_os_string)
 }
 
 /// Whether it is one end of a TCP connection: of these a server closes one after the other.
@@ -307,6 +339,7 @@ fn is_connection(open: &Open) -> bool {
 }
 
 /// What is asked of a duplicate when the state is captured.
+#[derive(Debug)]
 struct Look {
     cloexec: bool,
     link: OsString,
@@ -342,9 +375,7 @@ fn look(pid: Tid, duplicate: &Duplicate, seen: Option<&Seen>) -> Result<Look, Ca
         .map_err(failed("reading fdinfo"))?;
     let link = match socket {
         Some(link) => link,
-        None => fs::read_link(format!("/proc/self/fd/{}", duplicate.ours.as_raw_fd()))
-            .map_err(failed("reading the link"))?
-            .into_os_string(),
+        None => link(&duplicate.ours).map_err(failed("reading the link"))?,
     };
     let field = |name| info.lines().find_map(|l| field_of(l, name));
     let all_flags = field("flags").and_then(|s| i32::from_str_radix(s, 8).ok());

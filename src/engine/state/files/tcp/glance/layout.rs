@@ -51,6 +51,8 @@ pub(super) enum Part {
     FirstDataTaken,
     ChildOfFastOpen,
     Multipath,
+    Unaccepted,
+    HalfOpen,
     Keys,
 }
 
@@ -67,8 +69,11 @@ pub(super) enum Of {
 
 use Of::{File, Socket};
 
-/// Structure and member of each part, and whether it must be there. All structures of a socket have the same beginning.
-const PARTS: &[(Part, Of, &str, &str, bool)] = &[
+/// A part, what it is of, structure and member, and whether it must be there.
+type Known = (Part, Of, &'static str, &'static str, bool);
+
+/// What is copied of a TCP socket. All structures of a socket have the same beginning.
+const PARTS: &[Known] = &[
     (Part::Flags, File, "file", "f_flags", true),
     // A pointer in newer kernels, which is empty unless the process has asked for signals; the whole of it in older ones.
     (Part::Owner, File, "file", "f_owner", true),
@@ -119,13 +124,32 @@ const PARTS: &[(Part, Of, &str, &str, bool)] = &[
     (Part::Keys, Socket, "tcp_sock", "md5sig_info", true),
 ];
 
+/// Those of them that are copied where only sockets are named, and what else is then: how many wait where one listens,
+/// for whoever accepts them and for the end of their handshakes.
+const NAMED: &[Part] = &[
+    Part::Inode,
+    Part::Family,
+    Part::State,
+    Part::Kind,
+    Part::RemoteV4,
+    Part::LocalV4,
+    Part::RemotePort,
+    Part::LocalPort,
+    Part::RemoteV6,
+    Part::LocalV6,
+];
+const WAITING: &[Known] = &[
+    (Part::Unaccepted, Socket, "sock", "sk_ack_backlog", true),
+    (Part::HalfOpen, Socket, "inet_connection_sock", "icsk_accept_queue.qlen.counter", true),
+];
+
 /// Older kernels: whom a file signals, and by what.
 const OWNER_WITHIN: [(Part, &str); 2] = [(Part::Owner, "f_owner.pid"), (Part::Signal, "f_owner.signum")];
 /// What is farther apart is copied by itself.
 const GAP: usize = 64;
 /// The structures are no larger.
 const LARGEST: usize = 1 << 14;
-/// Before what is copied: the time, and the number of the descriptor.
+/// Before what is copied: the time, or whether it is a socket of TCP; and the number of the descriptor.
 pub(super) const HEAD_BYTES: usize = 16;
 pub(super) const NUMBER_TO: usize = 8;
 
@@ -142,7 +166,7 @@ pub(super) struct Range {
 #[derive(Debug)]
 pub(super) struct Layout {
     pub(super) ranges: Vec<Range>,
-    /// A record ends with what was copied of the socket, twice: see [`super`].
+    /// What was copied of the socket. A record of a connection has it twice, and ends so: see [`super`].
     pub(super) socket: std::ops::Range<usize>,
     /// The whole record.
     pub(super) bytes: usize,
@@ -160,19 +184,35 @@ fn is_known(field: btf::Field) -> bool {
     field.len == 128 && field.start.is_multiple_of(8) || field.len > 0 && field.start % 8 + field.len <= 64
 }
 
-impl Layout {
+/// The two kinds of records.
+#[derive(Debug)]
+pub(super) struct Layouts {
+    pub(super) connections: Layout,
+    pub(super) names: Layout,
+}
+
+impl Layouts {
     /// `None` if this kernel is not one that we know.
     pub(super) fn of(btf: &[u8]) -> Option<Self> {
         let btf = Btf::parse(btf)?;
         // Older kernels would walk through the files of all processes.
         btf.structure("bpf_iter_link_info")?.field("task.pid_fd")?;
+        let named = PARTS.iter().filter(|(part, ..)| NAMED.contains(part)).chain(WAITING);
+        let mut connections = Layout::of(&btf, PARTS.iter())?;
+        connections.bytes += connections.socket.len();
+        Some(Self { connections, names: Layout::of(&btf, named)? })
+    }
+}
+
+impl Layout {
+    fn of(btf: &Btf<'_>, parts: impl Iterator<Item = &'static Known>) -> Option<Self> {
         let pointer = |of: &str, path: &str| {
             let field = btf.structure(of)?.field(path)?;
             (field.len == 64 && field.start.is_multiple_of(8)).then(|| i16::try_from(field.start / 8).ok())?
         };
         let mut fields = Vec::new();
         let mut structure = None;
-        for &(part, of, name, path, needed) in PARTS {
+        for &(part, of, name, path, needed) in parts {
             if structure.as_ref().is_none_or(|(last, _)| *last != name) {
                 structure = Some((name, btf.structure(name)?));
             }
@@ -205,7 +245,6 @@ impl Layout {
             layout.place(of, &fields)?;
             layout.socket = start..layout.bytes;
         }
-        layout.bytes += layout.socket.len();
         Some(layout)
     }
 
@@ -234,6 +273,14 @@ impl Layout {
         self.ranges.extend(last);
         self.bytes = last.map_or(self.bytes, |last| (last.to + last.len).next_multiple_of(8));
         Some(())
+    }
+
+    /// What is to be copied for this part alone.
+    pub(super) fn range_of(&self, part: Part) -> Option<Range> {
+        let at = self.place_of(part)?;
+        let (to, end) = (at.start / 8, (at.start + at.len).div_ceil(8));
+        let within = self.ranges.iter().find(|range| range.to <= to && end <= range.to + range.len)?;
+        Some(Range { from: within.from + to - within.to, len: end - to, to, ..*within })
     }
 
     /// Whether this kernel has such a part.

@@ -22,10 +22,10 @@ use std::sync::OnceLock;
 
 use nix::errno::Errno;
 
-use self::layout::Layout;
-use self::program::NAME_BYTES;
-use self::record::Record;
+use self::layout::{Layout, Layouts};
+use self::record::{Named, Record};
 use crate::engine::bpf::{KERNEL, LICENCE};
+use crate::engine::lock::Own;
 use crate::engine::remote::Tid;
 use crate::engine::sys::bpf::{self, Array};
 use crate::engine::sys::pidfd;
@@ -63,20 +63,20 @@ fn step(step: &'static str) -> impl Fn(Errno) -> GlanceError {
     move |errno| GlanceError::Sys { step, errno }
 }
 
-/// The layout stays the same as long as the kernel runs.
-fn layout() -> Result<&'static Layout, GlanceError> {
-    static LAYOUT: OnceLock<Option<Layout>> = OnceLock::new();
-    if let Some(layout) = LAYOUT.get() {
-        return layout.as_ref().ok_or(GlanceError::Unknown);
+/// The layouts stay the same as long as the kernel runs.
+fn layouts() -> Result<&'static Layouts, GlanceError> {
+    static LAYOUT: OnceLock<Option<Layouts>> = OnceLock::new();
+    if let Some(layouts) = LAYOUT.get() {
+        return layouts.as_ref().ok_or(GlanceError::Unknown);
     }
     let btf = std::fs::read(KERNEL).map_err(GlanceError::Kernel)?;
-    LAYOUT.get_or_init(|| Layout::of(&btf)).as_ref().ok_or(GlanceError::Unknown)
+    LAYOUT.get_or_init(|| Layouts::of(&btf)).as_ref().ok_or(GlanceError::Unknown)
 }
 
 /// Ready to look at a process.
 #[derive(Debug)]
 pub(in super::super) struct Glance {
-    layout: &'static Layout,
+    layouts: &'static Layouts,
     connections: OwnedFd,
     names: OwnedFd,
 }
@@ -87,21 +87,21 @@ impl Glance {
     /// # Errors
     /// If the kernel cannot do it, or we may not.
     pub(in super::super) fn prepare(pid: Tid) -> Result<Self, GlanceError> {
-        let layout = layout()?;
+        let layouts = layouts()?;
         let process = pidfd::PidFd::open(pid.unsigned_abs()).map_err(step("opening a pidfd"))?;
-        let ready = |bytes: usize, instructions: &dyn Fn(i32) -> Option<Vec<u8>>| {
-            let bytes = u32::try_from(bytes).map_err(|_| GlanceError::Unknown)?;
+        let ready = |layout: &Layout, instructions: &dyn Fn(&Layout, i32) -> Option<Vec<u8>>| {
+            let bytes = u32::try_from(layout.bytes).map_err(|_| GlanceError::Unknown)?;
             let record = Array::create(bytes, 1).map_err(step("making an array for a BPF program"))?;
-            let instructions = instructions(record.number()).ok_or(GlanceError::Unknown)?;
+            let instructions = instructions(layout, record.number()).ok_or(GlanceError::Unknown)?;
             let program = bpf::load_iterator(&instructions, LICENCE, layout.function)
                 .map_err(step("loading a BPF program"))?;
             bpf::iterate_over(program.as_fd(), process.as_fd())
                 .map_err(step("pointing a BPF program at a process"))
         };
         Ok(Self {
-            layout,
-            connections: ready(layout.bytes, &|record| program::instructions(layout, record))?,
-            names: ready(NAME_BYTES, &|record| program::instructions_for_names(layout, record))?,
+            layouts,
+            connections: ready(&layouts.connections, &program::instructions)?,
+            names: ready(&layouts.names, &program::instructions_for_names)?,
         })
     }
 
@@ -111,21 +111,28 @@ impl Glance {
     /// If the kernel breaks off.
     pub(in super::super) fn look(&self) -> Result<Seen, GlanceError> {
         let bytes = pass(self.connections.as_fd())?;
-        Seen::of(bytes, self.layout).ok_or(GlanceError::Unknown)
+        Seen::of(bytes, &self.layouts.connections).ok_or(GlanceError::Unknown)
     }
 
-    /// The inodes of all its sockets, of whatever kind, by the numbers of its descriptors.
+    /// Names all its sockets, and where those of TCP end. What it says is exact once the process stands still.
     ///
     /// # Errors
     /// If the kernel breaks off.
-    pub(in super::super) fn sockets(&self) -> Result<Vec<(u64, u64)>, GlanceError> {
-        let bytes = pass(self.names.as_fd())?;
-        let (names, rest) = bytes.as_chunks::<NAME_BYTES>();
-        let word = |name: &[u8], at: usize| {
-            name.get(at..).and_then(|bytes| bytes.first_chunk()).map_or(0, |b| u64::from_ne_bytes(*b))
-        };
-        let names = names.iter().map(|name| (word(name, 0), word(name, 8))).collect();
-        if rest.is_empty() { Ok(names) } else { Err(GlanceError::Unknown) }
+    pub(in super::super) fn own(&self) -> Result<Own, GlanceError> {
+        let (bytes, layout) = (pass(self.names.as_fd())?, &self.layouts.names);
+        let mut own = Own { is_all: bytes.len().is_multiple_of(layout.bytes), ..Own::default() };
+        for bytes in bytes.chunks_exact(layout.bytes) {
+            let record = Record { layout, bytes };
+            if !own.inodes.insert(record.inode()) {
+                continue;
+            }
+            match record.named() {
+                Named::Nothing => {}
+                Named::Connection(connection) => own.connections.push(connection),
+                Named::More => own.is_all = false,
+            }
+        }
+        Ok(own)
     }
 }
 

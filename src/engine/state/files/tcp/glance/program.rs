@@ -1,7 +1,7 @@
 //! The program that is called for each file of a process: of a TCP socket it copies what the layout says into a record.
-//! It judges nothing. And a smaller one, which only says what sockets there are.
+//! It judges nothing. And a smaller one, which says what sockets there are, and of those of TCP where they end.
 
-use super::layout::{HEAD_BYTES, Layout, NUMBER_TO, Of, Range};
+use super::layout::{HEAD_BYTES, Layout, NUMBER_TO, Of, Part, Range};
 use crate::engine::bpf::program::{ADD, EXIT, IF_EQUAL, LOAD, LOAD_DOUBLE, MOVE, Program, SET, STORE_DOUBLE};
 
 /// Calls of the kernel (`BPF_FUNC_*`).
@@ -16,28 +16,47 @@ const NUMBER: i16 = 16;
 const FILE: i16 = 24;
 /// Where a record has the time; the number of the descriptor follows.
 const TIME_TO: i16 = 0;
+/// Where one of the smaller program says that it is a socket of TCP.
+const IS_TCP_TO: i16 = 0;
 const _: () = assert!(NUMBER_TO == 8 && HEAD_BYTES == 16);
 
-/// There is only one place to jump to.
+/// Where is jumped to: to the end, or to where the record is handed over.
 #[derive(Debug, Clone, Copy, PartialEq)]
-struct Out;
+enum Place {
+    Out,
+    Said,
+}
 
-/// What the smaller one says of a socket of any kind: the number of the descriptor, and the inode.
-pub(super) const NAME_BYTES: usize = 16;
-const INODE_TO: usize = 8;
+use Place::{Out, Said};
 
 /// The instructions of the smaller one. `record` as below.
 pub(super) fn instructions_for_names(layout: &Layout, record: i32) -> Option<Vec<u8>> {
-    let inode = layout.ranges.iter().find(|range| range.of == Of::Inode)?;
     let mut p = Program::new();
     begin(&mut p);
+    p.push(LOAD_DOUBLE, 8, 0, layout.socket_to_sock, 0);
+    p.jump(IF_EQUAL, 8, 0, Out);
     p.load_value(9, record);
-    p.push(LOAD, 1, 6, NUMBER, 0);
-    p.push(STORE_DOUBLE, 9, 1, 0, 0);
+    // What is not copied must not be that of the socket before.
     p.push(SET, 1, 0, 0, 0);
-    p.push(STORE_DOUBLE, 9, 1, i16::try_from(INODE_TO).ok()?, 0);
-    copy(&mut p, layout, Range { to: INODE_TO, len: inode.len.min(NAME_BYTES - INODE_TO), ..*inode })?;
-    end(&mut p, layout, NAME_BYTES)?;
+    for at in (0..layout.bytes).step_by(8) {
+        p.push(STORE_DOUBLE, 9, 1, i16::try_from(at).ok()?, 0);
+    }
+    p.push(LOAD, 1, 6, NUMBER, 0);
+    p.push(STORE_DOUBLE, 9, 1, i16::try_from(NUMBER_TO).ok()?, 0);
+    for part in [Part::Inode, Part::Family, Part::Kind] {
+        copy(&mut p, layout, layout.range_of(part)?)?;
+    }
+    p.push(MOVE, 1, 8, 0, 0);
+    p.call(SKC_TO_TCP_SOCK);
+    p.jump(IF_EQUAL, 0, 0, Said);
+    p.push(MOVE, 8, 0, 0, 0);
+    p.push(SET, 1, 0, 0, 1);
+    p.push(STORE_DOUBLE, 9, 1, IS_TCP_TO, 0);
+    for range in layout.ranges.iter().filter(|range| range.of == Of::Socket) {
+        copy(&mut p, layout, *range)?;
+    }
+    p.here(Said);
+    end(&mut p, layout)?;
     Some(p.finish())
 }
 
@@ -61,12 +80,12 @@ pub(super) fn instructions(layout: &Layout, record: i32) -> Option<Vec<u8>> {
     for range in layout.ranges.iter().filter(|range| range.of == Of::Socket) {
         copy(&mut p, layout, Range { to: range.to + layout.socket.len(), ..*range })?;
     }
-    end(&mut p, layout, layout.bytes)?;
+    end(&mut p, layout)?;
     Some(p.finish())
 }
 
 /// 6 is what we are called with, 7 the file, 8 the socket, 9 the record. What is no socket is passed over.
-fn begin(p: &mut Program<Out>) {
+fn begin(p: &mut Program<Place>) {
     p.push(MOVE, 6, 1, 0, 0);
     p.push(LOAD_DOUBLE, 7, 6, FILE, 0);
     p.jump(IF_EQUAL, 7, 0, Out);
@@ -76,11 +95,11 @@ fn begin(p: &mut Program<Out>) {
 }
 
 /// Hands the record over.
-fn end(p: &mut Program<Out>, layout: &Layout, bytes: usize) -> Option<()> {
+fn end(p: &mut Program<Place>, layout: &Layout) -> Option<()> {
     p.push(LOAD_DOUBLE, 1, 6, META, 0);
     p.push(LOAD_DOUBLE, 1, 1, layout.meta_to_seq, 0);
     p.push(MOVE, 2, 9, 0, 0);
-    p.push(SET, 3, 0, 0, i32::try_from(bytes).ok()?);
+    p.push(SET, 3, 0, 0, i32::try_from(layout.bytes).ok()?);
     p.call(SEQ_WRITE);
     p.here(Out);
     p.push(SET, 0, 0, 0, 0);
@@ -88,7 +107,7 @@ fn end(p: &mut Program<Out>, layout: &Layout, bytes: usize) -> Option<()> {
     Some(())
 }
 
-fn copy(p: &mut Program<Out>, layout: &Layout, range: Range) -> Option<()> {
+fn copy(p: &mut Program<Place>, layout: &Layout, range: Range) -> Option<()> {
     let number = |value: usize| i32::try_from(value).ok();
     match range.of {
         Of::File => p.push(MOVE, 3, 7, 0, 0),

@@ -3,9 +3,12 @@
 #![allow(clippy::cast_possible_truncation, reason = "members have as many bits as what is made of them")]
 
 use super::layout::{Layout, NUMBER_TO, Part};
+use crate::engine::address;
+use crate::engine::lock::{self, Connection};
 use crate::engine::sys::tcp::WINDOW_BYTES;
 use crate::proto::files::TcpConnection;
 
+use super::super::STATE_LISTEN;
 use super::super::connection::{ESTABLISHED, SCALING, SELECTIVE, TIMESTAMPS};
 
 /// `TCPI_OPT_ECN`, `TCPI_OPT_ECN_SEEN`, `TCPI_OPT_SYN_DATA`, `TCPI_OPT_TFO_CHILD`
@@ -19,6 +22,22 @@ const ECN_SEEN: u64 = 8;
 const ECN_KNOWN: u64 = 15;
 const INET: u64 = libc::AF_INET as u64;
 const INET6: u64 = libc::AF_INET6 as u64;
+
+const STREAM: u64 = libc::SOCK_STREAM as u64;
+/// `TCP_CLOSE`
+const CLOSED: u32 = 7;
+const LISTENS: u32 = STATE_LISTEN as u32;
+
+/// What a socket is to the lock.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Named {
+    /// It has no connection, and nobody waits for it.
+    Nothing,
+    /// It is connected, or on its way there.
+    Connection(Connection),
+    /// More than is said here: connections without an inode of their own, or a protocol that may have such.
+    More,
+}
 
 /// One socket.
 #[derive(Debug, Clone, Copy)]
@@ -82,7 +101,7 @@ impl Record<'_> {
         ];
         self.is_whole()
             && self.value(Part::State) == u64::from(ESTABLISHED)
-            && self.value(Part::Kind) == libc::SOCK_STREAM as u64
+            && self.value(Part::Kind) == STREAM
             && NOT_THERE.iter().all(|part| self.value(*part) == 0)
             && self.value(Part::Congestion) & !ECN_KNOWN == 0
             && self.word(Part::Written) == self.word(Part::Unacknowledged)
@@ -100,6 +119,33 @@ impl Record<'_> {
         // Those of a link are refused, in words that are not ours.
         let of_link = matches!(bytes, [0xfe, second, _, _, _, ..] if second & 0xc0 == 0x80);
         (!of_link && bytes.iter().any(|byte| *byte != 0)).then(|| bytes.to_vec())
+    }
+
+    /// For a record that names a socket.
+    pub(super) fn named(&self) -> Named {
+        if ![INET, INET6].contains(&self.value(Part::Family)) {
+            return Named::Nothing;
+        }
+        // The first word of such a record.
+        if self.bytes.first_chunk().is_none_or(|bytes| u64::from_ne_bytes(*bytes) == 0) {
+            return if self.value(Part::Kind) == STREAM { Named::More } else { Named::Nothing };
+        }
+        match self.word(Part::State) {
+            CLOSED => Named::Nothing,
+            LISTENS if self.value(Part::Unaccepted) == 0 && self.value(Part::HalfOpen) == 0 => Named::Nothing,
+            state if lock::is_connection(state) => self.ends().map_or(Named::More, Named::Connection),
+            _ => Named::More,
+        }
+    }
+
+    fn ends(&self) -> Option<Connection> {
+        let (local, remote) = match self.value(Part::Family) {
+            INET => (Part::LocalV4, Part::RemoteV4),
+            _ => (Part::LocalV6, Part::RemoteV6),
+        };
+        let end = |ip, port| address::end_of(self.layout.bytes_of(self.bytes, ip), self.port(port));
+        let remote = Some(end(remote, Part::RemotePort)?);
+        Some(Connection { local: end(local, Part::LocalPort)?, remote })
     }
 
     fn port(&self, part: Part) -> u32 {

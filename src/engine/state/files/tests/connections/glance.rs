@@ -8,8 +8,7 @@ use super::many::{connections, crowd, look_early};
 use super::*;
 use crate::engine::state::files::ScannedProcesses;
 use crate::engine::state::files::tcp::{Glance, Seen};
-use crate::engine::sys::perf;
-use crate::engine::trial::until;
+use crate::engine::trial::{counted, until};
 use crate::proto::files::{Description, Files, TcpConnection};
 
 fn inode(s: &Held, fd: i32) -> u64 {
@@ -215,15 +214,6 @@ fn nothing_is_said_of_what_is_not_quiet() {
     });
 }
 
-/// The calls of a kind that this thread makes, and those that it starts, in `work`.
-fn counted<T>(call: &str, work: impl FnOnce() -> T) -> (u64, T) {
-    let files = perf::trace_files().unwrap();
-    let event = perf::trace_event(files.as_fd(), &format!("syscalls/sys_exit_{call}")).unwrap();
-    let counter = perf::count(nix::unistd::gettid().as_raw(), event).unwrap();
-    let done = work();
-    (perf::counted(counter.as_fd()).unwrap(), done)
-}
-
 #[test]
 fn quiet_connections_are_not_asked_one_by_one() {
     with_network(|network| {
@@ -246,7 +236,7 @@ fn quiet_connections_are_not_asked_one_by_one() {
         let other = s.call(libc::SYS_socket, &[libc::AF_UNIX.into(), libc::SOCK_DGRAM.into(), 0]);
         s.call(libc::SYS_epoll_create1, &[0]);
         let inodes = Descriptors::take(s.pid()).unwrap().socket_inodes();
-        assert_eq!(look.socket_inodes(), Some(inodes));
+        assert_eq!(look.own_sockets().unwrap().inodes, inodes);
         s.call(libc::SYS_close, &[other]);
         let mut descriptors = Descriptors::take(s.pid()).unwrap();
         descriptors.glance(&look);

@@ -193,3 +193,40 @@ fn the_process_says_the_same_of_its_sockets_as_proc() {
         assert_eq!(ends.iter().map(|fd| closed(*fd)).collect::<Vec<_>>(), [false, true, false]);
     });
 }
+
+/// To read an epoll that watches thousands takes as long as a glance at them, at which one processor looks. So what it
+/// is made to watch afterwards, which nobody can do to a process that stands still, is not carried.
+#[test]
+fn epolls_are_read_while_connections_are_seen_at_a_glance() {
+    with_network(|network| {
+        let (mut s, ends, _clients) = crowd(network, 100);
+        let epoll = s.call(libc::SYS_epoll_create1, &[libc::EPOLL_CLOEXEC.into()]) as i32;
+        let other = s.call(libc::SYS_epoll_create1, &[0]) as i32;
+        let again = s.call(libc::SYS_dup, &[epoll.into()]) as i32;
+        for fd in &ends {
+            s.epoll_add(epoll, *fd, libc::EPOLLIN, 7);
+        }
+        let look = look_early(&s);
+        let mut descriptors = Descriptors::take(s.pid()).unwrap();
+        descriptors.glance(&look);
+        descriptors.remember(look);
+        s.epoll_add(other, ends[0], libc::EPOLLOUT, 8);
+        let CapturedFiles { image: ahead, closing, carried } =
+            capture_after(descriptors, &carry(), &ScannedProcesses::default()).unwrap();
+        drop((closing, carried));
+        let watched = |image: &Files, number: i32| -> Vec<(u32, u32, u64)> {
+            let fd = image.fds.iter().find(|fd| fd.number as i32 == number).unwrap();
+            let Some(Kind::Epoll(epoll)) = &image.descriptions[fd.description as usize].kind else {
+                panic!()
+            };
+            epoll.watches.iter().map(|watch| (watch.number, watch.events, watch.data)).collect()
+        };
+        let late = capture(s.pid(), &carry()).unwrap().image;
+        assert_eq!((watched(&ahead, other).len(), watched(&late, other).len()), (0, 1));
+        assert_eq!(watched(&ahead, epoll).len(), 100);
+        assert_eq!(ahead.fds, late.fds);
+        for number in [epoll, again] {
+            assert_eq!(watched(&ahead, number), watched(&late, number));
+        }
+    });
+}

@@ -4,6 +4,7 @@ mod agreed;
 mod ahead;
 mod glance;
 mod many;
+mod own;
 mod paths;
 mod queues;
 mod refused;
