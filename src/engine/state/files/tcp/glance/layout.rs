@@ -139,8 +139,8 @@ const NAMED: &[Part] = &[
     Part::LocalV6,
 ];
 const WAITING: &[Known] = &[
-    (Part::Unaccepted, Socket, "sock", "sk_ack_backlog", true),
-    (Part::HalfOpen, Socket, "inet_connection_sock", "icsk_accept_queue.qlen.counter", true),
+    (Part::Unaccepted, Socket, "sock", "sk_ack_backlog", false),
+    (Part::HalfOpen, Socket, "inet_connection_sock", "icsk_accept_queue.qlen.counter", false),
 ];
 
 /// Older kernels: whom a file signals, and by what.

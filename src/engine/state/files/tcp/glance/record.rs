@@ -132,10 +132,16 @@ impl Record<'_> {
         }
         match self.word(Part::State) {
             CLOSED => Named::Nothing,
-            LISTENS if self.value(Part::Unaccepted) == 0 && self.value(Part::HalfOpen) == 0 => Named::Nothing,
+            LISTENS if self.nobody_waits() => Named::Nothing,
             state if lock::is_connection(state) => self.ends().map_or(Named::More, Named::Connection),
             _ => Named::More,
         }
+    }
+
+    /// Where it listens. If this kernel does not tell, somebody may.
+    fn nobody_waits(&self) -> bool {
+        let parts = [Part::Unaccepted, Part::HalfOpen];
+        parts.into_iter().all(|part| self.layout.has(part) && self.value(part) == 0)
     }
 
     fn ends(&self) -> Option<Connection> {
