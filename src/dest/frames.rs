@@ -7,7 +7,8 @@ use super::assemble::Applied;
 use super::driver::{Driver, OWN_LINK};
 use super::protocol::Event;
 use super::steps::ActionError;
-use crate::engine::lock::{self, Connection, connection_of};
+use crate::engine::address;
+use crate::engine::lock::connection_of;
 use crate::engine::reason::chain;
 use crate::engine::state::files;
 use crate::engine::{alive, clocks, remap, restore};
@@ -19,8 +20,6 @@ use crate::proto::image::Process;
 
 /// How often the machine is told that frames keep coming.
 const PROGRESS_EVERY: Duration = Duration::from_secs(1);
-/// Of connections that are all of one process, so many tell where it is.
-const SAMPLE: usize = 16;
 
 impl Driver {
     pub(super) fn frame(&mut self, frame: &Frame, last_progress: &mut Instant) -> Option<Event> {
@@ -103,28 +102,27 @@ impl Driver {
     /// made; what is not is made in the end.
     fn make_ahead(&mut self, mut ahead: Ahead) {
         let began = Instant::now();
-        for image in &mut ahead.connections {
-            remap::apply_to(&mut image.local, &self.remaps);
+        // In the network of the process itself its connections would be locked, and its ports be taken from it.
+        let network = self.begin.network;
+        let is_its_own = self.same_kernel() && (network == 0 || network == address::network_here());
+        if is_its_own || !self.ahead.is_empty() {
+            return;
         }
-        let ends: Vec<_> = ahead.connections.iter().filter_map(connection_of).collect();
+        ahead.connections.truncate(files::MOST_AHEAD);
+        let mut ends = HashSet::new();
+        ahead.connections.retain_mut(|image| {
+            remap::apply_to(&mut image.local, &self.remaps);
+            // Both ends of those of the host itself are here, and may be somebody else's.
+            let of_others = connection_of(image).filter(|one| !one.local.ip().is_loopback());
+            of_others.is_some_and(|one| ends.insert(one))
+        });
         let Some(lock) = self.lock.as_mut() else { return };
-        let hidden = if are_here(&ends) { Ok(false) } else { lock.close_on(&ends).map(|()| true) };
-        match hidden {
-            Ok(true) => {}
-            Ok(false) => return,
-            Err(error) => {
-                tracing::debug!(error = chain(&error), "connections are not locked ahead");
-                return;
-            }
+        let ends: Vec<_> = ends.into_iter().collect();
+        if let Err(error) = lock.close_on(&ends) {
+            tracing::debug!(error = chain(&error), "connections are not locked ahead");
+            return;
         }
         self.ahead.make(&ahead);
         tracing::debug!(came = ends.len(), made = self.ahead.len(), took = ?began.elapsed(), "sockets made ahead");
     }
-}
-
-/// Whether the network is the one of the process itself: its own connections would be locked, and its ports be taken
-/// from it.
-fn are_here(ends: &[Connection]) -> bool {
-    let some: HashSet<Connection> = ends.iter().take(SAMPLE).copied().collect();
-    !lock::reachable(&some).is_ok_and(|here| here.is_empty())
 }

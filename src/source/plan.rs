@@ -70,6 +70,7 @@ pub fn survey(id: MigrationId, pid: Tid, allowed: &Allowed, host: &Host) -> Plan
     }
     if allowed.files.tcp_established {
         plan.begin.tcp_established = true;
+        plan.begin.network = address::network_here();
         match needed_addresses(pid, allowed) {
             Ok(addresses) => plan.begin.needed_ips = addresses,
             Err(error) => plan.reasons.push(unreadable(format!("connections of pid {pid}"), &error)),

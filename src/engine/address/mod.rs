@@ -16,6 +16,7 @@ pub use octets::{end_of, ip_of, octets};
 
 use std::fmt;
 use std::net::IpAddr;
+use std::os::unix::fs::MetadataExt;
 use std::str::FromStr;
 
 use nix::errno::Errno;
@@ -24,6 +25,11 @@ use serde::{Deserialize, Serialize};
 use crate::engine::address::announce::Announcer;
 use crate::engine::address::route::Routes;
 use crate::engine::reason::Reason;
+
+/// The inode of the network namespace of this thread, by which the kernel tells them apart; 0 if it cannot be told.
+pub fn network_here() -> u64 {
+    std::fs::metadata("/proc/thread-self/ns/net").map_or(0, |network| network.ino())
+}
 
 /// Longest name of a network device (`IFNAMSIZ` without its NUL).
 const MAX_DEVICE_BYTES: usize = 15;

@@ -203,7 +203,8 @@ impl Driver<'_> {
             self.state.pacer = Some(Pacer::new(self.pid()));
         }
         clock.begin("precopy");
-        if self.state.lock.is_some() {
+        let carries = self.state.lock.is_some();
+        if carries {
             self.lasting.note(lock::socket_inodes(self.config.pid)?);
         }
         let start = Instant::now();
@@ -217,10 +218,19 @@ impl Driver<'_> {
         };
         // The first round is the long one; the others are a race against the writes.
         let pacer = self.state.pacer.as_mut().filter(|_| number == 1).map(RefCell::new);
+        let (lasting, pid) = (RefCell::new(&mut self.lasting), self.config.pid);
         let go = |left| {
             posting.remaining(left);
             if let Some(pacer) = &pacer {
                 pacer.borrow_mut().breathe();
+            }
+            // In a long round too: it is the youngest list but one that tells what has lasted.
+            let mut lasting = lasting.borrow_mut();
+            if carries
+                && lasting.is_due()
+                && let Ok(sockets) = lock::socket_inodes(pid)
+            {
+                lasting.note(sockets);
             }
             match ordered(posting, config, began) {
                 None => Go::On,

@@ -50,21 +50,18 @@ pub struct EarlyLook {
 }
 
 impl EarlyLook {
-    /// Looks at the connections of a running process that are among these sockets. `None`: it is not worth it, or it
-    /// cannot be done here.
-    pub fn at(pid: Tid, sockets: &HashSet<u64>) -> Option<Self> {
-        Self::with(pid, sockets, None)
+    /// Looks at a running process with these sockets, and at the options of connections that are `lasting`. `None`: it is
+    /// not worth it, or it cannot be done here.
+    pub fn at(pid: Tid, sockets: &HashSet<u64>, lasting: &HashSet<u64>) -> Option<Self> {
+        if sockets.len() < WORTH_IT { None } else { Self::with(pid, lasting, None) }
     }
 
     /// Looks again, with what was made ready the first time.
-    pub fn again(self, pid: Tid, sockets: &HashSet<u64>) -> Option<Self> {
-        Self::with(pid, sockets, self.glance)
+    pub fn again(self, pid: Tid, lasting: &HashSet<u64>) -> Option<Self> {
+        Self::with(pid, lasting, self.glance)
     }
 
     fn with(pid: Tid, sockets: &HashSet<u64>, glance: Option<Glance>) -> Option<Self> {
-        if sockets.len() < WORTH_IT {
-            return None;
-        }
         let look = Calls::count(pid).and_then(|calls| {
             let (sets, known) = look(pid, sockets)?;
             // One that was being born when its parent began to be counted is not counted, and shows only now.

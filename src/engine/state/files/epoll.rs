@@ -89,9 +89,9 @@ pub(super) fn capture(table: &Table, open: &Open) -> Result<Epoll, Stop> {
 
 /// Whether a registration of a running process is there still, and of nothing that the process has opened since.
 fn is_there(table: &Table, epoll: &Open, line: &Line) -> bool {
-    use std::os::unix::fs::MetadataExt;
+    use std::os::unix::fs::{FileTypeExt, MetadataExt};
     let now = std::fs::metadata(format!("/proc/{}/fd/{}", table.pid, line.number));
-    if now.is_ok_and(|now| now.ino() == line.inode) {
+    if now.is_ok_and(|now| now.file_type().is_socket() && now.ino() == line.inode) {
         return false;
     }
     let info = procfs::read_text(format!("/proc/{}/fdinfo/{}", table.pid, epoll.number)).unwrap_or_default();

@@ -7,9 +7,10 @@ use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::DirEntryExt;
+use std::os::unix::fs::{DirEntryExt, MetadataExt};
 
 use super::scan::{Open, Table};
+use crate::engine::lock;
 use crate::engine::procfs;
 use crate::engine::remote::Tid;
 use crate::engine::state::objects::id_of_memfd;
@@ -92,7 +93,22 @@ impl Holders {
                 }
             }
         }
+        if table.running {
+            holders.doubt_holders_of_new(table);
+        }
         holders
+    }
+
+    /// A socket that is not in the table of a running process, because it is new, may be held by others as well: those are
+    /// looked at again.
+    fn doubt_holders_of_new(&mut self, table: &Table) {
+        let known: HashSet<u64> = table.opens.iter().map(|open| open.stat.ino()).collect();
+        let now = lock::socket_inodes(table.pid).unwrap_or_default();
+        for inode in now.difference(&known) {
+            let link = OsString::from(format!("socket:[{inode}]"));
+            let pids = self.by_link.get(&link).map(Vec::as_slice).unwrap_or_default();
+            self.scanned.0.retain(|(pid, _)| !pids.contains(pid));
+        }
     }
 
     /// Other processes that hold an object, in words: `pid 3, 4`.

@@ -5,7 +5,7 @@
 //! Each duplicate lives for microseconds only; but a server whose connections live for milliseconds closes one all the
 //! time. So only those are duplicated that have lasted: they are most likely to go on doing so.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 use std::fs;
 use std::time::{Duration, Instant};
 
@@ -14,6 +14,9 @@ use crate::engine::remote::Tid;
 
 /// The time between two looks at which a socket must have been there.
 const A_WHILE: Duration = Duration::from_millis(100);
+/// How often a look is worth its while, and for each socket.
+const OFTEN: Duration = Duration::from_millis(500);
+const OFTEN_EACH: Duration = Duration::from_micros(100);
 
 /// The sockets of a process at several times, by inode.
 #[derive(Debug)]
@@ -28,6 +31,12 @@ impl Lasting {
     /// These have been there for a while.
     pub fn new(sockets: HashSet<u64>) -> Self {
         Self { last: sockets.clone(), before: sockets, since: Instant::now() }
+    }
+
+    /// Whether the last look was long ago, for what one costs.
+    pub fn is_due(&self) -> bool {
+        let each = u32::try_from(self.last.len()).unwrap_or(u32::MAX);
+        self.since.elapsed() >= OFTEN.saturating_add(OFTEN_EACH.saturating_mul(each))
     }
 
     /// These are there now.
@@ -45,29 +54,26 @@ impl Lasting {
     }
 }
 
-/// The sockets of a running process that may be duplicated, by the numbers of their descriptors. Where it has
-/// connections and an epoll, this takes a moment.
-pub(super) fn wait(pid: Tid, numbers: &[i32]) -> HashMap<i32, u64> {
-    let inode = |link: &str| link.strip_prefix("socket:[")?.strip_suffix(']')?.parse::<u64>().ok();
-    let mut watched = false;
-    let mut sockets = HashMap::new();
-    for number in numbers {
-        let Some(link) = link_of(pid, *number) else { continue };
-        watched |= link == "anon_inode:[eventpoll]";
-        sockets.extend(inode(&link).map(|inode| (*number, inode)));
-    }
-    let inodes: HashSet<u64> = sockets.values().copied().collect();
-    let is_connected = || {
-        // What cannot be told is treated with care.
-        lock::connections(&inodes).map_or(true, |all| all.iter().any(|one| one.remote.is_some()))
-    };
-    if watched && !inodes.is_empty() && is_connected() {
+/// The sockets of a running process that may be duplicated, by inode. Where it has connections and an epoll, this takes
+/// a moment.
+pub(super) fn wait(pid: Tid, numbers: &[i32]) -> HashSet<u64> {
+    let is_epoll = |number: &i32| link_of(pid, *number).is_some_and(|link| link == "anon_inode:[eventpoll]");
+    let mut sockets: HashSet<u64> = numbers.iter().filter_map(|number| socket_of(pid, *number)).collect();
+    // What cannot be told is treated with care.
+    let is_connected =
+        || lock::connections(&sockets).map_or(true, |all| all.iter().any(|one| one.remote.is_some()));
+    if !sockets.is_empty() && numbers.iter().any(is_epoll) && is_connected() {
         std::thread::sleep(A_WHILE);
-        sockets.retain(|number, then| {
-            link_of(pid, *number).and_then(|link| inode(&link)).is_some_and(|now| now == *then)
-        });
+        if let Ok(now) = lock::socket_inodes(pid) {
+            sockets.retain(|inode| now.contains(inode));
+        }
     }
     sockets
+}
+
+/// The inode of the socket that a descriptor leads to now.
+pub(super) fn socket_of(pid: Tid, number: i32) -> Option<u64> {
+    link_of(pid, number)?.strip_prefix("socket:[")?.strip_suffix(']')?.parse().ok()
 }
 
 fn link_of(pid: Tid, number: i32) -> Option<String> {

@@ -212,45 +212,44 @@ pub(super) struct Table {
 }
 
 impl Table {
-    /// Reads the table of a running process. Descriptors that vanish meanwhile are passed over.
+    /// Reads the table of a running process. Descriptors that vanish meanwhile are passed over, and so are sockets that
+    /// are new ([`lasting`]).
     ///
-    /// So are sockets that are new ([`lasting`]). Those of connections are given back one by one, when `at_once` has seen what there is to be seen, by number: what
+    /// Those of connections are given back one by one, when `at_once` has seen what there is to be seen, by number: what
     /// the process closes while somebody has a duplicate is not closed, and its epoll goes on to tell of it.
-    pub(super) fn read<T>(
+    pub(super) fn read<T: Send>(
         pid: Tid,
-        at_once: impl Fn(&Open) -> T,
+        at_once: impl Fn(&Open) -> T + Sync,
     ) -> Result<(Self, HashMap<i32, T>), CaptureFilesError> {
         let (pidfd, numbers) = numbers_of(pid)?;
-        let mut opens = Vec::with_capacity(numbers.len());
-        let mut seen = HashMap::new();
+        let lasting = lasting::wait(pid, &numbers);
         let nothing = File::open("/dev/null").map_err(|error| CaptureFilesError::Process {
             step: "opening /dev/null",
             pid,
             errno: errno_of(&error),
         })?;
-        let sockets = lasting::wait(pid, &numbers);
-        for number in numbers {
-            let is_new = || {
-                let link = fs::read_link(format!("/proc/{pid}/fd/{number}"));
-                link.is_ok_and(|link| link.as_os_str().as_bytes().starts_with(b"socket:["))
-            };
-            if !sockets.contains_key(&number) && is_new() {
-                continue;
+        let read = many::map(&numbers, |number| {
+            if lasting::socket_of(pid, *number).is_some_and(|inode| !lasting.contains(&inode)) {
+                return Ok(None);
             }
-            let open = duplicate(&pidfd, number)
-                .and_then(|duplicate| look(pid, &duplicate, None).map(|look| look.of(duplicate)));
-            match open {
-                Ok(mut open) => {
-                    if is_connection(&open)
-                        && let Ok(nothing) = nothing.try_clone()
-                    {
-                        seen.insert(number, at_once(&open));
-                        open.domain = open.socket_domain();
-                        open.ours = nothing;
-                    }
+            let duplicate = duplicate(&pidfd, *number)?;
+            let mut open = look(pid, &duplicate, None)?.of(duplicate);
+            let connection = is_connection(&open);
+            let seen = connection.then(|| at_once(&open));
+            if connection {
+                open.domain = open.socket_domain();
+                open.ours = nothing.try_clone().map_err(|error| ("duplicating", errno_of(&error)))?;
+            }
+            Ok(Some((open, seen)))
+        });
+        let (mut opens, mut seen) = (Vec::with_capacity(numbers.len()), HashMap::new());
+        for (number, read) in numbers.into_iter().zip(read) {
+            match read {
+                Ok(None) | Err((_, Errno::EBADF | Errno::ENOENT)) => {}
+                Ok(Some((open, what))) => {
+                    seen.extend(what.map(|what| (number, what)));
                     opens.push(open);
                 }
-                Err((_, Errno::EBADF | Errno::ENOENT)) => {}
                 Err(cause) => return Err(cause_of(pid, number, cause)),
             }
         }

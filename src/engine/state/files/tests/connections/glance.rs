@@ -11,7 +11,7 @@ use crate::engine::state::files::tcp::{Glance, Seen};
 use crate::engine::trial::{counted, until};
 use crate::proto::files::{Description, Files, TcpConnection};
 
-fn inode(s: &Held, fd: i32) -> u64 {
+pub(super) fn inode(s: &Held, fd: i32) -> u64 {
     std::fs::File::from(s.take(fd)).metadata().unwrap().st_ino()
 }
 

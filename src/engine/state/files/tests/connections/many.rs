@@ -20,7 +20,7 @@ pub(super) fn crowd(network: &Network, count: usize) -> (Held, Vec<i32>, Vec<Tcp
 
 pub(super) fn look_early(s: &Held) -> EarlyLook {
     let inodes = Descriptors::take(s.pid()).unwrap().socket_inodes();
-    EarlyLook::at(s.pid(), &inodes).expect("a kernel that counts calls")
+    EarlyLook::at(s.pid(), &inodes, &inodes).expect("a kernel that counts calls")
 }
 
 fn captured_after(s: &mut Held, look: EarlyLook) -> CapturedFiles {
@@ -109,7 +109,7 @@ fn a_thread_of_the_process_is_counted_too() {
         child.stdout.as_mut().unwrap().read_exact(&mut word).unwrap();
         // Its own sockets do not matter, but that there are enough.
         let inodes = Descriptors::take(s.pid()).unwrap().socket_inodes();
-        let look = EarlyLook::at(child.id() as i32, &inodes).expect("a kernel that counts calls");
+        let look = EarlyLook::at(child.id() as i32, &inodes, &inodes).expect("a kernel that counts calls");
         let before = look.holds();
         child.stdin.as_mut().unwrap().write_all(b"x").unwrap();
         child.stdout.as_mut().unwrap().read_exact(&mut word).unwrap();

@@ -8,6 +8,7 @@ mod own;
 mod paths;
 mod queues;
 mod refused;
+mod running;
 mod states;
 
 use std::io::{ErrorKind, Read, Write};

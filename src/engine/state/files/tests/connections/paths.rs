@@ -281,7 +281,7 @@ fn cost_of_2000_connections() {
         step("list", t);
         let t = now();
         let inodes = Descriptors::take(s.pid()).unwrap().socket_inodes();
-        let early = crate::engine::state::files::EarlyLook::at(s.pid(), &inodes).unwrap();
+        let early = crate::engine::state::files::EarlyLook::at(s.pid(), &inodes, &inodes).unwrap();
         step("look early", t);
         let mut lock = lock::Lock::open("migrate-cost").unwrap();
         lock.close_on_listeners(&inodes).unwrap();
