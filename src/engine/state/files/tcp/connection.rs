@@ -314,8 +314,8 @@ pub(super) fn make(image: &TcpConnection, flags: c_int, recipe: &Recipe) -> Resu
     Ok(fd)
 }
 
-/// Lets the timestamps go on, where they were agreed on. Since Linux 6.7 the lowest bit chooses a clock that counts microseconds; before, it is one
-/// of the time in milliseconds. That may never seem to go back.
+/// Lets the timestamps go on, where they were agreed on. Since Linux 6.7 the lowest bit chooses a clock that counts
+/// microseconds; before, it is one of the time in milliseconds. That may never seem to go back.
 pub(super) fn resume_clock(fd: BorrowedFd<'_>, image: &TcpConnection) -> Result<(), Trouble> {
     let step = Trouble::step;
     if image.negotiated & TIMESTAMPS == 0 {
