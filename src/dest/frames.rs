@@ -15,8 +15,10 @@ use crate::engine::{alive, clocks, remap, restore};
 use crate::migration::ProcessKey;
 use crate::operator::protocol::Phase;
 use crate::pageserver::frame::{Frame, HEADER_BYTES};
+use crate::proto::control::MadeAhead;
 use crate::proto::files::Ahead;
 use crate::proto::image::Process;
+use crate::wire::Body;
 
 /// How often the machine is told that frames keep coming.
 const PROGRESS_EVERY: Duration = Duration::from_secs(1);
@@ -49,6 +51,7 @@ impl Driver {
             Ok(Applied::Placed) => None,
             Ok(Applied::Ahead(ahead)) => {
                 self.make_ahead(ahead);
+                self.tell_made();
                 None
             }
             Ok(Applied::RoundEnd(round)) => {
@@ -96,6 +99,12 @@ impl Driver {
         let key = ProcessKey { pid: process.pid, start_ticks };
         self.process = Some(key);
         Ok(key)
+    }
+
+    /// The source waits for this word, a little. Whoever reads next finds out if the link is gone.
+    fn tell_made(&self) {
+        let made = MadeAhead { migration_id: self.id.to_string(), sockets: self.ahead.len() as u64 };
+        let _ = self.link.as_ref().map(|link| link.send_control(&Body::MadeAhead(made).into()));
     }
 
     /// Connections that do nothing: their sockets are made while the process is not here yet. None of them has to be

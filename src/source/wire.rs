@@ -1,5 +1,6 @@
 //! The source's words to messages of `proto/control.proto`, and back.
 
+use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 use super::protocol::{Event, Message, Tell};
@@ -92,11 +93,12 @@ pub(super) fn to_message(message: Control) -> Result<(Message, Extras), Unexpect
 }
 
 /// Of a link that takes no more: the abort that came before its end, or its end; `None` while it is there. What else
-/// the destination has said is of no use then.
-pub(super) fn last_word(link: &mut Link) -> Option<Event> {
+/// the destination has said is of no use then. `unread` came before.
+pub(super) fn last_word(unread: &mut VecDeque<Incoming>, link: &mut Link) -> Option<Event> {
     let limit = Instant::now() + LAST_WORD_PATIENCE;
     loop {
-        match link.recv_timeout(limit.saturating_duration_since(Instant::now()))? {
+        let next = || link.recv_timeout(limit.saturating_duration_since(Instant::now()));
+        match unread.pop_front().or_else(next)? {
             Incoming::Control(message) => {
                 if let Ok((message @ Message::Abort(_), _)) = to_message(*message) {
                     return Some(Event::Message(message));
@@ -134,7 +136,7 @@ mod tests {
         let abort = Abort { migration_id: "m".into(), reasons: vec![reason.clone().into()] };
         destination.send_control(&Body::Abort(abort).into()).unwrap();
         let waiting = std::thread::spawn(move || destination.finish(Duration::from_secs(20)));
-        let said = last_word(&mut source);
+        let said = last_word(&mut VecDeque::new(), &mut source);
         let Some(Event::Message(Message::Abort(reasons))) = said else { panic!("{said:?}") };
         assert_eq!(reasons, [reason]);
         drop(source);
@@ -145,11 +147,11 @@ mod tests {
     fn a_link_that_ends_without_a_word_is_lost() {
         let (_a, _b, _l, mut source, destination) = trusted_pair(patient());
         destination.send_control(&placed(1)).unwrap();
-        let mut said = last_word(&mut source);
+        let mut said = last_word(&mut VecDeque::new(), &mut source);
         assert!(said.is_none());
         drop(destination);
         while said.is_none() {
-            said = last_word(&mut source);
+            said = last_word(&mut VecDeque::new(), &mut source);
         }
         assert!(matches!(said, Some(Event::LinkLost)));
     }

@@ -29,7 +29,7 @@ impl Driver<'_> {
         let inodes = lock::socket_inodes(self.config.pid)?;
         let lasting = self.lasting.among(&inodes);
         self.state.early = EarlyLook::at(self.config.pid, &inodes, &lasting);
-        self.tell_ahead()?;
+        self.make_ahead()?;
         self.keep_requests(&inodes)?;
         let lock = self.state.lock.as_mut().ok_or(ActionError::Order)?;
         let places = lock.close_on_listeners(&inodes)?;

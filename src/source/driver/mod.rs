@@ -147,6 +147,8 @@ pub(super) struct Held {
     descriptors: Option<Descriptors>,
     /// What was seen of its connections just before.
     early: Option<EarlyLook>,
+    /// What has come from the destination and was not looked at yet.
+    unread: VecDeque<Incoming>,
     /// Keeps connections that are carried quiet, from the freeze on.
     lock: Option<Lock>,
     /// Which connections that nobody has any more would lose something by the move.
@@ -256,8 +258,9 @@ impl Driver<'_> {
                 std::thread::sleep(wait);
                 continue;
             };
-            match link.recv_timeout(wait) {
+            match self.state.unread.pop_front().or_else(|| link.recv_timeout(wait)) {
                 None => {}
+                Some(Incoming::Control(message)) if ahead::is_made(&message) => {}
                 Some(Incoming::Control(message)) => match to_message(*message) {
                     Ok((message, extras)) => {
                         self.take_extras(&message, extras, clock);
@@ -337,7 +340,8 @@ impl Driver<'_> {
 
     /// What the destination said before it ended the link, or that it is lost; `None` while it is there.
     fn farewell(&mut self) -> Option<Event> {
-        let event = self.link.as_mut().map_or(Some(Event::LinkLost), last_word);
+        let mut unread = std::mem::take(&mut self.state.unread);
+        let event = self.link.as_mut().map_or(Some(Event::LinkLost), |link| last_word(&mut unread, link));
         if matches!(event, Some(Event::LinkLost)) {
             self.lose_link();
         }
