@@ -41,26 +41,26 @@ impl Driver<'_> {
         };
         precopy.send_ahead(round, &ahead, &mut sink)?;
         let began = Instant::now();
-        let made =
-            self.await_made(began + PATIENCE + PATIENCE_EACH * u32::try_from(count).unwrap_or(u32::MAX));
+        let patience = PATIENCE + PATIENCE_EACH * u32::try_from(count).unwrap_or(u32::MAX);
+        let made = self.await_made(began + patience)?;
         tracing::debug!(count, made, took = ?began.elapsed(), "connections are told ahead");
         Ok(())
     }
 
-    /// What else comes is kept for whoever waits for it.
-    fn await_made(&mut self, limit: Instant) -> bool {
+    /// What else comes is kept for whoever waits for it. Without a destination there is no reason to stop the process.
+    fn await_made(&mut self, limit: Instant) -> Result<bool, ActionError> {
         while let Some(link) = self.link.as_mut() {
             match link.recv_timeout(limit.saturating_duration_since(Instant::now())) {
-                Some(Incoming::Control(message)) if is_made(&message) => return true,
+                Some(Incoming::Control(message)) if is_made(&message) => return Ok(true),
                 Some(Incoming::Frame(_)) => {}
+                Some(Incoming::Lost(error)) => return Err(error.into()),
                 Some(other @ Incoming::Control(_)) => {
                     self.state.unread.push_back(other);
                     break;
                 }
-                // A link that is lost says so each time.
-                Some(Incoming::Lost(_)) | None => break,
+                None => break,
             }
         }
-        false
+        Ok(false)
     }
 }

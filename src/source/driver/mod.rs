@@ -213,6 +213,7 @@ impl Driver<'_> {
                     Action::Finish(end) => outcome = Some(end),
                     action => {
                         let step = step_name(&action);
+                        let freezes = matches!(action, Action::Freeze { .. });
                         match self.perform(action, &mut machine, &limits, &mut clock) {
                             Ok(event) => events.extend(event),
                             Err(error) => {
@@ -221,7 +222,13 @@ impl Driver<'_> {
                                 if let Some(reasons) = refusals(&error) {
                                     self.state.reasons.extend(reasons);
                                 }
-                                events.push_back(self.failure(step, &error));
+                                let event = self.failure(step, &error);
+                                // The machine waits for the end of the freeze, whatever comes meanwhile.
+                                let is_told = matches!(event, Event::Failed { .. });
+                                events.push_back(event);
+                                if freezes && !is_told {
+                                    events.push_back(Event::Failed { step, error: chain(&error) });
+                                }
                             }
                         }
                     }

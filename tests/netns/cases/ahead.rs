@@ -26,6 +26,7 @@ pub(crate) fn cases() -> Vec<Case> {
     vec![
         Case::new("ahead/idle_among_busy", idle_among_busy),
         Case::new("ahead/nothing_comes_of_it", nothing_comes_of_it),
+        Case::new("ahead/nobody_to_tell", nobody_to_tell),
     ]
 }
 
@@ -99,6 +100,35 @@ fn there(host: &Host) -> Result<usize> {
 
 fn said(host: &Host) -> Result<u64> {
     tcp_counter(&host.net(&["cat", "/proc/net/snmp"])?, "OutSegs")
+}
+
+/// The destination is gone when it is to be told of the connections: the move ends, and the process has not noticed.
+fn nobody_to_tell(lan: &Lan) -> Result {
+    let mut workload = Workload::start(&lan.a, "tcp_echo", &[&PORT.to_string()])?;
+    lan.share_identity()?;
+    let service = lan.serve(&lan.b)?;
+    let clients = Clients::start(lan, Lan::SERVICE, CROWD)?;
+    let hook = format!(
+        "[ $MIGRATE_STAGE != pre-freeze ] || {{ touch {SHARED}/held; \
+         while [ ! -e {SHARED}/go ]; do sleep 0.01; done; }}"
+    );
+    let options = [&OPTIONS[..], &["--hook", &hook, "-vv"]].concat();
+    let shared = |name| lan.a.outside(format!("{SHARED}/{name}"));
+    let job = lan.start_move(&lan.a, &service.address, workload.pid(), &options)?;
+    wait_for("the hook", MOVE, || {
+        Ok((shared("held").exists() || lan.a.exit_of(job.pid).is_some()).then_some(()))
+    })?;
+    lan.b.kill(service.job.pid)?;
+    wait_for("the end of the connection", MOVE, || {
+        Ok(lan.a.stderr(&job).contains("connection ended").then_some(()))
+    })?;
+    std::fs::write(shared("go"), "")?;
+    let outcome = lan.finish_move(&lan.a, &job, MOVE)?;
+    ensure(!outcome.moved(), || "it was moved".to_owned())?;
+    workload.check_going_on(&lan.a)?;
+    clients.get_on()?;
+    clients.finish()?;
+    Ok(())
 }
 
 /// A hook says no when the sockets are there; and the service is killed then. The clients notice a pause.

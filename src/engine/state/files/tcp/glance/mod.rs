@@ -123,15 +123,16 @@ impl Glance {
         let mut own = Own { is_all: bytes.len().is_multiple_of(layout.bytes), ..Own::default() };
         for bytes in bytes.chunks_exact(layout.bytes) {
             let record = Record { layout, bytes };
-            if !own.inodes.insert(record.inode()) {
-                continue;
-            }
+            own.inodes.insert(record.inode());
             match record.named() {
                 Named::Nothing => {}
                 Named::Connection(connection) => own.connections.push(connection),
                 Named::More => own.is_all = false,
             }
         }
+        // Several descriptors may lead to one.
+        own.connections.sort_unstable();
+        own.connections.dedup();
         Ok(own)
     }
 }
