@@ -173,6 +173,30 @@ static void flags_fully(void)
     CHECK(lseek(fds[0] & 0xff, 0, SEEK_CUR) == 1L << 40, "position");
 }
 
+/* What tells of the process and of the machine, read a little. */
+static void views_prepare(void)
+{
+    char path[64], first;
+    snprintf(path, sizeof path, "/proc/self/task/%d/status", getpid());
+    const char *names[] = {"/proc/self/stat", path, "/proc/meminfo", "/proc/uptime"};
+    for (int i = 0; i < 4; i++) {
+        fds[i] = open(names[i], O_RDONLY | O_CLOEXEC);
+        CHECK(fds[i] >= 0 && read(fds[i], &first, 1) == 1, "%s", names[i]);
+    }
+}
+static void views_fully(void)
+{
+    char text[256], expected[64];
+    snprintf(expected, sizeof expected, "%d (", getpid());
+    const char *first[] = {expected, "Name:", "MemTotal:", ""};
+    for (int i = 0; i < 4; i++) {
+        CHECK(lseek(fds[i], 0, SEEK_CUR) == 1 && lseek(fds[i], 0, SEEK_SET) == 0, "position of %d", i);
+        ssize_t n = read(fds[i], text, sizeof text - 1);
+        CHECK(n > 5 && strncmp(text, first[i], strlen(first[i])) == 0, "%d begins otherwise", i);
+        CHECK(lseek(fds[i], 1, SEEK_SET) == 1, "back");
+    }
+}
+
 /* A pipe full by pages that are mostly empty. */
 static void sparse_pipe_prepare(void)
 {
@@ -195,4 +219,5 @@ ZOO({"fired", fired_prepare, NULL, fired_fully},
     {"async", async_prepare, NULL, async_fully},
     {"crowd", crowd_prepare, NULL, crowd_fully},
     {"flags", flags_prepare, NULL, flags_fully},
+    {"views", views_prepare, NULL, views_fully},
     {"sparse_pipe", sparse_pipe_prepare, NULL, sparse_pipe_fully})

@@ -58,13 +58,15 @@ pub fn check(pid: Tid, options: &FilesOptions) -> Result<FilesCheck, CaptureFile
     let mut found = FilesCheck { reasons, scanned, highest, sockets, ..FilesCheck::default() };
     for kind in collected.kinds.into_iter().flatten() {
         match kind {
-            Kind::Path(image) => found.files.extend(image.file.map(|mut file| {
-                // Without contents (unreadable, gone meanwhile) the file is compared by size and time.
-                if path::add_content(&mut file).is_err() {
-                    file.content = None;
-                }
-                file
-            })),
+            Kind::Path(image) => {
+                found.files.extend(image.file.filter(|file| !path::is_kernel_view(file)).map(|mut file| {
+                    // Without contents (unreadable, gone meanwhile) the file is compared by size and time.
+                    if path::add_content(&mut file).is_err() {
+                        file.content = None;
+                    }
+                    file
+                }))
+            }
             Kind::Tcp(image) => found.ports.extend(tcp::listen_port(&image)),
             _ => {}
         }
@@ -333,7 +335,7 @@ impl<'a> Collector<'a> {
             }
             return image.map(Kind::Memfd);
         }
-        let image = path::capture(open);
+        let image = path::capture(open, self.table.pid);
         match image {
             Err(Stop::Refused { why, .. }) if path::is_terminal(open) => {
                 Err(Stop::advise(why, "use --shell-job to leave standard streams behind"))

@@ -16,6 +16,7 @@ use xxhash_rust::xxh3::Xxh3;
 use super::scan::Open;
 use super::{Stop, Trouble};
 use crate::engine::reason::Reason;
+use crate::engine::remote::Tid;
 use crate::engine::sys::fds;
 use crate::proto::files::{FileRef, PathFile};
 
@@ -40,6 +41,33 @@ const KERNEL_VIEWS: [(i64, &str); 9] = [
     (0x1980_0202, "mqueue"),
     (0x6e73_6673, "namespace"),
 ];
+
+/// What a process reads of /proc again and again, with a descriptor that it keeps or in passing: of itself or a thread, and
+/// of the machine. Read at the destination they tell of that one.
+const OWN_VIEWS: [&str; 9] =
+    ["stat", "statm", "status", "io", "limits", "schedstat", "cgroup", "oom_score", "cmdline"];
+const VIEWS: [&str; 7] = ["stat", "meminfo", "loadavg", "uptime", "vmstat", "cpuinfo", "diskstats"];
+
+/// Whether a path leads to one of these; `pid` is the process, or any.
+fn is_view(path: &[u8], pid: Option<Tid>) -> bool {
+    let Some(rest) = path.strip_prefix(b"/proc/").and_then(|rest| std::str::from_utf8(rest).ok()) else {
+        return false;
+    };
+    let is_own = |word: &str| word.parse::<Tid>().is_ok_and(|found| pid.is_none_or(|pid| pid == found));
+    match rest.split('/').collect::<Vec<_>>().as_slice() {
+        [name] => VIEWS.contains(name),
+        [process, name] => is_own(process) && OWN_VIEWS.contains(name),
+        [process, "task", tid, name] => {
+            is_own(process) && tid.parse::<Tid>().is_ok() && OWN_VIEWS.contains(name)
+        }
+        _ => false,
+    }
+}
+
+/// Whether a file is such a view: there is nothing about it to be compared.
+pub(super) fn is_kernel_view(file: &FileRef) -> bool {
+    is_view(&file.path, None)
+}
 
 /// Describes a file by its path and attributes; contents are added by [`add_content`].
 pub fn describe(path: &Path, stat: &Metadata, writable: bool) -> FileRef {
@@ -83,7 +111,8 @@ fn hash(path: &Path) -> io::Result<u64> {
     }
 }
 
-pub(super) fn capture(open: &Open) -> Result<PathFile, Stop> {
+/// `pid`: the process that has it.
+pub(super) fn capture(open: &Open, pid: Tid) -> Result<PathFile, Stop> {
     let path = Path::new(&open.link);
     let kind = open.stat.file_type();
     if open.has_locks() {
@@ -109,6 +138,8 @@ pub(super) fn capture(open: &Open) -> Result<PathFile, Stop> {
     }
     if let Ok(fs) = nix::sys::statfs::fstatfs(open.fd()) {
         let found = KERNEL_VIEWS.iter().find(|(magic, _)| fs.filesystem_type().0 == *magic);
+        let reads = open.access() == libc::O_RDONLY && is_view(path.as_os_str().as_bytes(), Some(pid));
+        let found = found.filter(|_| !reads);
         if let Some((_, name)) = found {
             let path = path.display();
             return Err(Stop::refuse(format!(
@@ -153,6 +184,9 @@ pub(super) fn is_terminal(open: &Open) -> bool {
 /// Why `file` is not here, or not the same; `None` if it is. `same_kernel`: the source is this machine,
 /// and so the same inode is the same file.
 pub fn compare_here(file: &FileRef, same_kernel: bool) -> Option<Reason> {
+    if is_kernel_view(file) {
+        return None;
+    }
     let path = path_of(file);
     let object = format!("file {}", path.display());
     let sync = "make the same file available there";
@@ -227,4 +261,32 @@ pub(super) fn make(image: &PathFile, flags: i32, same_kernel: bool) -> Result<Ow
 fn is_same_inode(file: &FileRef, same_kernel: bool) -> bool {
     same_kernel
         && fs::symlink_metadata(path_of(file)).is_ok_and(|h| (h.dev(), h.ino()) == (file.dev, file.ino))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_tells_of_the_process_itself_or_the_machine() {
+        let is_view = |path: &str| is_view(path.as_bytes(), Some(12));
+        for good in ["/proc/12/stat", "/proc/12/task/13/status", "/proc/meminfo", "/proc/stat"] {
+            assert!(is_view(good), "{good}");
+        }
+        for bad in [
+            "/proc/13/stat",
+            "/proc/12/mem",
+            "/proc/12/task/stat",
+            "/proc/12/task/13/mem",
+            "/proc/self/stat",
+            "/proc/kmsg",
+            "/proc/12/net/tcp",
+            "/proc",
+            "/proc/",
+            "/tmp/proc/12/stat",
+            "/proc/+12/../stat",
+        ] {
+            assert!(!is_view(bad), "{bad}");
+        }
+    }
 }
