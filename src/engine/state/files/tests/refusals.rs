@@ -39,7 +39,7 @@ fn everything_unknown_is_refused_by_name_at_once() {
         libc::SYS_socket,
         &[libc::AF_NETLINK.into(), libc::SOCK_RAW.into(), libc::NETLINK_NETFILTER.into()],
     );
-    s.open("/proc/self/status".as_ref(), libc::O_RDONLY);
+    s.open("/proc/self/maps".as_ref(), libc::O_RDONLY);
     let locked = s.open(&path, libc::O_RDWR | libc::O_CREAT);
     s.call(libc::SYS_flock, &[locked.into(), libc::LOCK_EX.into()]);
     let deleted = dir.path().join("deleted");
