@@ -13,6 +13,8 @@
 //!   | == Layout, Data, Zero, Drop, RoundEnd ==>  |   bulk, while the process runs
 //!   | <------------------------- RoundPlaced --  |   the pages of the round are where they belong
 //!   |        ... rounds ...                      |
+//!   | == Ahead ===============================>  |   bulk; connections that do nothing, if there are many
+//!   | <--------------------------- MadeAhead --  |   their sockets exist; not waited for long
 //!   |   freeze                                   |
 //!   | == last round, State ===================>  |
 //!   | <---------------------------- Prepared --  |   all state applied, threads stopped

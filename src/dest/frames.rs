@@ -103,7 +103,7 @@ impl Driver {
 
     /// The source waits for this word, a little. Whoever reads next finds out if the link is gone.
     fn tell_made(&self) {
-        let made = MadeAhead { migration_id: self.id.to_string(), sockets: self.ahead.len() as u64 };
+        let made = MadeAhead { migration_id: self.id.to_string() };
         let _ = self.link.as_ref().map(|link| link.send_control(&Body::MadeAhead(made).into()));
     }
 

@@ -4,7 +4,7 @@ mod read;
 mod status;
 mod tables;
 
-pub use read::{read, read_text};
+pub use read::{read, read_text, socket_behind};
 pub use status::{Status, parse_status};
 pub(crate) use tables::limit_name;
 pub use tables::{ClockOffsets, ProcTimer, parse_cpu_list, parse_limits, parse_timens_offsets, parse_timers};

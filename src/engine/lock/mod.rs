@@ -29,6 +29,7 @@ pub use image::{connection_of, of_image, queued_in_image};
 pub use orphans::{Concerned, Orphan};
 pub use own::{Own, is_connection};
 
+use crate::engine::procfs;
 use crate::engine::reason::Reason;
 use crate::engine::remote::Tid;
 use crate::engine::sys::netlink::Netlink;
@@ -333,9 +334,7 @@ pub fn socket_inodes(pid: Tid) -> Result<HashSet<u64>, LockError> {
     let mut inodes = HashSet::new();
     for entry in std::fs::read_dir(format!("/proc/{pid}/fd")).map_err(failed)? {
         // A descriptor that is closed meanwhile is none.
-        let Ok(link) = std::fs::read_link(entry.map_err(failed)?.path()) else { continue };
-        let number = link.to_str().and_then(|l| l.strip_prefix("socket:[")?.strip_suffix(']'));
-        inodes.extend(number.and_then(|n| n.parse::<u64>().ok()));
+        inodes.extend(procfs::socket_behind(entry.map_err(failed)?.path()));
     }
     Ok(inodes)
 }

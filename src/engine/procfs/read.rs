@@ -32,6 +32,12 @@ pub fn read(path: impl AsRef<Path>) -> io::Result<Vec<u8>> {
     Ok(text)
 }
 
+/// The inode of the socket that a link of /proc/PID/fd leads to; `None` if it is none, or gone.
+pub fn socket_behind(link: impl AsRef<Path>) -> Option<u64> {
+    let link = std::fs::read_link(link).ok()?;
+    link.to_str()?.strip_prefix("socket:[")?.strip_suffix(']')?.parse().ok()
+}
+
 /// All of a file that is text; what is not UTF-8 in it is replaced.
 ///
 /// # Errors

@@ -7,9 +7,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
-use migrate::testbed::{Host, Lan, Outcome, SHARED, wait_for};
+use migrate::testbed::{Host, Lan, Outcome, wait_for};
 
 use super::crash::SETTLE;
+use super::hooks::Hold;
 use super::refusals::says;
 use super::tcp::{Clients, Crowd, OPTIONS, PORT, service_of_other};
 use crate::case::{Case, Result, ensure};
@@ -108,21 +109,15 @@ fn nobody_to_tell(lan: &Lan) -> Result {
     lan.share_identity()?;
     let service = lan.serve(&lan.b)?;
     let clients = Clients::start(lan, Lan::SERVICE, CROWD)?;
-    let hook = format!(
-        "[ $MIGRATE_STAGE != pre-freeze ] || {{ touch {SHARED}/held; \
-         while [ ! -e {SHARED}/go ]; do sleep 0.01; done; }}"
-    );
-    let options = [&OPTIONS[..], &["--hook", &hook, "-vv"]].concat();
-    let shared = |name| lan.a.outside(format!("{SHARED}/{name}"));
+    let hold = Hold::at(lan, "pre-freeze", 0);
+    let options = [&OPTIONS[..], &["--hook", &hold.command, "-vv"]].concat();
     let job = lan.start_move(&lan.a, &service.address, workload.pid(), &options)?;
-    wait_for("the hook", MOVE, || {
-        Ok((shared("held").exists() || lan.a.exit_of(job.pid).is_some()).then_some(()))
-    })?;
+    hold.until_held(&job)?;
     lan.b.kill(service.job.pid)?;
     wait_for("the end of the connection", MOVE, || {
         Ok(lan.a.stderr(&job).contains("connection ended").then_some(()))
     })?;
-    std::fs::write(shared("go"), "")?;
+    hold.let_go()?;
     let outcome = lan.finish_move(&lan.a, &job, MOVE)?;
     ensure(!outcome.moved(), || "it was moved".to_owned())?;
     workload.check_going_on(&lan.a)?;
@@ -140,24 +135,18 @@ fn nothing_comes_of_it(lan: &Lan) -> Result {
     let resets = Resets::watch(lan, PORT)?;
     let (silent, alone) = (said(&lan.b)?, there(&lan.b)?);
     ensure(alone == 0, || format!("b has {alone} connections of the port"))?;
-    let hook = format!(
-        "[ $MIGRATE_STAGE != network-lock ] || {{ touch {SHARED}/held; \
-         while [ ! -e {SHARED}/go ]; do sleep 0.01; done; rm {SHARED}/held {SHARED}/go; exit 1; }}"
-    );
-    let options = [&OPTIONS[..], &["--hook", &hook, "-v"]].concat();
-    let shared = |name| lan.a.outside(format!("{SHARED}/{name}"));
+    let hold = Hold::at(lan, "network-lock", 1);
+    let options = [&OPTIONS[..], &["--hook", &hold.command, "-v"]].concat();
     for is_killed in [false, true] {
         let job = lan.start_move(&lan.a, &service.address, workload.pid(), &options)?;
-        wait_for("the hook", MOVE, || {
-            Ok((shared("held").exists() || lan.a.exit_of(job.pid).is_some()).then_some(()))
-        })?;
+        hold.until_held(&job)?;
         wait_for("the sockets on b", PATIENCE, || {
             Ok(there(&lan.b).is_ok_and(|count| count as u64 >= MOST).then_some(()))
         })?;
         if is_killed {
             lan.b.kill(service.job.pid)?;
         }
-        std::fs::write(shared("go"), "")?;
+        hold.let_go()?;
         let outcome = lan.finish_move(&lan.a, &job, MOVE)?;
         if !is_killed {
             says(&outcome, &["hook", "network-lock"])?;

@@ -4,8 +4,9 @@
 use std::sync::mpsc::Receiver;
 use std::time::{Duration, Instant};
 
-use migrate::testbed::{Lan, SHARED, wait_for};
+use migrate::testbed::Lan;
 
+use super::hooks::Hold;
 use crate::case::{Case, Result, ensure};
 use crate::grid::packet::{ACK, Options, PSH, SYN, Segment};
 use crate::grid::wire::{Arrival, MOVE_IP, Running, Side};
@@ -129,15 +130,11 @@ fn half_open(lan: &Lan) -> Result {
     let mut half = Client::ask(&wire, 2000)?;
     ensure(half.is_answered(PATIENCE), || "no answer to the first request".to_owned())?;
 
-    let hook = format!(
-        "[ $MIGRATE_STAGE = pre-freeze ] || exit 0; touch {SHARED}/held; \
-         while [ ! -e {SHARED}/go ]; do sleep 0.001; done"
-    );
-    let options = ["--tcp-established", "--mode", "precopy", "--move-ip", MOVE_IP, "--hook", &hook];
+    let hold = Hold::at(lan, "pre-freeze", 0);
+    let options = ["--tcp-established", "--mode", "precopy", "--move-ip", MOVE_IP, "--hook", &hold.command];
     let job = lan.start_move(&lan.a, &service.address, workload.pid(), &options)?;
-    let shared = |name| lan.a.outside(format!("{SHARED}/{name}"));
-    wait_for("the hook", MOVE, || Ok(shared("held").exists().then_some(())))?;
-    std::fs::write(shared("go"), "")?;
+    hold.until_held(&job)?;
+    hold.let_go()?;
     let (mut clients, mut late) = (Vec::new(), Vec::new());
     for port in 3000.. {
         let mut client = Client::ask(&wire, port)?;
@@ -189,18 +186,14 @@ fn not_accepted(lan: &Lan) -> Result {
         client.say(b"before, ")?;
         clients.push(client);
     }
-    let hook = format!(
-        "[ $MIGRATE_STAGE = network-lock ] || exit 0; touch {SHARED}/held; \
-         while [ ! -e {SHARED}/go ]; do sleep 0.001; done"
-    );
-    let options = ["--tcp-established", "--move-ip", MOVE_IP, "--hook", &hook];
+    let hold = Hold::at(lan, "network-lock", 0);
+    let options = ["--tcp-established", "--move-ip", MOVE_IP, "--hook", &hold.command];
     let job = lan.start_move(&lan.a, &service.address, workload.pid(), &options)?;
-    let shared = |name| lan.a.outside(format!("{SHARED}/{name}"));
-    wait_for("the hook", MOVE, || Ok(shared("held").exists().then_some(())))?;
+    hold.until_held(&job)?;
     for client in &mut clients {
         client.say(b"meanwhile, ")?;
     }
-    std::fs::write(shared("go"), "")?;
+    hold.let_go()?;
     lan.finish_move(&lan.a, &job, MOVE)?.expect_moved()?;
     lan.b.signal(workload.pid(), libc::SIGUSR2)?;
     for client in &mut clients {

@@ -1,9 +1,10 @@
 //! The operator's hooks: which stages are told, in which order, with what environment; and that one that fails
 //! before the commit keeps the process where it is.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
-use migrate::testbed::{Lan, SHARED, wait_for};
+use migrate::testbed::{Job, Lan, SHARED, TestbedError, wait_for};
 
 use super::crash::SETTLE;
 use super::limbo::{at_state, held_from, sentinels};
@@ -25,6 +26,39 @@ pub(crate) fn cases() -> Vec<Case> {
         }),
         Case::new("hooks/the_sentinel_tells_as_well", by_the_sentinel),
     ]
+}
+
+/// A hook that holds one stage until it is let go, at whichever host; it can be held once.
+pub(crate) struct Hold<'a> {
+    lan: &'a Lan,
+    pub(crate) command: String,
+}
+
+impl<'a> Hold<'a> {
+    /// It ends with this exit status.
+    pub(crate) fn at(lan: &'a Lan, stage: &str, exit: u8) -> Self {
+        let command = format!(
+            "[ $MIGRATE_STAGE = {stage} ] || exit 0; touch {SHARED}/held; \
+             while [ ! -e {SHARED}/go ]; do sleep 0.001; done; rm {SHARED}/held {SHARED}/go; exit {exit}"
+        );
+        Self { lan, command }
+    }
+
+    fn file(&self, name: &str) -> PathBuf {
+        self.lan.a.outside(format!("{SHARED}/{name}"))
+    }
+
+    /// Waits until it holds.
+    pub(crate) fn until_held(&self, job: &Job) -> Result {
+        Ok(wait_for("the hook", MOVE, || match self.lan.a.exit_of(job.pid) {
+            Some(exit) => Err(TestbedError::Program(format!("the move ended with {exit:?} before its hook"))),
+            None => Ok(self.file("held").exists().then_some(())),
+        })?)
+    }
+
+    pub(crate) fn let_go(&self) -> Result {
+        Ok(std::fs::write(self.file("go"), "")?)
+    }
 }
 
 /// A command that writes down its stage, and what else is asked of it, in a file both hosts see.

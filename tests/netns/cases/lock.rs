@@ -6,13 +6,14 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::time::Duration;
 
 use migrate::engine::sys::socket;
-use migrate::testbed::{Host, Lan, Outcome, SHARED, STATE, Spawn, TestbedError, wait_for};
+use migrate::testbed::{Host, Lan, Outcome, STATE, Spawn, TestbedError, wait_for};
 use nix::errno::Errno;
 use nix::sys::socket::{
     AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, SockaddrStorage, connect, recv, send,
 };
 
 use super::crash::SETTLE;
+use super::hooks::Hold;
 use super::limbo::{at_state, held_from, resume, sentinels, stopped};
 use super::refusals::says;
 use crate::case::{Case, Result, ensure};
@@ -122,17 +123,14 @@ fn not_answered(lan: &Lan) -> Result {
     let mut workload = Workload::start(&lan.a, "counter", &["port"])?;
     lan.share_identity()?;
     let service = lan.serve(&lan.b)?;
-    let hook = format!(
-        "[ $MIGRATE_STAGE != network-lock ] || {{ touch {SHARED}/held; \
-         while [ ! -e {SHARED}/go ]; do sleep 0.01; done; exit 1; }}"
-    );
-    let options = ["--tcp-established", "--hook", &hook];
+    let hold = Hold::at(lan, "network-lock", 1);
+    let options = ["--tcp-established", "--hook", &hold.command];
     let job = lan.start_move(&lan.a, &service.address, workload.pid(), &options)?;
-    wait_for("the hook", MOVE, || Ok(lan.a.outside(format!("{SHARED}/held")).exists().then_some(())))?;
+    hold.until_held(&job)?;
     ensure(tables(&lan.a)?.len() == 1, || format!("{:?}", tables(&lan.a)))?;
     let request = Request::begin(lan, SocketAddr::new(Lan::A.parse()?, PORT))?;
     request.await_repetition()?;
-    std::fs::write(lan.a.outside(format!("{SHARED}/go")), "")?;
+    hold.let_go()?;
     let outcome = lan.finish_move(&lan.a, &job, MOVE)?;
     says(&outcome, &["network-lock hook"])?;
     request.await_connection()?;
@@ -145,20 +143,17 @@ fn after_a_move(lan: &Lan) -> Result {
     lan.share_identity()?;
     let to = SocketAddr::new(Lan::SERVICE.parse()?, GREETER_PORT);
     // At the destination the lock is there until the process runs, and longer than the address is not.
-    let hook = format!(
-        "[ $MIGRATE_STAGE != network-unlock ] || {{ touch {SHARED}/held; \
-         while [ ! -e {SHARED}/go ]; do sleep 0.01; done; }}"
-    );
-    let service = lan.serve_with(&lan.b, &["--hook", &hook])?;
+    let hold = Hold::at(lan, "network-unlock", 0);
+    let service = lan.serve_with(&lan.b, &["--hook", &hold.command])?;
     let options = ["--tcp-established", "--move-ip", Lan::MOVE_IP];
     let job = lan.start_move(&lan.a, &service.address, pid, &options)?;
-    wait_for("the hook", MOVE, || Ok(lan.b.outside(format!("{SHARED}/held")).exists().then_some(())))?;
+    hold.until_held(&job)?;
     ensure(lan.has_service(&lan.b)?, || "the address is not there yet".to_owned())?;
     let both = (tables(&lan.a)?.len(), tables(&lan.b)?.len());
     ensure(both == (1, 1), || format!("{:?} {:?}", tables(&lan.a), tables(&lan.b)))?;
     let request = Request::begin(lan, to)?;
     request.await_repetition()?;
-    std::fs::write(lan.b.outside(format!("{SHARED}/go")), "")?;
+    hold.let_go()?;
     lan.finish_move(&lan.a, &job, MOVE)?.expect_moved()?;
     request.await_connection()?;
     greeted(lan, Lan::SERVICE)?;

@@ -296,15 +296,21 @@ fn what_a_process_has_is_found_with_what_it_has_not_accepted() {
     });
 }
 
+/// So many connections with one end here that it is locked as a whole, and one more.
+fn crowd(ip: IpAddr) -> (TcpListener, Vec<Pair>, Pair) {
+    let listener = TcpListener::bind((ip, 0)).unwrap();
+    let pairs = (0..69).map(|_| Pair::on(&listener)).collect();
+    let one_more = Pair::on(&listener);
+    (listener, pairs, one_more)
+}
+
 /// Where a server has accepted many, their common end is locked; one by one, if another process has one too.
 #[test]
 fn a_crowded_end_is_locked_as_a_whole_unless_somebody_else_has_it() {
     in_a_namespace(|| {
         for ip in [V4, V6] {
-            let listener = TcpListener::bind((ip, 0)).unwrap();
+            let (listener, mut pairs, mut strange) = crowd(ip);
             let to = listener.local_addr().unwrap();
-            let mut pairs: Vec<Pair> = (0..70).map(|_| Pair::on(&listener)).collect();
-            let mut strange = pairs.pop().unwrap();
             let connections: Vec<Connection> = pairs.iter().map(Pair::connection).collect();
             let servers: Vec<&dyn AsFd> = pairs.iter().map(|pair| &pair.server as &dyn AsFd).collect();
             let mine = inodes(&servers);

@@ -77,10 +77,8 @@ fn it_locks_the_same_and_lists_only_where_somebody_may_have_come() {
 fn a_crowded_end_is_judged_before() {
     in_a_namespace(|| {
         for ip in [V4, V6] {
-            let listener = TcpListener::bind((ip, 0)).unwrap();
+            let (listener, mut pairs, mut strange) = crowd(ip);
             let to = listener.local_addr().unwrap();
-            let mut pairs: Vec<Pair> = (0..70).map(|_| Pair::on(&listener)).collect();
-            let mut strange = pairs.pop().unwrap();
             let servers: Vec<&dyn AsFd> = pairs.iter().map(|pair| &pair.server as &dyn AsFd).collect();
             let mine = inodes(&servers);
             let of_process = own(&mine, &pairs);

@@ -5,7 +5,6 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Instant;
 
 use super::capture::boot_id;
 use super::tcp::{AheadSockets, Silent, SilentConnections};
@@ -107,10 +106,8 @@ pub fn build(
 fn connect(
     files: &Files,
     made: &mut [Option<Arc<OwnedFd>>],
-    ahead: AheadSockets,
+    mut ahead: AheadSockets,
 ) -> Result<(SilentConnections, usize), RestoreFilesError> {
-    let began = Instant::now();
-    let mut ahead = ahead;
     ahead.begin();
     let mut wanted = Vec::with_capacity(files.descriptions.len());
     for (index, description) in files.descriptions.iter().enumerate() {
@@ -121,7 +118,6 @@ fn connect(
             wanted.push((index, description, image, recipe, early));
         }
     }
-    let compared = began.elapsed();
     // Some may have the ends of what is made now.
     ahead.drop_rest();
     let connections = many::map(&wanted, |(index, description, image, recipe, early)| {
@@ -142,7 +138,7 @@ fn connect(
         }
         all.push(silent);
     }
-    tracing::debug!(made_ahead, of = all.len(), ?compared, took = ?began.elapsed(), "connections are there");
+    tracing::debug!(made_ahead, of = all.len(), "connections are there");
     Ok((SilentConnections::new(all), made_ahead))
 }
 

@@ -12,7 +12,6 @@
 //! the look. A thread does not stop within such a call, so all that had an effect are counted at the freeze.
 
 use std::collections::{HashMap, HashSet};
-use std::fs;
 use std::os::fd::{AsFd, OwnedFd};
 
 use nix::errno::Errno;
@@ -23,6 +22,7 @@ use super::{CaptureFilesError, Trouble};
 use crate::engine::freeze::thread_ids;
 use crate::engine::lock::Own;
 use crate::engine::many;
+use crate::engine::procfs;
 use crate::engine::reason::chain;
 use crate::engine::remote::Tid;
 use crate::engine::sys::{perf, pidfd};
@@ -184,14 +184,12 @@ fn look(pid: Tid, sockets: &HashSet<u64>) -> Result<(Sets, HashMap<u64, Known>),
     let sets = Sets::default();
     let known = many::map(&numbers, |number| {
         // What was closed meanwhile, or cannot be read, is left for later.
-        let link = fs::read_link(format!("/proc/{pid}/fd/{number}")).ok()?;
-        let inode = link.to_str()?.strip_prefix("socket:[")?.strip_suffix(']')?;
-        sockets.get(&inode.parse().ok()?)?;
+        let inode = procfs::socket_behind(format!("/proc/{pid}/fd/{number}"));
+        let inode = inode.filter(|inode| sockets.contains(inode))?;
         let fd = pidfd::take_fd(process.as_fd(), *number).ok()?;
-        let seen = nix::sys::stat::fstat(&fd).ok()?;
-        let is_socket = seen.st_mode & libc::S_IFMT == libc::S_IFSOCK;
-        let options = is_socket.then(|| tcp::options_of_connection(fd.as_fd(), &sets))??;
-        Some((seen.st_ino, options))
+        let is_the_same = nix::sys::stat::fstat(&fd).is_ok_and(|seen| seen.st_ino == inode);
+        let options = is_the_same.then(|| tcp::options_of_connection(fd.as_fd(), &sets))??;
+        Some((inode, options))
     });
     Ok((sets, known.into_iter().flatten().collect()))
 }

@@ -3,6 +3,7 @@
 use super::Stop;
 use super::scan::{Open, Table};
 use crate::engine::procfs;
+use crate::engine::remote::Tid;
 use crate::engine::sys::{fds, socket};
 use crate::proto::files::{Epoll, Watch};
 
@@ -67,7 +68,7 @@ pub(super) fn capture(table: &Table, open: &Open) -> Result<Epoll, Stop> {
         let description = find(table, open, &line, *nth)?;
         *nth += 1;
         let Some(description) = description else {
-            if table.running && !is_there(table, open, &line) {
+            if table.running && !is_there(table.pid, open.number, &line) {
                 continue;
             }
             return Err(Stop::refuse(format!(
@@ -88,13 +89,11 @@ pub(super) fn capture(table: &Table, open: &Open) -> Result<Epoll, Stop> {
 }
 
 /// Whether a registration of a running process is there still, and of nothing that the process has opened since.
-fn is_there(table: &Table, epoll: &Open, line: &Line) -> bool {
-    use std::os::unix::fs::{FileTypeExt, MetadataExt};
-    let now = std::fs::metadata(format!("/proc/{}/fd/{}", table.pid, line.number));
-    if now.is_ok_and(|now| now.file_type().is_socket() && now.ino() == line.inode) {
+fn is_there(pid: Tid, epoll: i32, line: &Line) -> bool {
+    if procfs::socket_behind(format!("/proc/{pid}/fd/{}", line.number)) == Some(line.inode) {
         return false;
     }
-    let info = procfs::read_text(format!("/proc/{}/fdinfo/{}", table.pid, epoll.number)).unwrap_or_default();
+    let info = procfs::read_text(format!("/proc/{pid}/fdinfo/{epoll}")).unwrap_or_default();
     let mut lines = info.lines().filter(|l| l.starts_with("tfd:")).filter_map(parse);
     lines.any(|now| (now.number, now.inode) == (line.number, line.inode))
 }
@@ -130,6 +129,7 @@ fn find(table: &Table, epoll: &Open, line: &Line, nth: u32) -> Result<Option<usi
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
+    use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
     use proptest::prelude::*;
 
     const LINE: &str = "tfd:       15 events: 80002019 data: ffffffffffff000f  pos:0 ino:1af sdev:9";
@@ -144,6 +144,24 @@ mod tests {
         }
         assert_eq!(parse("tfd: 5 events: 19 data: 5 pos:0 ino:"), None);
         assert_eq!(parse("tfd: 5 events: 19 data: 5 ino:x"), None);
+    }
+
+    #[test]
+    fn a_registration_is_left_behind_when_its_number_is_closed_only() {
+        use std::os::fd::AsRawFd;
+        let epoll = Epoll::new(EpollCreateFlags::empty()).unwrap();
+        let (socket, _other) = std::os::unix::net::UnixStream::pair().unwrap();
+        epoll.add(&socket, EpollEvent::new(EpollFlags::EPOLLIN, 7)).unwrap();
+        let (pid, number) = (std::process::id().cast_signed(), epoll.0.as_raw_fd());
+        let info = procfs::read_text(format!("/proc/self/fdinfo/{number}")).unwrap();
+        let line = info.lines().filter(|l| l.starts_with("tfd:")).find_map(parse).unwrap();
+        assert!(!is_there(pid, number, &line), "the process has it, and it is new");
+        let elsewhere = socket.try_clone().unwrap();
+        // Whatever it leads to afterwards is no socket with this inode.
+        drop(socket);
+        assert!(is_there(pid, number, &line), "it watches what the number once was");
+        drop(elsewhere);
+        assert!(!is_there(pid, number, &line), "it is over");
     }
 
     proptest! {

@@ -104,11 +104,10 @@ impl Holders {
     fn doubt_holders_of_new(&mut self, table: &Table) {
         let known: HashSet<u64> = table.opens.iter().map(|open| open.stat.ino()).collect();
         let now = lock::socket_inodes(table.pid).unwrap_or_default();
-        for inode in now.difference(&known) {
-            let link = OsString::from(format!("socket:[{inode}]"));
-            let pids = self.by_link.get(&link).map(Vec::as_slice).unwrap_or_default();
-            self.scanned.0.retain(|(pid, _)| !pids.contains(pid));
-        }
+        let new = now.difference(&known).map(|inode| OsString::from(format!("socket:[{inode}]")));
+        let doubted: HashSet<Tid> =
+            new.filter_map(|link| self.by_link.get(&link)).flatten().copied().collect();
+        self.scanned.0.retain(|(pid, _)| !doubted.contains(pid));
     }
 
     /// Other processes that hold an object, in words: `pid 3, 4`.
@@ -218,4 +217,26 @@ fn is_about_to_exec(pid: Tid) -> bool {
     // answers when they are gone. What it answers does not matter.
     let _ = fds::kcmp_tables(own_pid(), pid);
     false
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_holds_a_socket_that_is_new_is_looked_at_again() {
+        let (socket, _other) = std::os::unix::net::UnixStream::pair().unwrap();
+        let link = |inode: u64| OsString::from(format!("socket:[{inode}]"));
+        let inode = nix::sys::stat::fstat(&socket).unwrap().st_ino;
+        let table =
+            Table { pid: own_pid(), running: true, opens: vec![], description_of: vec![], first: vec![] };
+        let mut holders = Holders {
+            by_link: HashMap::from([(link(inode), vec![3, 4]), (link(u64::MAX), vec![5])]),
+            scanned: ScannedProcesses(HashSet::from([(3, 1), (4, 1), (5, 1), (6, 1)])),
+            ..Holders::default()
+        };
+        holders.doubt_holders_of_new(&table);
+        assert_eq!(holders.scanned.0, HashSet::from([(5, 1), (6, 1)]));
+    }
 }

@@ -9,7 +9,8 @@ use std::collections::HashSet;
 use std::fs;
 use std::time::{Duration, Instant};
 
-use crate::engine::lock;
+use super::scan::EPOLL;
+use crate::engine::lock::{self, LockError};
 use crate::engine::remote::Tid;
 
 /// The time between two looks at which a socket must have been there.
@@ -56,33 +57,65 @@ impl Lasting {
 
 /// The sockets of a running process that may be duplicated, by inode. Where it has connections and an epoll, this takes
 /// a moment.
-pub(super) fn wait(pid: Tid, numbers: &[i32]) -> HashSet<u64> {
-    let is_epoll = |number: &i32| link_of(pid, *number).is_some_and(|link| link == "anon_inode:[eventpoll]");
-    let mut sockets: HashSet<u64> = numbers.iter().filter_map(|number| socket_of(pid, *number)).collect();
+pub(super) fn wait(pid: Tid, numbers: &[i32]) -> Result<HashSet<u64>, LockError> {
+    let is_epoll = |number: &i32| {
+        fs::read_link(format!("/proc/{pid}/fd/{number}")).is_ok_and(|link| link.as_os_str() == EPOLL)
+    };
+    let sockets = lock::socket_inodes(pid)?;
     // What cannot be told is treated with care.
     let is_connected =
         || lock::connections(&sockets).map_or(true, |all| all.iter().any(|one| one.remote.is_some()));
-    if !sockets.is_empty() && numbers.iter().any(is_epoll) && is_connected() {
-        std::thread::sleep(A_WHILE);
-        if let Ok(now) = lock::socket_inodes(pid) {
-            sockets.retain(|inode| now.contains(inode));
-        }
+    if sockets.is_empty() || !numbers.iter().any(is_epoll) || !is_connected() {
+        return Ok(sockets);
     }
-    sockets
-}
-
-/// The inode of the socket that a descriptor leads to now.
-pub(super) fn socket_of(pid: Tid, number: i32) -> Option<u64> {
-    link_of(pid, number)?.strip_prefix("socket:[")?.strip_suffix(']')?.parse().ok()
-}
-
-fn link_of(pid: Tid, number: i32) -> Option<String> {
-    fs::read_link(format!("/proc/{pid}/fd/{number}")).ok()?.into_os_string().into_string().ok()
+    std::thread::sleep(A_WHILE);
+    Ok(&sockets & &lock::socket_inodes(pid)?)
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
+    use std::net::{TcpListener, TcpStream};
+    use std::os::fd::{AsFd, AsRawFd};
+    use std::sync::atomic::{AtomicBool, Ordering};
+
     use super::*;
+    use crate::engine::sys::fds;
+
+    fn inode_of(socket: &impl AsFd) -> u64 {
+        nix::sys::stat::fstat(socket).unwrap().st_ino
+    }
+
+    /// Of a server that goes on to open sockets.
+    #[test]
+    fn what_is_new_is_not_duplicated() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let connection = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let epoll = fds::epoll().unwrap();
+        let stop = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            let opened = scope.spawn(|| {
+                let (mut opened, mut kept) = (Vec::new(), Vec::new());
+                while !stop.load(Ordering::Relaxed) && kept.len() < 1000 {
+                    let before = Instant::now();
+                    let socket = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+                    opened.push((before, inode_of(&socket)));
+                    kept.push(socket);
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+                (opened, kept)
+            });
+            let pid = std::process::id().cast_signed();
+            let found = wait(pid, &[epoll.as_raw_fd(), connection.as_raw_fd()]).unwrap();
+            let there = Instant::now().checked_sub(A_WHILE).unwrap();
+            stop.store(true, Ordering::Relaxed);
+            let (opened, _kept) = opened.join().unwrap();
+            assert!(found.contains(&inode_of(&connection)) && found.contains(&inode_of(&listener)));
+            let new: Vec<_> = opened.iter().filter(|(before, _)| *before > there).collect();
+            assert!(!new.is_empty());
+            assert!(new.iter().all(|(_, inode)| !found.contains(inode)), "{new:?}");
+        });
+    }
 
     #[test]
     fn only_what_was_there_before_has_lasted() {

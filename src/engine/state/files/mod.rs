@@ -46,6 +46,7 @@ use std::collections::HashSet;
 
 use nix::errno::Errno;
 
+use crate::engine::lock::LockError;
 use crate::engine::reason::Reason;
 use crate::engine::remote::{InjectError, Tid};
 use crate::proto::files::FileRef;
@@ -113,6 +114,9 @@ pub enum CaptureFilesError {
         #[source]
         errno: Errno,
     },
+    /// Its sockets could not be listed.
+    #[error(transparent)]
+    Sockets(#[from] LockError),
     /// A look at one descriptor failed.
     #[error("{step} of fd {number} of process {pid}")]
     Descriptor {

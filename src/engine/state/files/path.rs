@@ -29,9 +29,11 @@ const PATH_BYTES: usize = 4096;
 /// Device numbers (all major 1) of null, zero, full, random, urandom.
 const DEVICES: [u64; 5] = [3, 5, 7, 8, 9];
 
+/// The magic number of procfs (linux/magic.h).
+const PROC: i64 = 0x9fa0;
 /// File systems whose files are views into this kernel and not data.
 const KERNEL_VIEWS: [(i64, &str); 9] = [
-    (0x9fa0, "/proc"),
+    (PROC, "/proc"),
     (0x6265_6572, "/sys"),
     (0x6367_7270, "cgroup"),
     (0x0027_e0eb, "cgroup"),
@@ -136,16 +138,25 @@ pub(super) fn capture(open: &Open, pid: Tid) -> Result<PathFile, Stop> {
             path.display()
         )));
     }
-    if let Ok(fs) = nix::sys::statfs::fstatfs(open.fd()) {
-        let found = KERNEL_VIEWS.iter().find(|(magic, _)| fs.filesystem_type().0 == *magic);
-        let reads = open.access() == libc::O_RDONLY && is_view(path.as_os_str().as_bytes(), Some(pid));
-        let found = found.filter(|_| !reads);
-        if let Some((_, name)) = found {
+    let file_system = nix::sys::statfs::fstatfs(open.fd()).map(|fs| fs.filesystem_type().0);
+    let view = KERNEL_VIEWS.iter().find(|(magic, _)| file_system == Ok(*magic));
+    let name = path.as_os_str().as_bytes();
+    match view {
+        Some((PROC, _)) if open.access() == libc::O_RDONLY && is_view(name, Some(pid)) => {}
+        Some((_, kind)) => {
             let path = path.display();
             return Err(Stop::refuse(format!(
-                "is {path}, a {name} file of this kernel, which cannot be carried"
+                "is {path}, a {kind} file of this kernel, which cannot be carried"
             )));
         }
+        // The destination would take it for one, and not compare it.
+        None if is_view(name, None) => {
+            let path = path.display();
+            return Err(Stop::refuse(format!(
+                "is {path} in a /proc that is not procfs, which cannot be carried"
+            )));
+        }
+        None => {}
     }
     // The path must lead us to the same file: else it was replaced, or lies in another mount namespace.
     match fs::symlink_metadata(path) {
@@ -251,6 +262,15 @@ pub(super) fn make(image: &PathFile, flags: i32, same_kernel: bool) -> Result<Ow
     let flags = OFlag::from_bits_retain(flags & !not_reopened) | OFlag::O_CLOEXEC | OFlag::O_NOCTTY;
     let fd =
         nix::fcntl::open(&path_of(file), flags, Mode::empty()).map_err(Trouble::step("opening a file"))?;
+    if is_kernel_view(file) && !nix::sys::statfs::fstatfs(&fd).is_ok_and(|fs| fs.filesystem_type().0 == PROC)
+    {
+        let object = format!("file {}", path_of(file).display());
+        return Err(Trouble::File(Reason::new(
+            object,
+            "is not on procfs at the destination",
+            "mount it there",
+        )));
+    }
     if image.position != 0 && fds::status_flags(fd.as_fd()).is_ok_and(|f| f & libc::O_PATH == 0) {
         let position = i64::try_from(image.position).map_err(|_| Trouble::Invalid("a file position"))?;
         lseek(fd.as_fd(), position, Whence::SeekSet).map_err(Trouble::step("setting a file's position"))?;

@@ -23,7 +23,7 @@ const CALLS: usize = 1024;
 /// `FD_CLOEXEC`, as a call returns it.
 const CLOEXEC: u64 = 1;
 /// What /proc shows an epoll as.
-const EPOLL: &str = "anon_inode:[eventpoll]";
+pub(super) const EPOLL: &str = "anon_inode:[eventpoll]";
 
 /// One descriptor of the process.
 #[derive(Debug)]
@@ -32,7 +32,7 @@ pub(super) struct Open {
     pub(super) cloexec: bool,
     /// Our duplicate: the same description. Of what was given back it is nothing.
     pub(super) ours: File,
-    /// Of a socket that was given back: its domain.
+    /// Of a socket of a running process, which may have been given back: its domain.
     pub(super) domain: Option<i32>,
     /// What /proc shows it as: a path, or `pipe:[12]`.
     pub(super) link: OsString,
@@ -222,22 +222,23 @@ impl Table {
         at_once: impl Fn(&Open) -> T + Sync,
     ) -> Result<(Self, HashMap<i32, T>), CaptureFilesError> {
         let (pidfd, numbers) = numbers_of(pid)?;
-        let lasting = lasting::wait(pid, &numbers);
+        let lasting = lasting::wait(pid, &numbers)?;
         let nothing = File::open("/dev/null").map_err(|error| CaptureFilesError::Process {
             step: "opening /dev/null",
             pid,
             errno: errno_of(&error),
         })?;
         let read = many::map(&numbers, |number| {
-            if lasting::socket_of(pid, *number).is_some_and(|inode| !lasting.contains(&inode)) {
+            let socket = procfs::socket_behind(format!("/proc/{pid}/fd/{number}"));
+            if socket.is_some_and(|inode| !lasting.contains(&inode)) {
                 return Ok(None);
             }
             let duplicate = duplicate(&pidfd, *number)?;
             let mut open = look(pid, &duplicate, None)?.of(duplicate);
+            open.domain = open.socket_domain();
             let connection = is_connection(&open);
             let seen = connection.then(|| at_once(&open));
             if connection {
-                open.domain = open.socket_domain();
                 open.ours = nothing.try_clone().map_err(|error| ("duplicating", errno_of(&error)))?;
             }
             Ok(Some((open, seen)))
