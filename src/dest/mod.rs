@@ -8,6 +8,7 @@ mod drain;
 mod driver;
 mod frames;
 pub mod guardian;
+mod handshakes;
 pub mod machine;
 mod network;
 mod preflight;

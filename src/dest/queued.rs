@@ -9,6 +9,8 @@
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::{Duration, Instant};
 
+use super::handshakes::Holding;
+use crate::engine::handshake::Held;
 use crate::engine::lock::{self, Connection, Lock};
 use crate::engine::queued::Placer;
 use crate::engine::reason::chain;
@@ -25,7 +27,9 @@ const PATIENCE: Duration = Duration::from_secs(5);
 pub(super) struct Queued {
     placer: Option<Placer>,
     expected: Vec<Connection>,
-    /// Those, and where the process listens.
+    /// Handshakes that go on.
+    held: Held,
+    /// All of those; and where the process listens, if any are expected.
     closed: Vec<Connection>,
     tap: Option<Strays>,
     packets: Vec<Vec<u8>>,
@@ -33,7 +37,7 @@ pub(super) struct Queued {
 }
 
 /// What the thread hears of.
-enum Came {
+pub(super) enum Came {
     Strays(Vec<Vec<u8>>),
     Connections { images: Vec<TcpConnection>, last: bool },
 }
@@ -57,9 +61,11 @@ impl Queued {
     /// Those that the state names, and `all` that is to be locked.
     pub(super) fn expect(&mut self, files: &Files, all: &[Connection]) {
         self.expected = lock::queued_in_image(files);
+        self.held = Held::of(&files.handshakes);
+        self.closed = self.held.ends();
         if !self.expected.is_empty() {
             let listening = all.iter().filter(|connection| connection.remote.is_none());
-            self.closed = listening.chain(&self.expected).copied().collect();
+            self.closed.extend(listening.chain(&self.expected));
         }
     }
 
@@ -91,6 +97,7 @@ impl Queued {
             lock,
             placer: self.placer.take(),
             expected: std::mem::take(&mut self.expected),
+            held: std::mem::take(&mut self.held),
             closed: self.closed.clone(),
             tap: self.tap.take(),
             packets: std::mem::take(&mut self.packets),
@@ -129,6 +136,7 @@ struct Placing {
     lock: Lock,
     placer: Option<Placer>,
     expected: Vec<Connection>,
+    held: Held,
     closed: Vec<Connection>,
     tap: Option<Strays>,
     packets: Vec<Vec<u8>>,
@@ -136,7 +144,7 @@ struct Placing {
 
 impl Placing {
     fn run(mut self, inbox: &Receiver<Came>) {
-        let images = self.await_all(inbox);
+        let images = if self.expected.is_empty() { Vec::new() } else { self.await_all(inbox) };
         let lost = match &self.placer {
             Some(placer) if !images.is_empty() => placer.place(&images).unwrap_or_else(|error| {
                 tracing::error!(
@@ -159,10 +167,12 @@ impl Placing {
         for reason in lost {
             tracing::error!(%reason, "a connection is lost");
         }
-        if let Err(error) = self.lock.release() {
+        let held = self.held.ends();
+        if let Err(error) = self.lock.release_but(&held) {
             // The end of its socket lifts it as well.
             tracing::error!(error = chain(&error), "the lock");
             drop(self.lock);
+            return;
         }
         if let Some(tap) = &mut self.tap {
             self.packets.extend(tap.take(&self.closed));
@@ -170,6 +180,10 @@ impl Placing {
         match strays::put_in(&self.packets, &self.closed) {
             Ok(count) => tracing::debug!(placed = images.len(), strays = count, "queues are as they were"),
             Err(error) => tracing::warn!(error = chain(&error), "strays are lost"),
+        }
+        if let Some(placer) = self.placer.filter(|_| !held.is_empty()) {
+            let Self { lock, held, tap, packets, .. } = self;
+            Holding { lock, placer, held, tap, packets }.run(inbox);
         }
     }
 

@@ -15,6 +15,7 @@ pub mod extents;
 pub mod features;
 pub mod fence;
 pub mod freeze;
+pub mod handshake;
 pub mod hook;
 pub mod inject;
 pub mod kernel;

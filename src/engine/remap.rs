@@ -88,7 +88,8 @@ pub fn apply(files: &mut Files, remaps: &[Remap]) {
             _ => {}
         }
     }
-    for socket in &mut files.queued {
+    let handshakes = files.handshakes.iter_mut().filter_map(|one| one.connection.as_mut());
+    for socket in files.queued.iter_mut().chain(handshakes) {
         apply_to(&mut socket.local, remaps);
     }
 }

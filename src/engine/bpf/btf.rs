@@ -54,6 +54,21 @@ pub(in crate::engine) struct Field {
     pub(in crate::engine) len: usize,
 }
 
+impl Field {
+    /// The bytes that it is in.
+    pub(in crate::engine) fn bytes_in(self, bytes: &[u8]) -> &[u8] {
+        bytes.get(self.start / 8..(self.start + self.len).div_ceil(8)).unwrap_or_default()
+    }
+
+    /// What it is as a number; 0 where it is not.
+    pub(in crate::engine) fn value_in(self, bytes: &[u8]) -> u64 {
+        let mut whole = [0; 8];
+        whole.iter_mut().zip(self.bytes_in(bytes)).for_each(|(to, from)| *to = *from);
+        let mask = u64::MAX >> 64usize.saturating_sub(self.len).min(63);
+        u64::from_le_bytes(whole) >> (self.start % 8) & mask
+    }
+}
+
 impl<'a> Btf<'a> {
     /// `None` if it is not what we know.
     pub(in crate::engine) fn parse(btf: &'a [u8]) -> Option<Self> {
@@ -171,6 +186,11 @@ pub(in crate::engine) struct Structure<'b, 'a> {
 }
 
 impl Structure<'_, '_> {
+    /// How long it is.
+    pub(in crate::engine) fn bytes(&self) -> usize {
+        self.this.word as usize
+    }
+
     /// A member, or one of a member: `rx_opt.mss_clamp`. Pointers are not followed.
     pub(in crate::engine) fn field(&self, path: &str) -> Option<Field> {
         let (mut of, mut from) = (self.this, 0usize);

@@ -118,8 +118,10 @@ pub(super) fn connections(
         let unaccepted = socket.is_unaccepted_at(&places);
         if unaccepted || inodes.contains(&socket.inode) {
             found.all.push(socket.connection());
-            if unaccepted && socket.state != SYN_RECEIVED {
-                found.queued.push(socket.connection());
+            if unaccepted {
+                let which =
+                    if socket.state == SYN_RECEIVED { &mut found.half_open } else { &mut found.queued };
+                which.push(socket.connection());
             }
         } else if socket.inode != 0 {
             others.insert(canonical(socket.local));
@@ -157,6 +159,8 @@ pub(super) fn unfinished(listeners: &[Connection]) -> Result<Unfinished, Errno> 
             found.queued += 1;
         } else if socket.repeated == 0 {
             found.half_open += 1;
+        } else {
+            found.unanswered += 1;
         }
     })?;
     Ok(found)

@@ -19,6 +19,7 @@ pub fn of_image(files: &Files) -> Vec<Connection> {
         }
     }
     found.extend(files.queued.iter().filter_map(connection_of));
+    found.extend(files.handshakes.iter().filter_map(|one| connection_of(one.connection.as_ref()?)));
     found.sort_unstable();
     found.dedup();
     found

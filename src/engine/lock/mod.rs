@@ -62,13 +62,17 @@ pub struct Locked {
     pub all: Vec<Connection>,
     /// Those among them that only wait to be accepted.
     pub queued: Vec<Connection>,
+    /// Those whose handshake goes on.
+    pub half_open: Vec<Connection>,
 }
 
 /// Connections that are not the process's yet, but will be.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Unfinished {
-    /// Their handshake goes on. One whose answer had to be repeated is not counted: its peer is most likely gone.
+    /// Their handshake goes on.
     pub half_open: usize,
+    /// The same, but the answer had to be repeated: the peer is most likely gone.
+    pub unanswered: usize,
     /// They wait to be accepted.
     pub queued: usize,
 }

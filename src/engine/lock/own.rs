@@ -61,6 +61,6 @@ impl Lock {
         whole.retain(|end| self.ends.get(end) == Some(&false));
         self.close(&own.connections, &whole)?;
         let all = [&own.connections[..], &listeners].concat();
-        Ok(Locked { all, queued: Vec::new() })
+        Ok(Locked { all, ..Locked::default() })
     }
 }

@@ -14,7 +14,7 @@
 //! [`Lock::release_but`]: crate::engine::lock::Lock::release_but
 
 mod program;
-mod segment;
+pub(super) mod segment;
 #[cfg(test)]
 #[allow(clippy::unwrap_used, clippy::expect_used)]
 mod tests;
@@ -65,9 +65,9 @@ const PIECE_BYTES: usize = 16 << 10;
 /// Less than the kernel takes for the size of segments, of IPv4 and IPv6, is taken for this.
 const LEAST_SEGMENT: [u32; 2] = [536, 1220];
 /// `TCPI_OPT_*`
-const TIMESTAMPS: u32 = 1;
-const SELECTIVE: u32 = 2;
-const SCALING: u32 = 4;
+pub(super) const TIMESTAMPS: u32 = 1;
+pub(super) const SELECTIVE: u32 = 2;
+pub(super) const SCALING: u32 = 4;
 
 /// Why this host cannot put connections into queues.
 #[derive(Debug, thiserror::Error)]
@@ -327,14 +327,14 @@ fn is_tapped() -> bool {
     })
 }
 
-/// Raw sockets that send to this host.
-struct Sender {
+/// Raw sockets that send whole packets.
+pub(super) struct Sender {
     v4: OwnedFd,
     v6: Option<OwnedFd>,
 }
 
 impl Sender {
-    fn open() -> Result<Self, QueuedError> {
+    pub(super) fn open() -> Result<Self, QueuedError> {
         // This protocol has the header written by us.
         let open = |family| socket::socket(family, libc::SOCK_RAW, libc::IPPROTO_RAW);
         let v4 = open(libc::AF_INET).map_err(step("opening a raw socket"))?;
@@ -342,7 +342,7 @@ impl Sender {
     }
 
     /// What does not go out is sent again, as anything that is lost.
-    fn send(&self, mark: u32, segment: &Segment<'_>) {
+    pub(super) fn send(&self, mark: u32, segment: &Segment<'_>) {
         let fd = if segment.to.is_ipv4() { Some(&self.v4) } else { self.v6.as_ref() };
         let (Some(fd), Some(packet)) = (fd, segment.packet()) else { return };
         let marked = socket::set_int_option(fd.as_fd(), libc::SOL_SOCKET, libc::SO_MARK, mark.cast_signed());
@@ -461,6 +461,7 @@ impl<'a> Waiting<'a> {
             acknowledged: self.acknowledged,
             flags: if last { ACK | FIN } else { ACK },
             window: self.window,
+            options: &[],
             payload: self.bytes.get(from..to).unwrap_or_default(),
         }
     }

@@ -7,6 +7,7 @@ use super::{Keeps, Version};
 
 /// More are not told apart: a filter has 4096 instructions.
 const MAX_PORTS: usize = 1000;
+const MAX_PAIRS: usize = 700;
 
 const LOAD_WORD: u16 = 0x20;
 const LOAD_HALF: u16 = 0x28;
@@ -32,19 +33,7 @@ pub(super) fn program(version: Version, keeps: Keeps, ports: &BTreeSet<u16>) -> 
     if ports.is_empty() {
         return None;
     }
-    let (protocol, port) = match version {
-        Version::V4 => (9, 20 + 2),
-        Version::V6 => (6, 40 + 2),
-    };
-    let mut program = Program::default();
-    program.push(LOAD_WORD, PROTOCOL);
-    program.unless(version.ether_type().into(), 0);
-    program.push(LOAD_WORD, PACKET_TYPE);
-    program.unless(TO_THIS_HOST, 0);
-    program.push(LOAD_WORD, DEVICE_TYPE);
-    program.when(LOOPBACK, 0);
-    program.push(LOAD_BYTE, protocol);
-    program.unless(TCP.into(), 0);
+    let (mut program, port) = begin(version);
     if keeps == Keeps::Requests {
         program.push(LOAD_BYTE, port - 2 + FLAGS_AT);
         program.push(AND, SYN | ACK);
@@ -60,6 +49,42 @@ pub(super) fn program(version: Version, keeps: Keeps, ports: &BTreeSet<u16>) -> 
         program.push(RETURN, u32::MAX);
     }
     Some(program.0)
+}
+
+/// The same, for what comes from these ports of peers to ports of ours: pairs of ours and theirs. Of so many as there are
+/// room for.
+pub(super) fn program_for_peers(version: Version, pairs: &BTreeSet<(u16, u16)>) -> Option<Vec<u8>> {
+    if pairs.is_empty() {
+        return None;
+    }
+    let (mut program, port) = begin(version);
+    for (ours, theirs) in pairs.iter().take(MAX_PAIRS) {
+        program.push(LOAD_HALF, port - 2);
+        // Over the three that follow.
+        program.jump(IF_EQUAL, [0, 3], (*theirs).into());
+        program.push(LOAD_HALF, port);
+        program.when((*ours).into(), u32::MAX);
+    }
+    program.push(RETURN, 0);
+    Some(program.0)
+}
+
+/// What both begin with, and where the port is that a segment is for.
+fn begin(version: Version) -> (Program, u32) {
+    let (protocol, port) = match version {
+        Version::V4 => (9, 20 + 2),
+        Version::V6 => (6, 40 + 2),
+    };
+    let mut program = Program::default();
+    program.push(LOAD_WORD, PROTOCOL);
+    program.unless(version.ether_type().into(), 0);
+    program.push(LOAD_WORD, PACKET_TYPE);
+    program.unless(TO_THIS_HOST, 0);
+    program.push(LOAD_WORD, DEVICE_TYPE);
+    program.when(LOOPBACK, 0);
+    program.push(LOAD_BYTE, protocol);
+    program.unless(TCP.into(), 0);
+    (program, port)
 }
 
 #[derive(Default)]

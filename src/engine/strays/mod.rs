@@ -7,13 +7,15 @@
 //! address, with the header as it was. Losing strays is harmless, and so is a segment that comes twice.
 
 mod filter;
-mod segment;
+pub(super) mod segment;
 
 use std::collections::HashSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::time::Duration;
 
 use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{MsgFlags, SockaddrStorage, sendto};
 
 use self::segment::Segment;
@@ -95,6 +97,8 @@ pub enum Keeps {
     All,
     /// Requests for new connections: SYN without ACK.
     Requests,
+    /// Only what the peers of the connections send: from their ports.
+    OfPeers,
 }
 
 impl Strays {
@@ -105,9 +109,15 @@ impl Strays {
     pub fn prepare(ends: &[Connection], keeps: Keeps) -> Result<Self, StraysError> {
         let mut taps = Vec::new();
         for version in [Version::V4, Version::V6] {
-            let ports =
-                ends.iter().filter(|end| version.has(end.local)).map(|end| end.local.port()).collect();
-            let Some(filter) = filter::program(version, keeps, &ports) else { continue };
+            let mine = || ends.iter().filter(|end| version.has(end.local));
+            let program = if keeps == Keeps::OfPeers {
+                let pairs = mine().filter_map(|end| Some((end.local.port(), end.remote?.port()))).collect();
+                filter::program_for_peers(version, &pairs)
+            } else {
+                let ports = mine().map(|end| end.local.port()).collect();
+                filter::program(version, keeps, &ports)
+            };
+            let Some(filter) = program else { continue };
             // It names no protocol, so it receives nothing.
             let fd = socket::socket(libc::AF_PACKET, libc::SOCK_DGRAM | libc::SOCK_NONBLOCK, 0)
                 .map_err(step("opening a packet socket"))?;
@@ -136,6 +146,15 @@ impl Strays {
             datagram::bind_raw(fd.as_fd(), &name).map_err(step("listening on a packet socket"))?;
         }
         Ok(())
+    }
+
+    /// Waits until something has come, not longer than this.
+    pub fn wait(&self, limit: Duration) {
+        let timeout = PollTimeout::try_from(limit).unwrap_or(PollTimeout::MAX);
+        let mut fds: Vec<PollFd<'_>> =
+            self.taps.iter().map(|(fd, _)| PollFd::new(fd.as_fd(), PollFlags::POLLIN)).collect();
+        // Whoever is interrupted looks once more than he must.
+        let _ = poll(&mut fds, timeout);
     }
 
     /// What has come for `wanted` since the last time, in its order, whole and with right checksums.

@@ -18,7 +18,7 @@ const CHECKSUM: usize = 16;
 
 /// A segment on its way to a socket here.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Segment {
+pub(in crate::engine) struct Segment {
     /// The end it is for.
     pub local: SocketAddr,
     /// The end it is from.
@@ -31,33 +31,33 @@ pub(super) struct Segment {
     start: usize,
 }
 
-fn word(bytes: &[u8], at: usize) -> Option<u16> {
+fn word_at(bytes: &[u8], at: usize) -> Option<u16> {
     Some(u16::from_be_bytes(*bytes.get(at..)?.first_chunk()?))
 }
 
 impl Segment {
     /// What is worth keeping: requests for connections, and what belongs to an open one. Not resets, answers to a
     /// request, fragments, packets with IP options; nor what no other host can have sent.
-    pub(super) fn of(packet: &[u8]) -> Option<Self> {
+    pub(in crate::engine) fn of(packet: &[u8]) -> Option<Self> {
         let first = *packet.first()?;
         let (protocol, start, len, from, to): (u8, usize, usize, IpAddr, IpAddr) = match first >> 4 {
             4 => {
-                if first != 0x45 || word(packet, 6)? & FRAGMENT != 0 {
+                if first != 0x45 || word_at(packet, 6)? & FRAGMENT != 0 {
                     return None;
                 }
                 let ip = |at: usize| Some(Ipv4Addr::from(*packet.get(at..)?.first_chunk::<4>()?).into());
-                (*packet.get(9)?, V4_BYTES, word(packet, 2)?.into(), ip(12)?, ip(16)?)
+                (*packet.get(9)?, V4_BYTES, word_at(packet, 2)?.into(), ip(12)?, ip(16)?)
             }
             6 => {
                 let ip = |at: usize| Some(Ipv6Addr::from(*packet.get(at..)?.first_chunk::<16>()?).into());
-                (*packet.get(6)?, V6_BYTES, V6_BYTES + usize::from(word(packet, 4)?), ip(8)?, ip(24)?)
+                (*packet.get(6)?, V6_BYTES, V6_BYTES + usize::from(word_at(packet, 4)?), ip(8)?, ip(24)?)
             }
             _ => return None,
         };
         let tcp = packet.get(start..len).filter(|tcp| tcp.len() >= TCP_BYTES)?;
         let header = usize::from(*tcp.get(12)? >> 4) * 4;
         let flags = *tcp.get(13)? & (SYN | RST | ACK);
-        let (from_port, to_port) = (word(tcp, 0)?, word(tcp, 2)?);
+        let (from_port, to_port) = (word_at(tcp, 0)?, word_at(tcp, 2)?);
         let broadcast = from == IpAddr::V4(Ipv4Addr::BROADCAST);
         let local_only = from.is_loopback() || from.is_unspecified() || from.is_multicast() || from == to;
         if protocol != TCP
@@ -71,6 +71,13 @@ impl Segment {
         }
         let (local, remote) = (SocketAddr::new(to, to_port), SocketAddr::new(from, from_port));
         Some(Self { local, remote, opening: flags == SYN, len, start })
+    }
+
+    /// Its sequence number, what it acknowledges, and its window as it is on the wire.
+    pub(in crate::engine) fn numbers(&self, packet: &[u8]) -> Option<(u32, u32, u16)> {
+        let tcp = packet.get(self.start..self.len)?;
+        let word = |at: usize| Some(u32::from_be_bytes(*tcp.get(at..)?.first_chunk()?));
+        Some((word(4)?, word(8)?, word_at(tcp, 14)?))
     }
 
     /// Whether the checksum fits.

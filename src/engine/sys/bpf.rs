@@ -1,5 +1,5 @@
 //! bpf(2): which programs are loaded on this machine, and of which kind; arrays that programs share with us, programs
-//! that look at packets, and programs that look at the files of a process.
+//! that look at packets, and programs that look at the files of a process, or at sockets.
 
 #![allow(
     clippy::cast_possible_truncation,
@@ -156,6 +156,11 @@ pub fn iterate_over(program: BorrowedFd<'_>, process: BorrowedFd<'_>) -> Result<
     let which = [0, 0, process.as_raw_fd() as u32];
     let [at, at_high] = words(which.as_ptr());
     bpf(LINK, &mut [program.as_raw_fd() as u32, 0, ITERATOR, 0, at, at_high, TASK_BYTES]).map(super::owned_fd)
+}
+
+/// Lets such a program look at what the network namespace of the thread has that begins a pass.
+pub fn iterate_here(program: BorrowedFd<'_>) -> Result<OwnedFd, Errno> {
+    bpf(LINK, &mut [program.as_raw_fd() as u32, 0, ITERATOR, 0, 0, 0, 0]).map(super::owned_fd)
 }
 
 /// One pass of it, which happens as it is read.

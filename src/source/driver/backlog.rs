@@ -70,6 +70,7 @@ impl Driver<'_> {
         };
         tracing::debug!(count = locked.all.len(), queued = locked.queued.len(), "connections are locked");
         self.state.queued = locked.queued;
+        self.lock_handshakes(locked.half_open);
         self.expect_strays(locked.all);
         if let Some(early) = &self.state.early {
             descriptors.glance(early);

@@ -1,19 +1,21 @@
 //! The doors: just before the freeze no new connection can begin, and those that are half open get the time to
 //! become whole and to be accepted.
 //!
-//! A peer in the middle of a handshake, which believes that it is connected, would be reset. One that is connected and
-//! only waits to be accepted can be carried, but a connection that the process has accepted costs less: it gets a
-//! moment for that. The process runs meanwhile. Who asks for a connection waits; its request is kept and put in where
+//! A peer in the middle of a handshake, or one that is connected and only waits to be accepted, can be carried, but a
+//! connection that the process has accepted costs less: it gets a moment for that. The process runs meanwhile. Who asks for a connection waits; its request is kept and put in where
 //! the process runs then.
 
 use std::time::{Duration, Instant};
 
 use super::{ActionError, Driver};
+use crate::engine::handshake::Reader;
 use crate::engine::lock::{self, Connection};
 use crate::engine::state::files::EarlyLook;
 
-/// The round trip of a far client, and what the process takes to accept it. Whoever has not finished by then has most
-/// likely gone.
+/// The round trip of a client that is not far: for one that is complete nothing has to be done.
+const ROUND_TRIP: Duration = Duration::from_millis(50);
+/// The round trip of a far client, and what the process takes to accept it, where handshakes cannot be taken along. Whoever
+/// has not finished by then has most likely gone.
 const PATIENCE: Duration = Duration::from_millis(200);
 /// What the process gets to accept those that are whole, where they can be carried.
 const MOMENT: Duration = Duration::from_millis(20);
@@ -34,7 +36,9 @@ impl Driver<'_> {
         let lock = self.state.lock.as_mut().ok_or(ActionError::Order)?;
         let places = lock.close_on_listeners(&inodes)?;
         if !places.is_empty() {
-            self.wait_for_unfinished(&places)?;
+            if let Some(reader) = self.wait_for_unfinished(&places)? {
+                self.read_handshakes(&reader);
+            }
             // A server that sets options sets them when it accepts: from here on that is over.
             if let Some(early) = self.state.early.take_if(|early| !early.holds()) {
                 self.state.early = early.again(self.config.pid, &lasting);
@@ -48,18 +52,25 @@ impl Driver<'_> {
         Ok(())
     }
 
-    fn wait_for_unfinished(&self, places: &[Connection]) -> Result<(), ActionError> {
+    /// With what reads handshakes that are left, if they can be taken along.
+    fn wait_for_unfinished(&self, places: &[Connection]) -> Result<Option<Reader>, ActionError> {
         let closed = Instant::now();
         let for_queued = if self.state.takes_queued { MOMENT } else { PATIENCE };
+        let mut reader = None;
         let left = loop {
             let left = lock::unfinished(places)?;
+            if left.half_open + left.unanswered > 0 {
+                reader.get_or_insert_with(|| self.handshake_reader());
+            }
+            let for_half_open = if matches!(reader, Some(Some(_))) { ROUND_TRIP } else { PATIENCE };
             let waited = closed.elapsed();
-            if (left.half_open == 0 || waited >= PATIENCE) && (left.queued == 0 || waited >= for_queued) {
+            if (left.half_open == 0 || waited >= for_half_open) && (left.queued == 0 || waited >= for_queued)
+            {
                 break left;
             }
             std::thread::sleep(PAUSE);
         };
         tracing::debug!(?left, took = ?closed.elapsed(), "the doors are closed");
-        Ok(())
+        Ok(reader.flatten().filter(|_| left.half_open + left.unanswered > 0))
     }
 }

@@ -6,6 +6,7 @@
 mod ahead;
 mod backlog;
 mod doors;
+mod handshakes;
 mod late;
 mod network;
 mod orphans;
@@ -18,6 +19,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use self::handshakes::Handshakes;
 use super::machine::SourceMachine;
 use super::pace::Pacer;
 use super::policy::{self, Limits, Order, Told};
@@ -156,6 +158,7 @@ pub(super) struct Held {
     /// Those that wait to be accepted; whether the destination can put such into a queue.
     queued: Vec<Connection>,
     takes_queued: bool,
+    handshakes: Handshakes,
     /// What comes for the process meanwhile.
     kept: strays::Kept,
     /// The hooks for taking the network away were run, or some of them: they are to be told when it is back.

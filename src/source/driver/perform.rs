@@ -267,7 +267,8 @@ impl Driver<'_> {
 
     fn send_final(&mut self, clock: &mut PhaseClock) -> Result<(), ActionError> {
         let round = u32::try_from(self.report.rounds.len() + 1).unwrap_or(u32::MAX);
-        let (options, queued) = (self.files_options(), self.queued_ends());
+        let (options, queued, handshakes) =
+            (self.files_options(), self.queued_ends(), self.take_handshakes());
         let sender = self.link.as_ref().ok_or(ActionError::Order)?.sender();
         let precopy = self.state.precopy.as_mut().ok_or(ActionError::Order)?;
         let frozen = self.state.frozen.as_mut().ok_or(ActionError::Order)?;
@@ -332,7 +333,7 @@ impl Driver<'_> {
         }
         let mut captured = captured?;
         if let Some(files) = captured.process.files.as_mut() {
-            files.queued = queued;
+            (files.queued, files.handshakes) = (queued, handshakes);
         }
         self.state.owes = sent?;
         posting.remaining(0);

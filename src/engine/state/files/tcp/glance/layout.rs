@@ -290,18 +290,12 @@ impl Layout {
 
     /// The bytes of a part in a record; none if the kernel does not have it.
     pub(super) fn bytes_of<'a>(&self, record: &'a [u8], part: Part) -> &'a [u8] {
-        let bytes = self.place_of(part).map(|at| at.start / 8..(at.start + at.len).div_ceil(8));
-        bytes.and_then(|at| record.get(at)).unwrap_or_default()
+        self.place_of(part).map_or(&[], |at| at.bytes_in(record))
     }
 
     /// The value of a part that is a number; 0 if the kernel does not have it.
     pub(super) fn value_of(&self, record: &[u8], part: Part) -> u64 {
-        let Some(at) = self.place_of(part) else { return 0 };
-        let bytes = self.bytes_of(record, part);
-        let mut whole = [0; 8];
-        whole.iter_mut().zip(bytes).for_each(|(to, from)| *to = *from);
-        let mask = u64::MAX >> 64usize.saturating_sub(at.len).min(63);
-        u64::from_le_bytes(whole) >> (at.start % 8) & mask
+        self.place_of(part).map_or(0, |at| at.value_in(record))
     }
 
     fn place_of(&self, part: Part) -> Option<btf::Field> {
