@@ -2,6 +2,7 @@
 //! them as the kernel would, by a thread of its own, which has the lock: what comes for them is kept from a kernel that
 //! does not know them.
 
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
@@ -127,8 +128,14 @@ impl Holding {
     }
 }
 
-/// Whatever comes from their peers.
+/// Whatever comes from their peers: requests are for the places where somebody listens, at that address or at all.
 fn goals(ends: &[Connection]) -> Vec<Connection> {
-    let places = ends.iter().map(|one| Connection { local: one.local, remote: None });
-    ends.iter().copied().chain(places).collect()
+    let mut goals = ends.to_vec();
+    for Connection { local, .. } in ends {
+        let everywhere: IpAddr =
+            if local.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
+        let places = [*local, SocketAddr::new(everywhere, local.port())];
+        goals.extend(places.map(|local| Connection { local, remote: None }));
+    }
+    goals
 }

@@ -87,7 +87,9 @@ struct Layout {
     peer_first: Field,
     our_first: Field,
     clock_offset: Field,
-    /// What is not taken along, where it is set: fast open, Multipath TCP, clocks of microseconds, signed segments, SMC.
+    /// What is not taken along, where it is set: clocks of microseconds, signed segments. (What a kernel is built without it
+    /// need not set, so nothing else is asked. Fast open makes connections at once, and what listens for Multipath TCP does
+    /// not move.)
     special: Vec<Field>,
 }
 
@@ -97,13 +99,7 @@ impl Layout {
         let request = btf.structure("request_sock")?;
         let inet = btf.structure("inet_request_sock")?;
         let tcp = btf.structure("tcp_request_sock")?;
-        let needed = ["tfo_listener", "is_mptcp"].map(|name| tcp.field(name));
-        let others = [tcp.field("req_usec_ts"), tcp.field("used_tcp_ao"), inet.field("smc_ok")];
-        let mut special = Vec::new();
-        for field in needed {
-            special.push(field?);
-        }
-        special.extend(others.into_iter().flatten());
+        let special = ["req_usec_ts", "used_tcp_ao"].into_iter().filter_map(|name| tcp.field(name)).collect();
         let seq = btf.structure("bpf_iter_meta")?.field("seq")?;
         Some(Self {
             bytes: Some(tcp.bytes()).filter(|bytes| *bytes <= LARGEST)?,

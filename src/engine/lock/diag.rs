@@ -28,8 +28,8 @@ const LISTEN: u32 = 10;
 const CLOSING: u32 = 11;
 pub(super) const CONNECTED: [u32; 8] =
     [ESTABLISHED, SYN_SENT, SYN_RECEIVED, FIN_WAIT1, FIN_WAIT2, CLOSE_WAIT, LAST_ACK, CLOSING];
-/// Those whose handshake is complete.
-const OPEN: [u32; 6] = [ESTABLISHED, FIN_WAIT1, FIN_WAIT2, CLOSE_WAIT, LAST_ACK, CLOSING];
+/// Those that take a segment of their peer's.
+const OPEN: [u32; 7] = [ESTABLISHED, SYN_RECEIVED, FIN_WAIT1, FIN_WAIT2, CLOSE_WAIT, LAST_ACK, CLOSING];
 /// What a connection can be in that nobody has accepted.
 const UNACCEPTED: [u32; 3] = [ESTABLISHED, SYN_RECEIVED, CLOSE_WAIT];
 

@@ -24,6 +24,8 @@ pub(crate) fn cases() -> Vec<Case> {
     vec![
         Case::new("tcp/half_open_when_the_doors_close", half_open),
         Case::new("tcp/not_accepted_and_talking", not_accepted),
+        Case::new("tcp/handshakes_slower_than_the_move", |lan| slower(lan, true)),
+        Case::new("tcp/handshakes_and_a_move_that_fails", |lan| slower(lan, false)),
     ]
 }
 
@@ -35,26 +37,50 @@ struct Client<'w> {
     /// What it has sent and got, with the SYNs.
     next: u32,
     heard: u32,
+    /// The server's answer to its request: where it came from, and its options.
+    answer: Option<(Side, Options)>,
+    /// It asks for all options that there are; the server's clock, as heard last.
+    with_options: bool,
+    clock: u32,
 }
 
 impl<'w> Client<'w> {
     /// Asks for a connection.
     fn ask(wire: &'w Running, port: u16) -> Result<Self> {
-        let client = Self { wire, inbox: wire.open(port), port, next: 1000, heard: 0 };
+        Self::ask_with(wire, port, false)
+    }
+
+    fn ask_with(wire: &'w Running, port: u16, with_options: bool) -> Result<Self> {
+        let inbox = wire.open(port);
+        let client = Self { wire, inbox, port, next: 1000, heard: 0, answer: None, with_options, clock: 0 };
         client.send(SYN, &[])?;
         Ok(Self { next: 1001, ..client })
     }
 
+    /// Asks for the same connection, or from the same port for another one.
+    fn ask_again(&mut self, first: u32) -> Result {
+        self.next = first;
+        self.send(SYN, &[])?;
+        self.next = first.wrapping_add(1);
+        Ok(())
+    }
+
     fn send(&self, flags: u8, payload: &[u8]) -> Result {
-        let mss = (flags & SYN != 0).then_some(1000);
+        let asks = flags & SYN != 0;
         let segment = Segment {
             from: self.port,
             to: PORT,
             seq: self.next,
-            ack: self.heard,
+            ack: if asks { 0 } else { self.heard },
             flags,
             window: 8000,
-            options: Options { mss, ..Options::default() },
+            options: Options {
+                mss: asks.then_some(1000),
+                scale: (asks && self.with_options).then_some(4),
+                selective: asks && self.with_options,
+                stamps: self.with_options.then_some((7000, if asks { 0 } else { self.clock })),
+                ..Options::default()
+            },
             payload: payload.to_vec(),
         };
         // Where the address is not, nobody takes it: on a real wire it would come to one of the two.
@@ -68,8 +94,10 @@ impl<'w> Client<'w> {
     fn is_answered(&mut self, within: Duration) -> bool {
         let limit = Instant::now() + within;
         while let Ok(arrival) = self.inbox.recv_timeout(limit.saturating_duration_since(Instant::now())) {
-            if arrival.segment.flags == SYN | ACK {
+            if arrival.segment.flags == SYN | ACK && arrival.segment.ack == self.next {
                 self.heard = arrival.segment.seq.wrapping_add(1);
+                self.clock = arrival.segment.options.stamps.map_or(0, |(clock, _)| clock);
+                self.answer = Some((arrival.side, arrival.segment.options));
                 return true;
             }
         }
@@ -96,6 +124,12 @@ impl<'w> Client<'w> {
                 .recv_timeout(limit.saturating_duration_since(Instant::now()))
                 .map_err(|_| format!("port {}: no echo", self.port))?;
             let segment = arrival.segment;
+            // What it says goes on by the clock of the answer.
+            if let Some((clock, echoed)) = segment.options.stamps {
+                let back = self.clock.wrapping_sub(clock).cast_signed() > 0;
+                ensure(!back && echoed == 7000, || format!("port {}: {clock} {echoed}", self.port))?;
+                self.clock = clock;
+            }
             if segment.seq == self.heard && !segment.payload.is_empty() {
                 self.heard = self.heard.wrapping_add(u32::try_from(segment.payload.len())?);
                 echo.extend(segment.payload);
@@ -204,4 +238,73 @@ fn not_accepted(lan: &Lan) -> Result {
     let wrong = wire.complaints();
     ensure(wrong.is_empty(), || wrong.join(", "))?;
     workload.check(&lan.b)
+}
+
+/// Peers whose last word in a handshake comes when the process is elsewhere, or when the move has failed; one that has not
+/// heard the answer, one that nobody has heard, one that has forgotten its request, one whose word comes in the freeze.
+fn slower(lan: &Lan, moves: bool) -> Result {
+    let wire = Running::start(lan, false)?;
+    wire.allow(&[Side::A, Side::B]);
+    let mut workload = Workload::start(&lan.a, "tcp_echo", &[&PORT.to_string()])?;
+    lan.share_identity()?;
+    let service = lan.serve(&lan.b)?;
+    let mut clients = Vec::new();
+    for (port, with_options) in (2000..).zip([false, false, true, true, false, true]) {
+        let mut client = Client::ask_with(&wire, port, with_options)?;
+        ensure(client.is_answered(PATIENCE), || format!("no answer to request {port}"))?;
+        clients.push(client);
+    }
+    let asked: Vec<_> = clients.iter().map(|client| (client.heard, client.answer.clone())).collect();
+    let hold = Hold::at(lan, "network-lock", u8::from(!moves));
+    let options = ["--tcp-established", "--move-ip", MOVE_IP, "--hook", &hold.command];
+    let job = lan.start_move(&lan.a, &service.address, workload.pid(), &options)?;
+    hold.until_held(&job)?;
+    let mut in_freeze = clients.pop().ok_or("no clients")?;
+    in_freeze.send(ACK, &[])?;
+    in_freeze.say(b"in the freeze")?;
+    hold.let_go()?;
+    let outcome = lan.finish_move(&lan.a, &job, MOVE)?;
+    ensure(outcome.moved() == moves, || outcome.stderr.clone())?;
+    let (side, host) = if moves { (Side::B, &lan.b) } else { (Side::A, &lan.a) };
+    in_freeze.hears(b"in the freeze")?;
+    let [late, at_once, unheard, silent, forgetful] = clients.as_mut_slice() else {
+        return Err("other clients".into());
+    };
+    late.send(ACK, &[])?;
+    late.is_echoed(b"a moment later")?;
+    at_once.is_echoed(b"with its first words")?;
+    // The answer is repeated to who asks again, and to who is silent.
+    unheard.ask_again(1000)?;
+    for (client, (first, answer)) in [unheard, silent].into_iter().zip(&asked[2..]) {
+        // What the kernel at the source has repeated may be there still.
+        while client.answer.as_ref().is_none_or(|(from, _)| *from != side) || client.answer == *answer {
+            ensure(client.is_answered(PATIENCE), || format!("no second answer to {}", client.port))?;
+            if !moves {
+                break;
+            }
+        }
+        let options = |answer: &Option<(Side, Options)>| {
+            let plain =
+                |o: &Options| Options { stamps: o.stamps.map(|(_, echoed)| (0, echoed)), ..o.clone() };
+            answer.as_ref().map(|(_, o)| plain(o))
+        };
+        ensure(client.heard == *first && options(&client.answer) == options(answer), || {
+            format!("{:?} is not {answer:?}, or {} not {first}", client.answer, client.heard)
+        })?;
+        client.send(ACK, &[])?;
+        client.is_echoed(b"heard at last")?;
+    }
+    if moves {
+        forgetful.ask_again(900_000)?;
+        ensure(forgetful.is_answered(PATIENCE), || "no answer to another request".to_owned())?;
+        forgetful.send(ACK, &[])?;
+    }
+    forgetful.is_echoed(b"another one")?;
+    for client in clients.iter_mut().chain([&mut in_freeze]) {
+        client.is_echoed(b"and all go on")?;
+    }
+    wire.settle()?;
+    let wrong = wire.complaints();
+    ensure(wrong.is_empty(), || wrong.join(", "))?;
+    workload.check(host)
 }
