@@ -2,7 +2,7 @@
 //! it has heard that is missing.
 //!
 //! The peer may have got the answer: then it believes that it is connected, with the sequence numbers that the answer
-//! named. So they are taken along ([`read`]), and held where the process runs then ([`hold`]): the answer is repeated to
+//! named. So they are taken along ([`Reader`]), and held where the process runs then ([`Held`]): the answer is repeated to
 //! a peer that asks for it, or says nothing. When its word comes, the connection is put into the queue of the socket that
 //! listens ([`crate::engine::queued`]), and goes on like any other.
 

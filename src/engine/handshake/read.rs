@@ -161,7 +161,7 @@ impl Layout {
         let negotiated = options.iter().filter(|(_, field)| value(*field) != 0).map(|(bit, _)| bit).sum();
         let scale = |field| if value(self.has_scales) == 0 { Some(0) } else { word(field) };
         // The clock of time stamps: milliseconds, of which the wire has 32 bits.
-        let now = u32::try_from(u64::from_ne_bytes(*time) / 1_000_000 & u64::from(u32::MAX)).ok()?;
+        let now = u32::try_from(u64::from_ne_bytes(*time) / 1_000_000 % (1 << 32)).ok()?;
         let port = |port: u64| u16::try_from(port).ok();
         Some(Handshake {
             connection: Some(TcpConnection {
