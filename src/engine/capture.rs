@@ -23,7 +23,7 @@ use super::state::signals::{self, ActionsProbe};
 use super::state::threads::ThreadProbe;
 use super::state::timers::{self, TimersProbe};
 use super::sys::ptrace;
-use crate::proto::image::{Process, Range, Thread};
+use crate::proto::image::{Process, Thread};
 
 /// Only root may have the core: what a change of ids leaves where fs.suid_dumpable is 2.
 const DUMPABLE_ROOT_ONLY: u32 = 2;
@@ -83,7 +83,8 @@ pub struct Captured {
 }
 
 /// Captures the state of a frozen process. Nothing of it is consumed or changed. `scanned` are processes
-/// that preflight has looked at already, `descriptors` its own, if they were taken already.
+/// that preflight has looked at already, `descriptors` its own, if they were taken already. `asked` is called as soon as
+/// its threads have told all that they are asked: until then they need processors, and others should leave them some.
 ///
 /// # Errors
 /// See [`CaptureError`].
@@ -91,9 +92,9 @@ pub fn capture(
     frozen: &mut Frozen,
     options: &FilesOptions,
     sleeps: &SleepBook,
-    guards: Vec<Range>,
     scanned: &ScannedProcesses,
     descriptors: Option<Descriptors>,
+    asked: impl FnOnce(),
 ) -> Result<Captured, CaptureError> {
     let pid = frozen.pid();
     // Before any injection: registers as the freeze found them.
@@ -109,15 +110,18 @@ pub fn capture(
     let clocks = TimersProbe::ask(pid, &mut batch)?;
     let rights = CredsProbe::ask(&mut batch);
     let bounds = LimitsProbe::ask(pid, &mut batch);
-    let asked = Instant::now();
+    let since = Instant::now();
     let outcome = frozen.run(&batch)?;
+    let mut descriptors = descriptors.map_or_else(|| Descriptors::take(pid), Ok)?;
+    descriptors.ask(frozen)?;
+    let personality = thread_attributes(frozen, &mut process, leader.uids[0])?;
+    asked();
     let mut memory = mm::capture_mm(pid)?;
     memory.brk = outcome.ret(brk).map_err(|errno| InjectError::Call {
         what: "reading the end of the heap".into(),
         tid: pid,
         errno,
     })?;
-    memory.guards = guards;
     process.mm = Some(memory);
     process.actions = actions.read(pid, &outcome)?;
     process.clocks = Some(time.read(pid, &outcome)?);
@@ -130,12 +134,10 @@ pub fn capture(
     }
     process.creds = Some(creds);
     let stat = read_as(format!("/proc/{pid}/stat"), parse_stat)?;
-    process.attrs = Some(bounds.read(leader, &stat, &outcome)?);
-    let user = leader.uids[0];
-    thread_attributes(frozen, &mut process, user)?;
+    let mut attrs = bounds.read(leader, &stat, &outcome)?;
+    attrs.personality = personality.unwrap_or(attrs.personality);
+    process.attrs = Some(attrs);
 
-    let mut descriptors = descriptors.map_or_else(|| Descriptors::take(pid), Ok)?;
-    descriptors.ask(frozen)?;
     // Who reads from a connection in TCP_REPAIR is refused: not even our death may let the process run meanwhile.
     if options.tcp_established {
         frozen.fence()?;
@@ -147,7 +149,7 @@ pub fn capture(
     // Once more, last: what a timer has sent since the first look would be lost.
     let before = signals::all_pending(&process);
     pending_signals(frozen, &mut process)?;
-    timers::account_for_fired(&before, asked.elapsed(), &mut process);
+    timers::account_for_fired(&before, since.elapsed(), &mut process);
     let seen = Seen::of(&process);
     process.stopped = signals::take_stop(&mut process, frozen.is_to_stop());
     Ok(Captured { process, closing: captured.closing, carried: captured.carried, seen })
@@ -173,8 +175,12 @@ fn pending_signals(frozen: &Frozen, process: &mut Process) -> Result<Vec<Status>
     Ok(statuses)
 }
 
-/// What each thread tells itself, all at the same time, and how it is scheduled.
-fn thread_attributes(frozen: &mut Frozen, process: &mut Process, user: u32) -> Result<(), CaptureError> {
+/// What each thread tells itself, all at the same time, and how it is scheduled. Returns the personality of all.
+fn thread_attributes(
+    frozen: &mut Frozen,
+    process: &mut Process,
+    user: u32,
+) -> Result<Option<u32>, CaptureError> {
     let pid = frozen.pid();
     let mut probes = Vec::with_capacity(process.threads.len());
     let mut work = Vec::with_capacity(process.threads.len());
@@ -208,10 +214,7 @@ fn thread_attributes(frozen: &mut Frozen, process: &mut Process, user: u32) -> R
             ..attrs.thread
         };
     }
-    if let (Some(attrs), Some((personality, _))) = (process.attrs.as_mut(), common) {
-        attrs.personality = personality;
-    }
-    Ok(())
+    Ok(common.map(|(personality, _)| personality))
 }
 
 /// General and extended registers and masks; calls that only our stop has ended are issued again.

@@ -27,7 +27,7 @@ use crate::pageserver::pack::{Compression, PackError, PackStats, Packer};
 use crate::proto::files::Ahead;
 use crate::proto::image::{Layout, Object, Process, Vma};
 
-pub use late::{Following, Remainder};
+pub use late::{FinalMap, Following, Remainder};
 use ranges::{clip, mark_fresh, page_chunks, range};
 
 /// Bytes read from the process at a time: the fastest size, and it stays in the cache (FACTS on reads:
@@ -276,15 +276,15 @@ impl Precopy {
         touched
     }
 
-    /// What is left to send of the stopped process: the last scan of all. `sockets` are descriptors that are known to
-    /// be some.
+    /// The memory map of the stopped process, before anything runs in it. `sockets` are descriptors that are known to be
+    /// some.
     ///
     /// # Errors
     /// See [`PrecopyError`].
-    pub fn final_scan<E: std::error::Error>(
+    pub fn final_map<E: std::error::Error>(
         &mut self,
         sockets: HashSet<i32>,
-    ) -> Result<Remainder, PrecopyError<E>> {
+    ) -> Result<FinalMap, PrecopyError<E>> {
         self.objects.pass_over(sockets);
         let mut map = mm::capture(self.pid, &self.flags)?;
         map.reasons.extend(self.objects.look(&mut map.layout, false)?);
@@ -294,17 +294,29 @@ impl Precopy {
         }
         map.layout.tids = self.tids()?;
         mm::mark_replaced(&mut map.layout, &self.scanned);
-        let FinalScan { written, mut gone, guards } = self.tracker.final_scan(&mut map.layout, &self.sent)?;
-        let Selected { mapped: written, windows, suspects } = self.objects.select(&map.layout, written, true);
+        Ok(FinalMap(map.layout))
+    }
+
+    /// What is left to send of it: the last scan of all. Meanwhile the process may be asked for its state: what that
+    /// needs is not in the map.
+    ///
+    /// # Errors
+    /// See [`PrecopyError`].
+    pub fn final_scan<E: std::error::Error>(
+        &mut self,
+        FinalMap(mut layout): FinalMap,
+    ) -> Result<Remainder, PrecopyError<E>> {
+        let FinalScan { written, mut gone, guards } = self.tracker.final_scan(&mut layout, &self.sent)?;
+        let Selected { mapped: written, windows, suspects } = self.objects.select(&layout, written, true);
         gone.extend(self.objects.gone(&self.sent));
         let mut dirty = Extents::new();
-        if let Some((layout, Selected { mapped, windows, .. })) = self.pending.take() {
+        if let Some((before, Selected { mapped, windows, .. })) = self.pending.take() {
             mapped.iter().for_each(|r| dirty.insert(r.start, r.start + r.len as u64));
             windows.iter().for_each(|(start, end)| dirty.insert(start, end));
-            clip(&mut dirty, &map.layout);
+            clip(&mut dirty, &layout);
             // A mapping that the last scan met first is fresh still: the destination has not heard of it.
-            let fresh = layout.vmas.iter().filter(|v| v.fresh).map(|v| (v.start, v.end));
-            fresh.for_each(|(start, end)| mark_fresh(&mut map.layout, start, end));
+            let fresh = before.vmas.iter().filter(|v| v.fresh).map(|v| (v.start, v.end));
+            fresh.for_each(|(start, end)| mark_fresh(&mut layout, start, end));
         }
         for &(start, end) in &gone {
             dirty.remove(start, end);
@@ -316,14 +328,14 @@ impl Precopy {
             dirty.insert(r.start, r.start + r.len as u64);
         }
         windows.iter().for_each(|(start, end)| dirty.insert(start, end));
-        if map.layout.vmas.iter().any(|v| v.page_bytes != 0) {
+        if layout.vmas.iter().any(|v| v.page_bytes != 0) {
             let mut kept = self.sent.clone();
             gone.iter().for_each(|(start, end)| kept.remove(*start, *end));
             self.owed.iter().for_each(|(start, end)| kept.remove(start, end));
-            let dropped = ObjectBook::dropped_huge(&map.layout, &kept, &self.sums, &self.memory);
+            let dropped = ObjectBook::dropped_huge(&layout, &kept, &self.sums, &self.memory);
             dropped.iter().for_each(|(start, end)| dirty.insert(start, end));
         }
-        Ok(Remainder { layout: map.layout, dirty, suspects, gone, guards })
+        Ok(Remainder { layout, dirty, suspects, gone, guards })
     }
 
     /// The shared memory that the destination has, or will have.

@@ -9,13 +9,18 @@ use nix::sys::socket::SockProtocol;
 
 use super::{Connection, Locked, Unfinished};
 use crate::engine::sys::netlink::{Netlink, attributes, u32_at};
-use crate::engine::tcp_diag::{self, ANSWER_BYTES, REQUEST_BYTES, SOCK_DIAG_BY_FAMILY, TCP};
+use crate::engine::tcp_diag::{self, ANSWER_BYTES};
 
 /// `INET_DIAG_INFO`, to be asked for: a `struct tcp_info`, and where that has `tcpi_notsent_bytes`.
 const INFO: u16 = 2;
 const NOT_SENT: usize = 144;
 /// `INET_DIAG_SKV6ONLY`.
 const V6ONLY: u16 = 11;
+
+/// `TCPDIAG_GETSOCK` (linux/inet_diag.h), its request, and where that has the states.
+const TCPDIAG_GETSOCK: u16 = 18;
+const OLD_REQUEST_BYTES: usize = 60;
+const OLD_STATES: usize = 52;
 
 const ESTABLISHED: u32 = 1;
 const SYN_SENT: u32 = 2;
@@ -230,20 +235,19 @@ fn list(states: &[u32], take: &mut dyn FnMut(Socket)) -> Result<(), Errno> {
 fn list_at(port: u16, states: &[u32], info: bool, take: &mut dyn FnMut(Socket)) -> Result<(), Errno> {
     let mut netlink = Netlink::open_for(SockProtocol::NetlinkSockDiag)?;
     let wanted = states.iter().fold(0u32, |all, state| all | 1 << state);
-    for family in [libc::AF_INET, libc::AF_INET6] {
-        let extensions = u8::from(info) << (INFO - 1);
-        let mut request = vec![u8::try_from(family).unwrap_or(0), TCP, extensions, 0];
-        request.extend(wanted.to_ne_bytes());
-        // struct inet_diag_sockid begins with the local port.
-        request.extend(port.to_be_bytes());
-        request.resize(REQUEST_BYTES, 0);
-        netlink.for_each(SOCK_DIAG_BY_FAMILY, &request, &mut |answer| {
-            if let Some(socket) = parse(answer) {
-                take(socket);
-            }
-        })?;
-    }
-    Ok(())
+    // struct inet_diag_req: family and lengths of addresses, which do not count, extensions; a struct inet_diag_sockid,
+    // which begins with the local port; states, and what to tell else of. This old request is for both versions of IP: the
+    // kernel goes through its table once, which on a host with much memory is large.
+    let mut request = vec![0, 0, 0, u8::from(info) << (INFO - 1)];
+    request.extend(port.to_be_bytes());
+    request.resize(OLD_STATES, 0);
+    request.extend(wanted.to_ne_bytes());
+    request.resize(OLD_REQUEST_BYTES, 0);
+    netlink.for_each(TCPDIAG_GETSOCK, &request, &mut |answer| {
+        if let Some(socket) = parse(answer) {
+            take(socket);
+        }
+    })
 }
 
 /// struct inet_diag_msg: family, state, timer, retransmits; ports and addresses, device, cookie; expiry, two

@@ -3,6 +3,7 @@
 use std::cell::RefCell;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -16,6 +17,7 @@ use crate::engine::freeze::Frozen;
 use crate::engine::lock::{self, Lock};
 use crate::engine::preflight;
 use crate::engine::priority;
+use crate::engine::reason::Reason;
 use crate::engine::state::files::Descriptors;
 use crate::engine::state::mm::{self, FlagCache};
 use crate::engine::state::objects::{self, ObjectBook};
@@ -23,6 +25,7 @@ use crate::engine::undertaker::Undertaker;
 use crate::journal::{self, Journal, JournalError, Outgoing, OutgoingState};
 use crate::migration::ProcessKey;
 use crate::operator::protocol::Phase;
+use crate::proto::image::Range;
 use crate::report::{PhaseClock, Round, RoundProgress};
 use crate::source::machine::SourceMachine;
 use crate::source::pace::Pacer;
@@ -286,9 +289,7 @@ impl Driver<'_> {
         };
         clock.begin("scan");
         let sockets = self.state.descriptors.as_ref().map(Descriptors::socket_numbers).unwrap_or_default();
-        let mut rest = precopy.final_scan(sockets)?;
-        self.report.pages_after_freeze = rest.pages();
-        let guards = std::mem::take(&mut rest.guards);
+        let map = precopy.final_map(sockets)?;
         clock.begin("capture");
         let serving = self.state.serving.as_ref();
         // Without the service nothing may follow.
@@ -307,35 +308,49 @@ impl Driver<'_> {
         }
         let sleeps = &self.state.sleeps;
         let (scanned, pid) = (&self.scanned, self.config.pid);
-        // Pages are read from outside, the state is asked for from inside: neither needs to wait for the other.
-        let (sent, captured) = std::thread::scope(|scope| {
-            let work = || {
+        let (asked, wait) = mpsc::channel::<()>();
+        // Pages are read from outside, the state is asked for from inside: neither needs to wait for the other. But its
+        // threads come to a processor sooner if nobody packs pages meanwhile.
+        let (last, captured) = std::thread::scope(|scope| {
+            let (pages, given_up, sink, go) = (&mut *precopy, &given_up, &mut sink, &go);
+            let work = move || {
                 let start = Instant::now();
+                let mut rest = pages.final_scan(map)?;
+                let (count, guards, scanned) =
+                    (rest.pages(), std::mem::take(&mut rest.guards), start.elapsed());
                 let begun = preflight::begun_since(pid);
-                if !begun.is_empty() {
-                    given_up.store(true, Ordering::Relaxed);
-                }
-                (precopy.send_rest(round, rest, follow, &mut sink, &go), start.elapsed(), begun)
+                given_up.fetch_or(!begun.is_empty(), Ordering::Relaxed);
+                // The end of the other side is as good as its word.
+                let _ = wait.recv();
+                let start = Instant::now();
+                let owes = pages.send_rest(round, rest, follow, sink, go);
+                Ok(Last { count, guards, begun, owes, scanned, sent: start.elapsed() })
             };
             let pages = std::thread::Builder::new().name("pages".into()).spawn_scoped(scope, work);
-            let captured = capture::capture(frozen, &options, sleeps, guards, scanned, descriptors);
+            let captured =
+                capture::capture(frozen, &options, sleeps, scanned, descriptors, move || drop(asked));
             // Then the process need not stand still until they are sent.
             given_up.fetch_or(captured.is_err(), Ordering::Relaxed);
             (pages.map(|thread| thread.join()), captured)
         });
-        let (sent, took, begun) = match sent.map_err(ActionError::Thread)? {
-            Ok(sent) => sent,
+        let last = match last.map_err(ActionError::Thread)? {
+            Ok(last) => last.map_err(|error: PrecopyError<TransportError>| ActionError::from(error))?,
             Err(panic) => std::panic::resume_unwind(panic),
         };
-        self.report.phases.add("beside_pages", took);
-        if !begun.is_empty() {
-            return Err(ActionError::Begun(begun));
+        self.report.pages_after_freeze = last.count;
+        self.report.phases.add("beside_scan", last.scanned);
+        self.report.phases.add("beside_pages", last.sent);
+        if !last.begun.is_empty() {
+            return Err(ActionError::Begun(last.begun));
         }
         let mut captured = captured?;
+        if let Some(memory) = captured.process.mm.as_mut() {
+            memory.guards = last.guards;
+        }
         if let Some(files) = captured.process.files.as_mut() {
             (files.queued, files.handshakes) = (queued, handshakes);
         }
-        self.state.owes = sent?;
+        self.state.owes = last.owes?;
         posting.remaining(0);
         (self.state.closing, self.state.carried) = (captured.closing, captured.carried);
         self.report.connections = self.state.carried.len() as u64;
@@ -398,6 +413,18 @@ impl Driver<'_> {
             }
         }
     }
+}
+
+/// What becomes of the last pages, beside the capture.
+struct Last {
+    count: u64,
+    guards: Vec<Range>,
+    /// What was begun since preflight, and stands in the way.
+    begun: Vec<Reason>,
+    /// Whether pages follow.
+    owes: Result<bool, PrecopyError<TransportError>>,
+    scanned: Duration,
+    sent: Duration,
 }
 
 /// Ourselves, as the journal names the owner of a migration.

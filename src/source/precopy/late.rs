@@ -147,6 +147,10 @@ impl Precopy {
     }
 }
 
+/// The memory map of the stopped process.
+#[derive(Debug)]
+pub struct FinalMap(pub(super) Layout);
+
 /// What the last scan left to send.
 #[derive(Debug)]
 pub struct Remainder {
