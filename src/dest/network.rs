@@ -69,12 +69,13 @@ impl Driver {
     /// Gives the sockets their addresses here, and locks them before they are made: where an address is here
     /// already, the peers reach it.
     pub(super) fn prepare_sockets(&mut self, files: &mut Files) -> Result<(), ActionError> {
+        let queued = files.queued.clone();
         remap::apply(files, &self.remaps);
         let sockets = lock::of_image(files);
         if let Some(lock) = self.lock.as_mut() {
             lock.close_on(&sockets)?;
         }
-        self.queued.expect(files, &sockets);
+        self.queued.expect(files, &sockets, queued);
         self.keep_strays(sockets);
         Ok(())
     }

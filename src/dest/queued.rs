@@ -6,15 +6,15 @@
 //! which has the lock. If the source does not send them in time, because it or the link is gone, they are lost, and
 //! their peers learn that when they say something.
 
+use std::collections::{HashMap, HashSet};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::{Duration, Instant};
 
 use super::handshakes::Holding;
 use crate::engine::handshake::Held;
 use crate::engine::lock::{self, Connection, Lock};
-use crate::engine::queued::Placer;
+use crate::engine::queued::{Closed, Placer};
 use crate::engine::reason::chain;
-use crate::engine::remap::{self, Remap};
 use crate::engine::strays::{self, Strays};
 use crate::proto::control;
 use crate::proto::files::{Files, TcpConnection};
@@ -27,6 +27,10 @@ const PATIENCE: Duration = Duration::from_secs(5);
 pub(super) struct Queued {
     placer: Option<Placer>,
     expected: Vec<Connection>,
+    /// Their ends here, by those that they had at the source.
+    names: HashMap<Connection, TcpConnection>,
+    /// Those whose other end is of this host, and nobody's any more.
+    halves: HashSet<Connection>,
     /// Handshakes that go on.
     held: Held,
     /// All of those; and where the process listens, if any are expected.
@@ -59,10 +63,17 @@ impl Queued {
     }
 
     /// Those that the state names, and `all` that is to be locked.
-    pub(super) fn expect(&mut self, files: &Files, all: &[Connection]) {
+    /// `before`: what they were called at the source.
+    pub(super) fn expect(&mut self, files: &Files, all: &[Connection], before: Vec<TcpConnection>) {
         self.expected = lock::queued_in_image(files);
         self.held = Held::of(&files.handshakes);
         self.closed = self.held.ends();
+        let names = before.iter().map(lock::connection_of).zip(files.queued.iter().cloned());
+        self.names = names.filter_map(|(before, name)| Some((before?, name))).collect();
+        let own: HashSet<_> = all.iter().collect();
+        let is_half = |one: &Connection| one.reversed().is_some_and(|other| !own.contains(&other));
+        let halves = self.expected.iter().filter(|one| one.is_of_one_host() && is_half(one));
+        self.halves = halves.copied().collect();
         if !self.expected.is_empty() {
             let listening = all.iter().filter(|connection| connection.remote.is_none());
             self.closed.extend(listening.chain(&self.expected));
@@ -98,6 +109,7 @@ impl Queued {
             placer: self.placer.take(),
             expected: std::mem::take(&mut self.expected),
             held: std::mem::take(&mut self.held),
+            halves: std::mem::take(&mut self.halves),
             closed: self.closed.clone(),
             tap: self.tap.take(),
             packets: std::mem::take(&mut self.packets),
@@ -117,10 +129,13 @@ impl Queued {
     }
 
     /// They have come, or some of them.
-    pub(super) fn take(&mut self, queued: control::Queued, remaps: &[Remap]) {
+    pub(super) fn take(&mut self, queued: control::Queued) {
         let control::Queued { connections: mut images, last, .. } = queued;
         for image in &mut images {
-            remap::apply_to(&mut image.local, remaps);
+            let name = lock::connection_of(image).and_then(|before| self.names.get(&before));
+            if let Some(name) = name {
+                (image.local, image.remote) = (name.local.clone(), name.remote.clone());
+            }
         }
         if let Some(thread) = &self.thread {
             let _ = thread.send(Came::Connections { images, last });
@@ -137,6 +152,7 @@ struct Placing {
     placer: Option<Placer>,
     expected: Vec<Connection>,
     held: Held,
+    halves: HashSet<Connection>,
     closed: Vec<Connection>,
     tap: Option<Strays>,
     packets: Vec<Vec<u8>>,
@@ -145,6 +161,9 @@ struct Placing {
 impl Placing {
     fn run(mut self, inbox: &Receiver<Came>) {
         let images = if self.expected.is_empty() { Vec::new() } else { self.await_all(inbox) };
+        let is_half =
+            |image: &&TcpConnection| lock::connection_of(image).is_some_and(|one| self.halves.contains(&one));
+        let closed = Closed::make(images.iter().filter(is_half));
         let lost = match &self.placer {
             Some(placer) if !images.is_empty() => placer.place(&images).unwrap_or_else(|error| {
                 tracing::error!(
@@ -167,6 +186,7 @@ impl Placing {
         for reason in lost {
             tracing::error!(%reason, "a connection is lost");
         }
+        closed.into_iter().for_each(Closed::close);
         let held = self.held.ends();
         if let Err(error) = self.lock.release_but(&held) {
             // The end of its socket lifts it as well.

@@ -46,7 +46,7 @@ impl Driver {
         let strays = match message.message {
             Some(Body::Strays(strays)) => strays,
             Some(Body::Queued(queued)) => {
-                self.queued.take(queued, &self.remaps);
+                self.queued.take(queued);
                 return None;
             }
             _ => return Some(message),

@@ -88,19 +88,26 @@ pub fn apply(files: &mut Files, remaps: &[Remap]) {
             _ => {}
         }
     }
-    let handshakes = files.handshakes.iter_mut().filter_map(|one| one.connection.as_mut());
-    for socket in files.queued.iter_mut().chain(handshakes) {
+    for socket in &mut files.queued {
+        // One whose other end is of the same host: if nobody has that any more, it is of that host still.
+        let is_of_one_host = ends(socket).is_some_and(|(local, remote)| local.ip() == remote.ip());
+        if is_of_one_host || ends(socket).is_some_and(|(local, remote)| inside.contains(&(remote, local))) {
+            apply_to(&mut socket.remote, remaps);
+        }
+        apply_to(&mut socket.local, remaps);
+    }
+    for socket in files.handshakes.iter_mut().filter_map(|one| one.connection.as_mut()) {
         apply_to(&mut socket.local, remaps);
     }
 }
 
-/// The local and remote ends of all connections.
+/// The local and remote ends of all connections, those included that wait to be accepted.
 fn all_ends(files: &Files) -> HashSet<(SocketAddr, SocketAddr)> {
     let of = |d: &Description| match &d.kind {
         Some(Kind::TcpConnection(socket)) => ends(socket),
         _ => None,
     };
-    files.descriptions.iter().filter_map(of).collect()
+    files.descriptions.iter().filter_map(of).chain(files.queued.iter().filter_map(ends)).collect()
 }
 
 fn ends(socket: &TcpConnection) -> Option<(SocketAddr, SocketAddr)> {
@@ -165,13 +172,25 @@ mod tests {
             connection(old, 80, old, 2000),
             connection(other, 80, old, 1000),
         ];
-        let mut files = Files { descriptions, ..Files::default() };
+        let waiting = |local, remote, remote_port| match connection(local, 80, remote, remote_port).kind {
+            Some(Kind::TcpConnection(image)) => image,
+            _ => unreachable!(),
+        };
+        let descriptions =
+            [descriptions, vec![connection(old, 3000, old, 80), connection(other, 80, old, 3000)]];
+        // The other end of the second is nobody's any more.
+        let queued = vec![waiting(old, old, 3000), waiting(old, old, 4000), waiting(old, other, 80)];
+        let mut files = Files { descriptions: descriptions.concat(), queued, ..Files::default() };
         apply(&mut files, &remaps);
+        let expected = [waiting(new, new, 3000), waiting(new, new, 4000), waiting(new, other, 80)];
+        assert_eq!(files.queued, expected);
         let expected = [
             connection(new, 80, new, 1000),
             connection(new, 1000, new, 80),
             connection(new, 80, old, 2000),
             connection(other, 80, old, 1000),
+            connection(new, 3000, new, 80),
+            connection(other, 80, old, 3000),
         ];
         assert_eq!(files.descriptions, expected);
     }

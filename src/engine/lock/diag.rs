@@ -7,7 +7,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use nix::errno::Errno;
 use nix::sys::socket::SockProtocol;
 
-use super::{Connection, Locked, Unfinished};
+use super::{Connection, Locked, Unfinished, is_at};
 use crate::engine::sys::netlink::{Netlink, attributes, u32_at};
 use crate::engine::tcp_diag::{self, ANSWER_BYTES};
 
@@ -72,12 +72,7 @@ impl Socket {
 
     /// Whether its local end is one of these places, or its port is one of all addresses.
     fn is_at(&self, places: &HashSet<SocketAddr>) -> bool {
-        let local = canonical(self.local);
-        let everywhere: IpAddr = match local {
-            SocketAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
-            SocketAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
-        };
-        places.contains(&local) || places.contains(&SocketAddr::new(everywhere, local.port()))
+        is_at(canonical(self.local), places)
     }
 
     /// Whether it is one that waits to be accepted at one of these places, or will.

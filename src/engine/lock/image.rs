@@ -1,6 +1,7 @@
 //! What is to be locked where a process is made again: its sockets, by the description of its descriptors.
 
-use std::net::{Ipv4Addr, SocketAddr};
+use std::collections::HashSet;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use super::Connection;
 use crate::engine::address::end_of;
@@ -13,7 +14,7 @@ pub fn of_image(files: &Files) -> Vec<Connection> {
     let mut found = Vec::new();
     for description in &files.descriptions {
         match &description.kind {
-            Some(Kind::Tcp(socket)) => found.extend(listener(socket)),
+            Some(Kind::Tcp(socket)) => found.extend(places_of(socket)),
             Some(Kind::TcpConnection(socket)) => found.extend(connection_of(socket)),
             _ => {}
         }
@@ -30,8 +31,8 @@ pub fn queued_in_image(files: &Files) -> Vec<Connection> {
     files.queued.iter().filter_map(connection_of).collect()
 }
 
-/// One that listens on all addresses of both versions of IP is there twice.
-fn listener(image: &TcpSocket) -> Vec<Connection> {
+/// Where a socket listens, if it does: twice, if on all addresses of both versions of IP.
+pub fn places_of(image: &TcpSocket) -> Vec<Connection> {
     let Some(local) = end_of(&image.address, image.port).filter(|_| image.listening) else {
         return Vec::new();
     };
@@ -44,6 +45,15 @@ fn listener(image: &TcpSocket) -> Vec<Connection> {
         found.push(Connection { local, remote: None });
     }
     found
+}
+
+/// Whether a local end is one of these places, or its port is one of all addresses.
+pub fn is_at(local: SocketAddr, places: &HashSet<SocketAddr>) -> bool {
+    let everywhere: IpAddr = match local {
+        SocketAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
+        SocketAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
+    };
+    places.contains(&local) || places.contains(&SocketAddr::new(everywhere, local.port()))
 }
 
 /// The two ends of a connection; `None` if they make no sense.

@@ -25,7 +25,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use nix::errno::Errno;
 use nix::sys::socket::SockProtocol;
 
-pub use image::{connection_of, of_image, queued_in_image};
+pub use image::{connection_of, is_at, of_image, places_of, queued_in_image};
 pub use orphans::{Concerned, Orphan};
 pub use own::{Own, is_connection};
 
@@ -53,6 +53,18 @@ pub struct Connection {
     pub local: SocketAddr,
     /// The other end; none for a listening socket.
     pub remote: Option<SocketAddr>,
+}
+
+impl Connection {
+    /// As the other end has it; none for a listening socket.
+    pub fn reversed(self) -> Option<Self> {
+        Some(Self { local: self.remote?, remote: Some(self.local) })
+    }
+
+    /// Whether its two ends are on one host, as far as their addresses tell.
+    pub fn is_of_one_host(self) -> bool {
+        self.remote.is_some_and(|remote| remote.ip() == self.local.ip() || remote.ip().is_loopback())
+    }
 }
 
 /// What a stopped process has by its sockets.

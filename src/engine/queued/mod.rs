@@ -13,6 +13,8 @@
 //!
 //! [`Lock::release_but`]: crate::engine::lock::Lock::release_but
 
+mod against;
+mod closed;
 mod program;
 pub(super) mod segment;
 #[cfg(test)]
@@ -30,12 +32,14 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use nix::sys::socket::{MsgFlags, SockaddrStorage, sendto};
 
+pub use self::against::against;
+pub use self::closed::Closed;
 use self::program::{Agreed, Outcome, PASSES, PLACES, VALUE_BYTES};
 use self::segment::{ACK, FIN, RST, Segment};
 use super::address::end_of;
 use super::bpf::btf::Btf;
 use super::bpf::{KERNEL, LICENCE};
-use super::lock::{self, Connection};
+use super::lock;
 use super::reason::{Reason, chain};
 use super::state::files;
 use super::sys::bpf::{self, Array};
@@ -60,8 +64,9 @@ const PATIENCE: Duration = Duration::from_secs(if cfg!(test) { 20 } else { 2 });
 const PAUSE: Duration = Duration::from_micros(500);
 /// The first segment: there is room for as much in the smallest buffer that a socket can have.
 const FIRST_BYTES: usize = 1 << 10;
-/// The others, unless there is less room.
-const PIECE_BYTES: usize = 16 << 10;
+/// The others, unless there is less room. With its headers, and what the kernel has to it, one is somewhat less than a
+/// power of two: the kernel takes memory by these, and counts what it takes, not what it needs.
+const PIECE_BYTES: usize = 15 << 10;
 /// Less than the kernel takes for the size of segments, of IPv4 and IPv6, is taken for this.
 const LEAST_SEGMENT: [u32; 2] = [536, 1220];
 /// `TCPI_OPT_*`
@@ -104,23 +109,6 @@ pub enum QueuedError {
 
 fn step(step: &'static str) -> impl Fn(Errno) -> QueuedError {
     move |errno| QueuedError::Sys { step, errno }
-}
-
-/// Of those that wait to be accepted, the ones that cannot be carried: the other end is on this very host, or its
-/// address belongs to a device.
-pub fn against(queued: &[Connection]) -> Vec<Reason> {
-    let mut reasons = Vec::new();
-    for Connection { local, remote } in queued {
-        let Some(remote) = remote else { continue };
-        let why = match remote {
-            _ if remote.ip() == local.ip() || remote.ip().is_loopback() => "of this very host",
-            SocketAddr::V6(v6) if v6.ip().is_unicast_link_local() => "of a link-local address",
-            _ => continue,
-        };
-        let what = format!("connection not accepted yet at {local}");
-        reasons.push(Reason::new(what, format!("is one {why} ({remote}), which cannot be carried"), ""));
-    }
-    reasons
 }
 
 /// Puts connections into queues.

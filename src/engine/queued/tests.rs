@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use nix::sched::{CloneFlags, unshare};
 
 use super::*;
-use crate::engine::lock::Lock;
+use crate::engine::lock::{Connection, Lock};
 use crate::engine::strays::{Keeps, Strays};
 use crate::engine::trial::{PATIENCE as TRIAL, until};
 
@@ -250,14 +250,85 @@ fn a_packet_socket_for_ip_alone_is_in_the_way() {
 }
 
 #[test]
-fn only_what_has_its_other_end_elsewhere_can_be_carried() {
+fn only_what_no_other_process_of_this_host_has_can_be_carried() {
+    let connection =
+        |local: &str, remote: &str| Connection { local: local.parse().unwrap(), remote: remote.parse().ok() };
     let reasons = |local: &str, remote: &str| {
-        let connection = Connection { local: local.parse().unwrap(), remote: remote.parse().ok() };
-        against(&[connection, Connection { remote: None, ..connection }]).len()
+        let one = connection(local, remote);
+        let all = [one, Connection { remote: None, ..one }];
+        let of_another = against(&all, &all).len();
+        let own = connection(remote, local);
+        (of_another, against(&all, &[one, own]).len())
     };
-    assert_eq!(reasons("10.0.0.1:80", "10.0.0.2:1000"), 0);
-    assert_eq!(reasons("[fd00::1]:80", "[fd00::2]:1000"), 0);
-    assert_eq!(reasons("10.0.0.1:80", "10.0.0.1:1000"), 1);
-    assert_eq!(reasons("127.0.0.1:80", "127.0.0.2:1000"), 1);
-    assert_eq!(reasons("[fe80::1]:80", "[fe80::2]:1000"), 1);
+    assert_eq!(reasons("10.0.0.1:80", "10.0.0.2:1000"), (0, 0));
+    assert_eq!(reasons("[fd00::1]:80", "[fd00::2]:1000"), (0, 0));
+    assert_eq!(reasons("10.0.0.1:80", "10.0.0.1:1000"), (1, 0));
+    assert_eq!(reasons("127.0.0.1:80", "127.0.0.2:1000"), (1, 0));
+    assert_eq!(reasons("[fe80::1]:80", "[fe80::2]:1000"), (1, 1));
+}
+
+/// The other end of one whose client has closed is nobody's, unless there was no room for all that it said.
+#[test]
+fn one_whose_client_has_closed_is_carried_if_it_has_everything() {
+    in_a_namespace(|| {
+        for ip in [V4, V6] {
+            let listener = TcpListener::bind((ip, 0)).unwrap();
+            let to = listener.local_addr().unwrap();
+            let client = Client::say(to, vec![3; MUCH], true);
+            let connection = client.connection();
+            let why = against(&[connection], &[]);
+            assert!(why.len() == 1 && !why[0].why.contains("closed"), "{why:?}");
+            drop(client.stream);
+            assert_eq!(against(&[connection], &[]), []);
+
+            socket::set_int_option(listener.as_fd(), libc::SOL_SOCKET, libc::SO_RCVBUF, 4096).unwrap();
+            let mut full = TcpStream::connect(to).unwrap();
+            let connection = Connection { local: to, remote: full.local_addr().ok() };
+            full.set_nonblocking(true).unwrap();
+            while full.write(&[5; MUCH]).is_ok() {}
+            drop(full);
+            let why = against(&[connection], &[]);
+            assert!(why.len() == 1 && why[0].why.contains("closed"), "{why:?}");
+        }
+    });
+}
+
+/// It answers as if its client had been here all the time.
+#[test]
+fn the_end_that_was_closed_is_there_again() {
+    in_a_namespace(|| {
+        for (ip, dual) in [(V4, false), (V6, false), (V4, true)] {
+            let at = if dual { IpAddr::V6(Ipv6Addr::UNSPECIFIED) } else { ip };
+            let listener = TcpListener::bind((at, 0)).unwrap();
+            let to = SocketAddr::new(ip, listener.local_addr().unwrap().port());
+            let client = [Client::say(to, vec![3; MUCH], true)];
+            let (images, mut lock) = taken(&listener, &client);
+            let Connection { local, remote } = client[0].connection();
+            // It is gone here, without a word.
+            crate::engine::sys::tcp::set_repair(client[0].stream.as_fd(), 1).unwrap();
+            crate::engine::sys::tcp::disconnect(client[0].stream.as_fd()).unwrap();
+            let other = [(remote.unwrap(), local)];
+            assert_eq!(files::ends_of(&other).unwrap(), [None]);
+
+            let before = resets();
+            let closed = Closed::make(images.iter());
+            assert_eq!(Placer::prepare().unwrap().place(&images).unwrap(), []);
+            closed.into_iter().for_each(Closed::close);
+            lock.release().unwrap();
+            let end = files::ends_of(&other).unwrap()[0].unwrap();
+            assert!(!end.is_held() && !end.waits());
+            let mut server = listener.accept().unwrap().0;
+            server.set_read_timeout(Some(TRIAL)).unwrap();
+            let mut heard = Vec::new();
+            server.read_to_end(&mut heard).unwrap();
+            assert!(heard == vec![3; MUCH]);
+            // A segment of the server's that says nothing, as any late acknowledgement.
+            assert_eq!(server.take_error().unwrap().map(|error| error.to_string()), None);
+            server.shutdown(Shutdown::Write).unwrap();
+            until("the end of the server's stream", || {
+                files::ends_of(&[(local, remote.unwrap())]).unwrap()[0].is_none()
+            });
+            assert_eq!(resets(), before);
+        }
+    });
 }

@@ -33,7 +33,7 @@ impl Driver<'_> {
             descriptors = self.lock_descriptors()?;
         }
         if !self.carries_queued() {
-            self.state.reasons.extend(queued::against(&self.state.queued));
+            self.state.reasons.extend(self.state.against_queued.iter().cloned());
         }
         self.state.descriptors = Some(descriptors);
         Ok(())
@@ -69,6 +69,7 @@ impl Driver<'_> {
             })?,
         };
         tracing::debug!(count = locked.all.len(), queued = locked.queued.len(), "connections are locked");
+        self.state.against_queued = queued::against(&locked.queued, &locked.all);
         self.state.queued = locked.queued;
         self.lock_handshakes(locked.half_open);
         self.expect_strays(locked.all);

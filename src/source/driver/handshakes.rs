@@ -7,7 +7,6 @@ use std::time::Instant;
 use super::Driver;
 use crate::engine::handshake::{MOST, ReadError, Reader};
 use crate::engine::lock::{self, Connection};
-use crate::engine::queued;
 use crate::engine::reason::{Reason, chain};
 use crate::proto::files::Handshake;
 
@@ -52,8 +51,7 @@ impl Driver<'_> {
         let passed = at.map_or(0, |at| u32::try_from(at.elapsed().as_millis()).unwrap_or(u32::MAX));
         let (mut taken, mut lost) = (Vec::new(), Vec::new());
         for ends in left {
-            let one =
-                read.remove(&ends).filter(|_| queued::against(&[ends]).is_empty() && taken.len() < MOST);
+            let one = read.remove(&ends).filter(|_| !ends.is_of_one_host() && taken.len() < MOST);
             let Some(mut one) = one else {
                 lost.push(ends);
                 continue;

@@ -159,6 +159,8 @@ pub(super) struct Held {
     queued: Vec<Connection>,
     takes_queued: bool,
     handshakes: Handshakes,
+    /// Why some of them cannot be carried at all.
+    against_queued: Vec<Reason>,
     /// What comes for the process meanwhile.
     kept: strays::Kept,
     /// The hooks for taking the network away were run, or some of them: they are to be told when it is back.

@@ -6,7 +6,6 @@ use std::collections::VecDeque;
 use super::Driver;
 use crate::engine::address::octets;
 use crate::engine::lock::{self, Connection};
-use crate::engine::queued;
 use crate::engine::reason::{Reason, chain};
 use crate::engine::state::files::{self, FilesOptions};
 use crate::proto::control;
@@ -19,7 +18,7 @@ const MESSAGE_BYTES: usize = 8 << 20;
 impl Driver<'_> {
     /// Whether those that wait now can be carried.
     pub(super) fn carries_queued(&self) -> bool {
-        self.state.takes_queued && queued::against(&self.state.queued).is_empty()
+        self.state.takes_queued && self.state.against_queued.is_empty()
     }
 
     /// What may be carried of descriptors.

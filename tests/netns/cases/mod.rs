@@ -17,6 +17,7 @@ mod moves;
 mod network;
 mod operator;
 mod orphans;
+mod own_queue;
 mod queued;
 mod refusals;
 mod segments;
@@ -45,6 +46,7 @@ pub(crate) fn all() -> Vec<Case> {
         orphans::cases(),
         handshake::cases(),
         queued::cases(),
+        own_queue::cases(),
         network::cases(),
         operator::cases(),
         hooks::cases(),

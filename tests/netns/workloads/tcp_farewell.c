@@ -1,5 +1,5 @@
-/* Says something long to whoever connects, and closes at once: `tcp_farewell PORT BYTES`. What the client does not take
- * is its kernel's from then on. */
+/* Says something long to whoever connects, and closes at once: `tcp_farewell PORT BYTES [PAUSE]`. What the client does not
+ * take is its kernel's from then on. Between two clients it pauses for so many milliseconds. */
 #include "workload.h"
 #include <netinet/in.h>
 #include <poll.h>
@@ -22,7 +22,8 @@ static void say(int fd, size_t bytes)
 
 int main(int argc, char **argv)
 {
-    CHECK(argc == 3, "usage");
+    CHECK(argc == 3 || argc == 4, "usage");
+    struct timespec pause = {0, argc == 4 ? atoi(argv[3]) * 1000000L : 0};
     struct sockaddr_in name = {.sin_family = AF_INET, .sin_port = htons(atoi(argv[1]))};
     int listener = socket(AF_INET, SOCK_STREAM | SOCK_NONBLOCK, 0), one = 1;
     CHECK(setsockopt(listener, SOL_SOCKET, SO_REUSEADDR, &one, sizeof one) == 0, "SO_REUSEADDR");
@@ -34,8 +35,10 @@ int main(int argc, char **argv)
         struct pollfd look = {.fd = listener, .events = POLLIN};
         if (poll(&look, 1, 100) > 0) {
             int fd = accept(listener, NULL, NULL);
-            if (fd >= 0)
+            if (fd >= 0) {
                 say(fd, (size_t)atoi(argv[2]));
+                nanosleep(&pause, NULL);
+            }
         }
         atomic_fetch_add(&steps, 1);
         if (asked) {

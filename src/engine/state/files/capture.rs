@@ -20,6 +20,7 @@ use super::{
     reuseport, signalfd, timerfd,
 };
 use crate::engine::clocks::{self, Shift};
+use crate::engine::lock;
 use crate::engine::many;
 use crate::engine::procfs;
 use crate::engine::reason::Reason;
@@ -287,7 +288,13 @@ impl<'a> Collector<'a> {
         });
         let mut connections = connections.peekable();
         let Some(first) = connections.peek().map(|(at, _)| *at) else { return };
-        let stops = match tcp::examine(connections, &self.quiet, self.contents) {
+        let takes_queued = self.looker.options.tcp_queued || !self.contents;
+        let listening = kinds.iter().filter_map(|kind| match kind {
+            Ok(Kind::Tcp(socket)) if takes_queued => Some(lock::places_of(socket)),
+            _ => None,
+        });
+        let places: HashSet<_> = listening.flatten().map(|place| place.local).collect();
+        let stops = match tcp::examine(connections, &self.quiet, &places, self.contents) {
             Ok(found) => found.into_iter().map(|(at, why)| (at, Stop::refuse(why))).collect(),
             Err(errno) => vec![(first, Stop::Failed { step: "asking the kernel about connections", errno })],
         };

@@ -59,12 +59,12 @@ pub use install::install;
 pub use lasting::Lasting;
 pub use path::{add_content, compare_here, describe};
 pub use scan::Descriptors;
-pub(in crate::engine) use tcp::received_by;
 pub use tcp::{
     AheadSockets, ListenPort, MOST_AHEAD, SilentConnections, TakenQueues, close_peers, drop_connections,
     drop_silently, is_listening, is_unsettled, leave_repair, port_free, take_queued, unsettled,
     wake_connections,
 };
+pub(in crate::engine) use tcp::{ends_of, received_by};
 pub use unix_names::UnixNames;
 
 /// What the operator allows.

@@ -7,7 +7,7 @@ use nix::errno::Errno;
 use nix::sys::socket::SockProtocol;
 
 use super::STATE_LISTEN;
-use super::connection::SYN_SENT;
+use super::connection::{CLOSE_WAIT, ESTABLISHED, SYN_SENT};
 use crate::engine::sys::netlink::{Netlink, attributes, u32_at};
 use crate::engine::tcp_diag::{self, ANSWER_BYTES, REQUEST_BYTES, SOCK_DIAG_BY_FAMILY, TCP};
 
@@ -59,6 +59,39 @@ fn seen(answer: &[u8]) -> Option<Seen> {
 pub(in crate::engine) fn received_by(ends: &[(SocketAddr, SocketAddr)]) -> Result<Vec<Option<usize>>, Errno> {
     let received = |seen: Seen| usize::try_from(seen.received).unwrap_or(usize::MAX);
     Ok(ask(ends)?.into_iter().map(|seen| seen.filter(|seen| !seen.listens).map(received)).collect())
+}
+
+/// What the kernel has at an end of a connection of this host.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(in crate::engine) struct End {
+    state: u8,
+    /// A process has it.
+    held: bool,
+}
+
+impl End {
+    /// Whether it waits to be accepted. One that was closed is in none of these states.
+    pub(in crate::engine) fn waits(self) -> bool {
+        !self.held && [ESTABLISHED, CLOSE_WAIT].contains(&self.state)
+    }
+
+    /// Whether its peer has ended its stream: then all of that has come.
+    pub(in crate::engine) fn has_all(self) -> bool {
+        self.state == CLOSE_WAIT
+    }
+
+    /// Whether a process has it.
+    pub(in crate::engine) fn is_held(self) -> bool {
+        self.held
+    }
+}
+
+/// What there is at these ends of connections; `None` where there is nothing.
+pub(in crate::engine) fn ends_of(ends: &[(SocketAddr, SocketAddr)]) -> Result<Vec<Option<End>>, Errno> {
+    let read = |answer: &[u8]| Some(End { state: *answer.get(1)?, held: u32_at(answer, INODE)? != 0 });
+    let all = tcp_diag::ask(ends, 0, read)?;
+    // In the absence of a connection the kernel tells of what listens for it.
+    Ok(all.into_iter().map(|end| end.filter(|end| end.state != STATE_LISTEN)).collect())
 }
 
 /// Whether segments for a place where somebody listens are signed (TCP_MD5SIG).

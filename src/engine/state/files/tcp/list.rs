@@ -12,6 +12,7 @@ use super::super::CaptureFilesError;
 use super::super::scan::{Descriptors, numbers_of};
 use super::connection::SYN_SENT;
 use super::{QUEUED, STATE_CLOSE, STATE_LISTEN, address_of, diag};
+use crate::engine::lock;
 use crate::engine::remote::Tid;
 use crate::engine::sys::{fds, pidfd, socket, tcp};
 use crate::proto::files::TcpConnection;
@@ -74,15 +75,16 @@ pub(super) fn is_tcp(fd: BorrowedFd<'_>) -> bool {
 
 /// What shows only when all connections of a process are known: its reasons, each with the place of its
 /// connection in `all`. `still`: the process stands still, and the queues were read. Of those in `quiet` the kernel
-/// has nothing more to say.
+/// has nothing more to say. `listening`: where the process listens, if what waits to be accepted there comes along.
 ///
 /// - A connection to another process of this very host: its other end would stay where the address does
-///   not lead any more.
+///   not lead any more. Not so one that waits to be accepted by the process itself.
 /// - One to the process itself whose two ends do not fit together.
 /// - What the kernel says only from outside, see [`diag`].
 pub(in super::super) fn examine<'a>(
     all: impl Iterator<Item = (usize, &'a TcpConnection)>,
     quiet: &HashSet<usize>,
+    listening: &HashSet<SocketAddr>,
     still: bool,
 ) -> Result<Vec<(usize, String)>, Errno> {
     let all: Vec<_> = all.filter_map(|(at, image)| Some((at, image, ends(image)?))).collect();
@@ -93,6 +95,16 @@ pub(in super::super) fn examine<'a>(
         .filter(|(_, _, (_, remote))| places.contains(&remote.ip().to_canonical()))
         .map(|(_, image, (local, remote))| ((canonical(*local), canonical(*remote)), *image))
         .collect();
+    // Those whose other end is of this host, and not among all.
+    let is_half = |local: SocketAddr, remote: SocketAddr| {
+        !index.contains_key(&(remote, local)) && (remote.ip().is_loopback() || remote.ip() == local.ip())
+    };
+    let halves = all.iter().map(|(_, _, (local, remote))| (canonical(*local), canonical(*remote)));
+    let halves = halves.filter(|(local, remote)| is_half(*local, *remote) && lock::is_at(*remote, listening));
+    let others: Vec<_> = halves.map(|(local, remote)| (remote, local)).collect();
+    let waiting = others.iter().zip(diag::ends_of(&others)?);
+    let waiting: HashSet<_> =
+        waiting.filter(|(_, end)| end.is_some_and(|end| end.waits())).map(|(ends, _)| *ends).collect();
     let is_asked = |at: &usize| !quiet.contains(at);
     let asked: Vec<_> = all.iter().filter(|(at, ..)| is_asked(at)).map(|(_, _, ends)| *ends).collect();
     let mut answers = diag::ask(&asked)?.into_iter();
@@ -101,7 +113,7 @@ pub(in super::super) fn examine<'a>(
         let seen = if is_asked(at) { answers.next().flatten() } else { None };
         let (local, remote) = (canonical(*local), canonical(*remote));
         let why = match (index.get(&(remote, local)), seen) {
-            (None, _) if remote.ip().is_loopback() || remote.ip() == local.ip() => {
+            (None, _) if is_half(local, remote) && !waiting.contains(&(remote, local)) => {
                 format!("is a TCP connection to another process of this host ({remote})")
             }
             (Some(other), _) if still && !fit(image, other) => {

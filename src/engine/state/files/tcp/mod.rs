@@ -43,7 +43,7 @@ use connection::{POLLED, QueueRoom};
 pub(super) use table::{Known, Sets};
 
 pub use ahead::{AheadSockets, MOST_AHEAD};
-pub(in crate::engine) use diag::received_by;
+pub(in crate::engine) use diag::{ends_of, received_by};
 pub(super) use glance::{Glance, Seen};
 pub(super) use list::examine;
 pub use list::{is_unsettled, unsettled};
