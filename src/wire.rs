@@ -53,7 +53,7 @@ pub use crate::proto::control::control::Message as Body;
 pub use crate::proto::control::{Control, Hello};
 
 /// The protocol version that this build speaks.
-pub const PROTOCOL_VERSION: u32 = 5;
+pub const PROTOCOL_VERSION: u32 = 6;
 /// Largest control message.
 pub const MAX_CONTROL_BYTES: usize = 64 << 20;
 /// Largest first message: nothing is known about the peer's software yet.
@@ -216,7 +216,7 @@ mod tests {
         let hello = |version| Body::Hello(Hello { version, ..Hello::default() }).into();
         assert!(check_hello(hello(PROTOCOL_VERSION)).is_ok());
         let text = check_hello(hello(7)).unwrap_err().to_string();
-        assert!(text.contains("version 5 here, 7 there"), "{text}");
+        assert!(text.contains("version 6 here, 7 there"), "{text}");
         assert_eq!(check_hello(abort()), Err(WireError::NoHello));
     }
 

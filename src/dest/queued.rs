@@ -10,7 +10,7 @@ use std::collections::{HashMap, HashSet};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::{Duration, Instant};
 
-use super::handshakes::Holding;
+use super::handshakes::{self, Holding};
 use crate::engine::handshake::Held;
 use crate::engine::lock::{self, Connection, Lock};
 use crate::engine::queued::{Closed, Placer};
@@ -66,7 +66,7 @@ impl Queued {
     /// `before`: what they were called at the source.
     pub(super) fn expect(&mut self, files: &Files, all: &[Connection], before: Vec<TcpConnection>) {
         self.expected = lock::queued_in_image(files);
-        self.held = Held::of(&files.handshakes);
+        self.held = Held::of(files);
         self.closed = self.held.ends();
         let names = before.iter().map(lock::connection_of).zip(files.queued.iter().cloned());
         self.names = names.filter_map(|(before, name)| Some((before?, name))).collect();
@@ -116,7 +116,9 @@ impl Queued {
         };
         match std::thread::Builder::new().name("queued".into()).spawn(move || placing.run(&inbox)) {
             Ok(_) => self.thread = Some(sender),
-            Err(error) => tracing::error!(%error, "connections not accepted yet are lost"),
+            Err(error) => {
+                tracing::error!(%error, lost = ?self.closed, "connections not accepted yet are lost");
+            }
         }
         None
     }
@@ -125,6 +127,9 @@ impl Queued {
     pub(super) fn give_up(&mut self) {
         for Connection { local, remote } in std::mem::take(&mut self.expected) {
             tracing::error!(%local, ?remote, "a connection not accepted yet is lost: there is no lock");
+        }
+        for Connection { local, remote } in std::mem::take(&mut self.held).ends() {
+            tracing::error!(%local, ?remote, "a handshake is lost: there is no lock");
         }
     }
 
@@ -187,23 +192,28 @@ impl Placing {
             tracing::error!(%reason, "a connection is lost");
         }
         closed.into_iter().for_each(Closed::close);
-        let held = self.held.ends();
-        if let Err(error) = self.lock.release_but(&held) {
-            // The end of its socket lifts it as well.
-            tracing::error!(error = chain(&error), "the lock");
-            drop(self.lock);
-            return;
-        }
-        if let Some(tap) = &mut self.tap {
-            self.packets.extend(tap.take(&self.closed));
-        }
-        match strays::put_in(&self.packets, &self.closed) {
+        let Self { mut lock, placer, held, closed: mut wanted, mut tap, mut packets, .. } = self;
+        let ends = held.ends();
+        let released = lock.release_but(&ends);
+        wanted.extend(handshakes::goals(&ends));
+        packets.extend(tap.as_mut().map(|tap| tap.take(&wanted)).unwrap_or_default());
+        let lock = match released {
+            Ok(()) => Some(lock),
+            Err(error) => {
+                // The end of its socket lifts it as well.
+                tracing::error!(error = chain(&error), "the lock");
+                drop(lock);
+                None
+            }
+        };
+        match strays::put_in(&packets, &wanted) {
             Ok(count) => tracing::debug!(placed = images.len(), strays = count, "queues are as they were"),
             Err(error) => tracing::warn!(error = chain(&error), "strays are lost"),
         }
-        if let Some(placer) = self.placer.filter(|_| !held.is_empty()) {
-            let Self { lock, held, tap, packets, .. } = self;
-            Holding { lock, placer, held, tap, packets }.run(inbox);
+        match (lock, placer) {
+            _ if ends.is_empty() => {}
+            (Some(lock), Some(placer)) => Holding::run(lock, placer, held, tap, packets, inbox),
+            _ => tracing::error!(lost = ?ends, "handshakes are lost: none are taken here"),
         }
     }
 

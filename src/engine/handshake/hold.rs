@@ -9,10 +9,11 @@ use crate::engine::address::end_of;
 use crate::engine::lock::Connection;
 use crate::engine::queued::segment::{ACK, SYN, Segment as Outgoing};
 use crate::engine::queued::{QueuedError, SCALING, SELECTIVE, Sender, TIMESTAMPS};
-use crate::engine::strays::segment::Segment;
+use crate::engine::strays::segment::{Numbers, Segment};
 use crate::engine::sys::socket;
 use crate::engine::sys::tcp::WINDOW_BYTES;
-use crate::proto::files::{Handshake, TcpConnection};
+use crate::proto::files::description::Kind;
+use crate::proto::files::{Description, Files, Handshake, SocketOption, TcpConnection};
 
 /// The answer is repeated after this time, and then after twice as long each time; so often (tcp(7),
 /// `tcp_synack_retries`).
@@ -54,6 +55,12 @@ struct One {
     since: Instant,
     repeated: u32,
     due: Instant,
+    /// The socket that listens wants no connection that says nothing (TCP_DEFER_ACCEPT), and the peer has said nothing but
+    /// that it has heard.
+    deferred: bool,
+    acknowledged: bool,
+    /// The first number of another request from the same port. It may be an old one that comes late.
+    other: Option<u32>,
 }
 
 /// Those that are held.
@@ -62,8 +69,9 @@ pub struct Held(Vec<One>);
 
 impl Held {
     /// What came with the state of the process. What makes no sense is left out.
-    pub fn of(images: &[Handshake]) -> Self {
+    pub fn of(files: &Files) -> Self {
         let now = Instant::now();
+        let patient = places_that_defer(files);
         let one = |image: &Handshake| {
             let Handshake { connection, peer_clock, receive_window } = image;
             let (image, peer_clock, offered) = (connection.clone()?, *peer_clock, *receive_window);
@@ -71,19 +79,26 @@ impl Held {
             let remote = end_of(&image.remote, image.remote_port)?;
             let is_sound =
                 local.is_ipv4() == remote.is_ipv4() && image.send_scale <= 14 && image.receive_scale <= 14;
-            let due = now + FIRST_PAUSE;
+            let deferred = patient.iter().any(|place| {
+                place.port() == local.port() && (place.ip() == local.ip() || place.ip().is_unspecified())
+            });
+            let (since, due) = (now, now + FIRST_PAUSE);
+            let (repeated, acknowledged, other) = (0, false, None);
             is_sound.then_some(One {
                 local,
                 remote,
                 image,
                 peer_clock,
                 offered,
-                since: now,
-                repeated: 0,
+                since,
+                repeated,
                 due,
+                deferred,
+                acknowledged,
+                other,
             })
         };
-        Self(images.iter().take(MOST).filter_map(one).collect())
+        Self(files.handshakes.iter().take(MOST).filter_map(one).collect())
     }
 
     /// Whether there is none.
@@ -101,18 +116,13 @@ impl Held {
         self.0.retain(|one| is_kept(&one.ends()));
     }
 
-    /// What a packet is to one of them, and to which. One that has come to its end, or is forgotten, is not held any more.
+    /// What a packet is to one of them, and to which.
     pub fn hear(&mut self, packet: &[u8]) -> Option<(Connection, Heard)> {
         let segment = Segment::of(packet)?;
-        let place =
-            self.0.iter().position(|one| (one.local, one.remote) == (segment.local, segment.remote))?;
-        let (sequence, acknowledged, window) = segment.numbers(packet)?;
-        let one = self.0.get(place)?;
-        let (ends, heard) = (one.ends(), one.judge(segment.opening, sequence, acknowledged, window));
-        if matches!(heard, Heard::End(_) | Heard::Other) {
-            self.0.swap_remove(place);
-        }
-        Some((ends, heard))
+        let numbers = segment.numbers(packet)?;
+        let ends = (segment.local, segment.remote);
+        let one = self.0.iter_mut().find(|one| (one.local, one.remote) == ends)?;
+        Some((one.ends(), one.judge(segment.opening, numbers)))
     }
 
     /// When something is to be done next.
@@ -128,24 +138,40 @@ impl Held {
     pub fn answer(&mut self, asked: &[Connection]) -> Result<(), QueuedError> {
         let now = Instant::now();
         let is_due = |one: &One| one.due <= now;
-        if !self.0.iter().any(|one| is_due(one) || asked.contains(&one.ends())) {
-            return Ok(());
-        }
         self.0.retain(|one| !is_due(one) || one.repeated < REPEATS);
-        let sender = Sender::open()?;
+        let mut answers = Vec::new();
         for one in &mut self.0 {
             let is_due = is_due(one);
             if is_due {
                 one.repeated += 1;
                 one.due = now + FIRST_PAUSE * 2u32.saturating_pow(one.repeated);
+                // The last time any word will do.
+                one.deferred &= one.repeated < REPEATS;
             }
-            if is_due || asked.contains(&one.ends()) {
-                // The mark is that of nobody: it goes out to the network.
-                one.send(&sender);
+            let waits = one.deferred && one.acknowledged;
+            if is_due && !waits || asked.contains(&one.ends()) {
+                answers.push(&*one);
             }
+        }
+        if !answers.is_empty() {
+            let sender = Sender::open()?;
+            answers.into_iter().for_each(|one| one.send(&sender));
         }
         Ok(())
     }
+}
+
+/// Where sockets listen that want no connection that says nothing.
+fn places_that_defer(files: &Files) -> Vec<SocketAddr> {
+    let defers = |option: &SocketOption| {
+        (option.level, option.name) == (libc::IPPROTO_TCP, libc::TCP_DEFER_ACCEPT)
+            && option.value.iter().any(|byte| *byte != 0)
+    };
+    let place = |description: &Description| match &description.kind {
+        Some(Kind::Tcp(socket)) if socket.options.iter().any(defers) => end_of(&socket.address, socket.port),
+        _ => None,
+    };
+    files.descriptions.iter().filter_map(place).collect()
 }
 
 impl One {
@@ -153,15 +179,22 @@ impl One {
         Connection { local: self.local, remote: Some(self.remote) }
     }
 
-    fn judge(&self, asks: bool, sequence: u32, acknowledged: u32, window: u16) -> Heard {
+    fn judge(&mut self, asks: bool, numbers: Numbers) -> Heard {
+        let Numbers { sequence, acknowledged, window, says_something } = numbers;
         let image = &self.image;
         if asks {
-            let is_same = sequence.wrapping_add(1) == image.receive_sequence;
-            return if is_same { Heard::Again } else { Heard::Other };
+            // A peer that has forgotten the first request resets what our answer tells it, and asks once more.
+            let is_other = sequence.wrapping_add(1) != image.receive_sequence;
+            let again = is_other && self.other.replace(sequence) == Some(sequence);
+            return if again { Heard::Other } else { Heard::Again };
         }
         // Its word itself may be lost, and what it says now is more.
         let is_within = sequence.wrapping_sub(image.receive_sequence) <= self.offered;
         if acknowledged != image.send_sequence || !is_within {
+            return Heard::Nothing;
+        }
+        if self.deferred && !says_something {
+            self.acknowledged = true;
             return Heard::Nothing;
         }
         let mut image = image.clone();
@@ -183,6 +216,7 @@ impl One {
 
     fn send(&self, sender: &Sender) {
         let options = self.options(segment_limit(self.remote));
+        // The mark is that of nobody: it goes out to the network.
         sender.send(
             0,
             &Outgoing {

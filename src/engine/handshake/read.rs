@@ -87,7 +87,8 @@ struct Layout {
     peer_first: Field,
     our_first: Field,
     clock_offset: Field,
-    /// What is not taken along, where it is set: clocks of microseconds, signed segments. (What a kernel is built without it
+    /// What is not taken along, where it is set: clocks of microseconds, signed segments, a
+    /// first segment that is kept, IP options. (What a kernel is built without it
     /// need not set, so nothing else is asked. Fast open makes connections at once, and what listens for Multipath TCP does
     /// not move.)
     special: Vec<Field>,
@@ -99,7 +100,9 @@ impl Layout {
         let request = btf.structure("request_sock")?;
         let inet = btf.structure("inet_request_sock")?;
         let tcp = btf.structure("tcp_request_sock")?;
-        let special = ["req_usec_ts", "used_tcp_ao"].into_iter().filter_map(|name| tcp.field(name)).collect();
+        let special = ["req_usec_ts", "used_tcp_ao"].map(|name| tcp.field(name));
+        let kept = [request.field("saved_syn"), inet.field("ireq_opt"), inet.field("pktopts")];
+        let special = special.into_iter().chain(kept).flatten().collect();
         let seq = btf.structure("bpf_iter_meta")?.field("seq")?;
         Some(Self {
             bytes: Some(tcp.bytes()).filter(|bytes| *bytes <= LARGEST)?,

@@ -9,10 +9,11 @@ use proptest::prelude::*;
 use super::*;
 use crate::engine::address::octets;
 use crate::engine::lock::{Connection, Lock, connection_of};
-use crate::engine::queued::segment::{ACK, SYN, Segment};
+use crate::engine::queued::segment::{ACK, FIN, SYN, Segment};
 use crate::engine::queued::{SCALING, SELECTIVE, Sender, TIMESTAMPS};
 use crate::engine::trial::until;
-use crate::proto::files::{Handshake, TcpConnection};
+use crate::proto::files::description::Kind;
+use crate::proto::files::{Description, Files, Handshake, SocketOption, TcpConnection, TcpSocket};
 
 const ALL: u32 = TIMESTAMPS | SELECTIVE | SCALING;
 /// Size of segments, selective acknowledgements with the clock 77, scale 9.
@@ -90,6 +91,11 @@ fn the_kernel_tells_what_was_agreed_on() {
 }
 
 fn held(v6: bool, negotiated: u32) -> Held {
+    held_with(v6, negotiated, vec![])
+}
+
+/// Where these sockets listen.
+fn held_with(v6: bool, negotiated: u32, descriptions: Vec<Description>) -> Held {
     let [local, remote] = if v6 { ["fd00::1", "fd00::9"] } else { ["10.0.0.1", "10.0.0.9"] };
     let connection = TcpConnection {
         local: octets(local.parse().unwrap()),
@@ -105,7 +111,8 @@ fn held(v6: bool, negotiated: u32) -> Held {
         timestamp: 1 << 20,
         ..TcpConnection::default()
     };
-    Held::of(&[Handshake { connection: Some(connection), peer_clock: 77, receive_window: 60_000 }])
+    let one = Handshake { connection: Some(connection), peer_clock: 77, receive_window: 60_000 };
+    Held::of(&Files { handshakes: vec![one], descriptions, ..Files::default() })
 }
 
 /// A segment of its peer's.
@@ -140,12 +147,61 @@ fn what_a_segment_is_to_it() {
         assert_eq!((image.receive_sequence, image.send_sequence, image.segment_limit), (1001, 5001, 1000));
         assert_eq!(u32::from_ne_bytes(*image.window[4..].first_chunk().unwrap()), 100 << 3);
         assert!(image.timestamp >= 1 << 20);
-        assert!(held.is_empty());
+        assert!(!held.is_empty(), "not before the connection is there");
     }
+    // An old request that comes late is no reason to forget the one that was answered.
     let mut held = held(false, 0);
-    let other = said(&held, SYN, 1002, 0);
-    assert_eq!(held.hear(&other).unwrap().1, Heard::Other);
-    assert!(held.is_empty());
+    for (first, expected) in [(1002, Heard::Again), (1003, Heard::Again), (1003, Heard::Other)] {
+        let other = said(&held, SYN, first, 0);
+        assert_eq!(held.hear(&other).unwrap().1, expected);
+    }
+}
+
+/// Of a socket that listens for connections that say something.
+#[test]
+fn a_word_without_bytes_is_not_the_end_where_that_is_deferred() {
+    in_a_namespace(|| {
+        let option = |name| SocketOption { level: libc::IPPROTO_TCP, name, value: vec![1, 0, 0, 0] };
+        let listening = |address: &str, port, name| {
+            let (address, options) = (octets(address.parse().unwrap()), vec![option(name)]);
+            let socket = TcpSocket { address, port, listening: true, options, ..TcpSocket::default() };
+            vec![Description { kind: Some(Kind::Tcp(socket)), ..Description::default() }]
+        };
+        let of = |descriptions| held_with(false, ALL, descriptions);
+        for (mut held, defers) in [
+            (of(listening("10.0.0.1", 80, libc::TCP_DEFER_ACCEPT)), true),
+            (of(listening("::", 80, libc::TCP_DEFER_ACCEPT)), true),
+            (of(listening("10.0.0.1", 81, libc::TCP_DEFER_ACCEPT)), false),
+            (of(listening("10.0.0.2", 80, libc::TCP_DEFER_ACCEPT)), false),
+            (of(listening("10.0.0.1", 80, libc::TCP_NODELAY)), false),
+        ] {
+            let Connection { local, remote } = held.ends()[0];
+            let (from, to, sequence, acknowledged) = (remote.unwrap(), local, 1001, 5001);
+            let plain = Segment {
+                from,
+                to,
+                sequence,
+                acknowledged,
+                flags: ACK,
+                window: 1,
+                options: &[],
+                payload: &[],
+            };
+            let ends = |held: &mut Held, segment: Segment<'_>| {
+                matches!(held.hear(&segment.packet().unwrap()), Some((_, Heard::End(_))))
+            };
+            assert_eq!(ends(&mut held, plain), !defers);
+            assert!(ends(&mut held, Segment { payload: b"words", ..plain }));
+            assert!(ends(&mut held, Segment { flags: ACK | FIN, ..plain }));
+            // In the end any word will do.
+            for _ in 0..5 {
+                assert_eq!(ends(&mut held, plain), !defers);
+                held.hurry();
+                held.answer(&[]).unwrap();
+            }
+            assert!(ends(&mut held, plain));
+        }
+    });
 }
 
 #[test]

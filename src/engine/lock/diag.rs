@@ -130,6 +130,21 @@ pub(super) fn connections(
     Ok((found, others))
 }
 
+/// What has become of handshakes that were half open, now that nothing comes for them: those that are so still, and those
+/// that wait to be accepted.
+pub(super) fn settled(half_open: &[Connection]) -> Result<(Vec<Connection>, Vec<Connection>), Errno> {
+    let ends: Vec<_> = half_open.iter().filter_map(|one| Some((one.local, one.remote?))).collect();
+    let (mut left, mut queued) = (Vec::new(), Vec::new());
+    for (one, socket) in half_open.iter().zip(tcp_diag::ask(&ends, 0, parse)?) {
+        match socket.filter(|socket| socket.connection() == *one) {
+            Some(socket) if socket.state == SYN_RECEIVED => left.push(*one),
+            Some(socket) if UNACCEPTED.contains(&socket.state) => queued.push(*one),
+            _ => {}
+        }
+    }
+    Ok((left, queued))
+}
+
 /// Those of `ends` with which this host has connections that are none of `known`.
 pub(super) fn others_at(
     ends: &HashSet<SocketAddr>,

@@ -214,10 +214,16 @@ impl Lock {
         inodes: &HashSet<u64>,
         listeners: &[Connection],
     ) -> Result<Locked, LockError> {
-        let (locked, others) = diag::connections(inodes, listeners).map_err(LockError::List)?;
+        let (mut locked, others) = diag::connections(inodes, listeners).map_err(LockError::List)?;
         let mut whole = whole::crowded(&locked.all);
         whole.retain(|local| !others.contains(local));
         self.close(&locked.all, &whole)?;
+        if !locked.half_open.is_empty() {
+            // Until now their peers' last words could come.
+            let (left, queued) = diag::settled(&locked.half_open).map_err(LockError::List)?;
+            locked.half_open = left;
+            locked.queued.extend(queued);
+        }
         Ok(locked)
     }
 

@@ -109,15 +109,7 @@ impl Strays {
     pub fn prepare(ends: &[Connection], keeps: Keeps) -> Result<Self, StraysError> {
         let mut taps = Vec::new();
         for version in [Version::V4, Version::V6] {
-            let mine = || ends.iter().filter(|end| version.has(end.local));
-            let program = if keeps == Keeps::OfPeers {
-                let pairs = mine().filter_map(|end| Some((end.local.port(), end.remote?.port()))).collect();
-                filter::program_for_peers(version, &pairs)
-            } else {
-                let ports = mine().map(|end| end.local.port()).collect();
-                filter::program(version, keeps, &ports)
-            };
-            let Some(filter) = program else { continue };
+            let Some(filter) = program(ends, version, keeps) else { continue };
             // It names no protocol, so it receives nothing.
             let fd = socket::socket(libc::AF_PACKET, libc::SOCK_DGRAM | libc::SOCK_NONBLOCK, 0)
                 .map_err(step("opening a packet socket"))?;
@@ -159,18 +151,48 @@ impl Strays {
 
     /// What has come for `wanted` since the last time, in its order, whole and with right checksums.
     pub fn take(&mut self, wanted: &[Connection]) -> Vec<Vec<u8>> {
+        let mut known = HashSet::new();
+        self.gather(&mut |segment| {
+            if known.is_empty() {
+                known = wanted.iter().copied().collect();
+            }
+            segment.is_for(&known)
+        })
+    }
+
+    /// What the peers of these connections have sent since the last time, likewise: requests as well. However much is taken
+    /// in the end, at one time it is not more than [`MAX_PACKETS`] and [`MAX_BYTES`].
+    pub fn take_of_peers(&mut self, ends: &[Connection]) -> Vec<Vec<u8>> {
+        (self.packets_left, self.bytes_left) = (MAX_PACKETS, MAX_BYTES);
+        let ends: HashSet<Connection> = ends.iter().copied().collect();
+        self.gather(&mut |segment| {
+            ends.contains(&Connection { local: segment.local, remote: Some(segment.remote) })
+        })
+    }
+
+    /// Hears from now on only what the peers of these connections send, which are some of those before.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn narrow(&mut self, ends: &[Connection]) -> Result<(), StraysError> {
+        for (fd, version) in std::mem::take(&mut self.taps) {
+            if let Some(filter) = program(ends, version, Keeps::OfPeers) {
+                datagram::attach_filter(fd.as_fd(), &filter).map_err(step("filtering a packet socket"))?;
+                self.taps.push((fd, version));
+            }
+        }
+        Ok(())
+    }
+
+    fn gather(&mut self, is_wanted: &mut dyn FnMut(&Segment) -> bool) -> Vec<Vec<u8>> {
         let mut taken = Vec::new();
         let mut buffer = Vec::new();
-        let mut known = HashSet::new();
         for (fd, _) in &self.taps {
             for _ in 0..MOST_LOOKS {
                 buffer.resize(PACKET_BYTES, 0);
                 let Ok(looked) = datagram::take(fd.as_fd(), &mut buffer) else { break };
-                if known.is_empty() {
-                    known = wanted.iter().copied().collect();
-                }
                 let Some(packet) = buffer.get_mut(..looked.len) else { continue };
-                let Some(segment) = Segment::of(packet).filter(|s| s.is_for(&known)) else { continue };
+                let Some(segment) = Segment::of(packet).filter(|s| is_wanted(s)) else { continue };
                 if status(&looked.control) & NEEDS_NO_LOOK != 0 {
                     segment.complete(packet);
                 } else if !segment.is_whole(packet) {
@@ -196,6 +218,16 @@ impl Drop for Strays {
             let _ = std::thread::Builder::new().name("strays".into()).spawn(move || drop(taps));
         }
     }
+}
+
+/// The filter for what is kept of these; `None` if there are none.
+fn program(ends: &[Connection], version: Version, keeps: Keeps) -> Option<Vec<u8>> {
+    let mine = || ends.iter().filter(|end| version.has(end.local));
+    if keeps == Keeps::OfPeers {
+        let pairs = mine().filter_map(|end| Some((end.local.port(), end.remote?.port()))).collect();
+        return filter::program_for_peers(version, &pairs);
+    }
+    filter::program(version, keeps, &mine().map(|end| end.local.port()).collect())
 }
 
 /// `AF_PACKET` as the structure wants it.

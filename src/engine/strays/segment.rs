@@ -10,6 +10,7 @@ const TCP_BYTES: usize = 20;
 pub(super) const TCP: u8 = 6;
 /// "More fragments", and the place of a fragment.
 const FRAGMENT: u16 = 0x3fff;
+const FIN: u8 = 0x01;
 const SYN: u8 = 0x02;
 const RST: u8 = 0x04;
 const ACK: u8 = 0x10;
@@ -29,6 +30,17 @@ pub(in crate::engine) struct Segment {
     pub len: usize,
     /// Where its TCP header begins.
     start: usize,
+}
+
+/// What else a segment says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(in crate::engine) struct Numbers {
+    pub(in crate::engine) sequence: u32,
+    pub(in crate::engine) acknowledged: u32,
+    /// As it is on the wire.
+    pub(in crate::engine) window: u16,
+    /// It has bytes, or the end.
+    pub(in crate::engine) says_something: bool,
 }
 
 fn word_at(bytes: &[u8], at: usize) -> Option<u16> {
@@ -73,11 +85,16 @@ impl Segment {
         Some(Self { local, remote, opening: flags == SYN, len, start })
     }
 
-    /// Its sequence number, what it acknowledges, and its window as it is on the wire.
-    pub(in crate::engine) fn numbers(&self, packet: &[u8]) -> Option<(u32, u32, u16)> {
+    pub(in crate::engine) fn numbers(&self, packet: &[u8]) -> Option<Numbers> {
         let tcp = packet.get(self.start..self.len)?;
         let word = |at: usize| Some(u32::from_be_bytes(*tcp.get(at..)?.first_chunk()?));
-        Some((word(4)?, word(8)?, word_at(tcp, 14)?))
+        let header = usize::from(*tcp.get(12)? >> 4) * 4;
+        Some(Numbers {
+            sequence: word(4)?,
+            acknowledged: word(8)?,
+            window: word_at(tcp, 14)?,
+            says_something: tcp.len() > header || *tcp.get(13)? & FIN != 0,
+        })
     }
 
     /// Whether the checksum fits.

@@ -18,6 +18,8 @@ pub(super) struct Handshakes {
     at: Option<Instant>,
     /// Those that go on while the process stands still.
     left: Vec<Connection>,
+    /// That some cannot go along.
+    lost: Option<Reason>,
 }
 
 impl Driver<'_> {
@@ -45,9 +47,9 @@ impl Driver<'_> {
         self.state.handshakes.left = left;
     }
 
-    /// For the state. Those that cannot go along are told.
+    /// For the state.
     pub(super) fn take_handshakes(&mut self) -> Vec<Handshake> {
-        let Handshakes { mut read, at, left } = std::mem::take(&mut self.state.handshakes);
+        let Handshakes { mut read, at, left, .. } = std::mem::take(&mut self.state.handshakes);
         let passed = at.map_or(0, |at| u32::try_from(at.elapsed().as_millis()).unwrap_or(u32::MAX));
         let (mut taken, mut lost) = (Vec::new(), Vec::new());
         for ends in left {
@@ -69,9 +71,14 @@ impl Driver<'_> {
                 String::new()
             };
             let why = format!("{others} is lost: its handshake was not complete, and cannot be carried");
-            self.report.notes.push(Reason::new(format!("connection{of} at {local}"), why, ""));
+            self.state.handshakes.lost = Some(Reason::new(format!("connection{of} at {local}"), why, ""));
         }
         tracing::debug!(taken = taken.len(), lost = lost.len(), "handshakes go along");
         taken
+    }
+
+    /// The process runs at the destination. Otherwise they go on here, all of them.
+    pub(super) fn tell_lost_handshakes(&mut self) {
+        self.report.notes.extend(self.state.handshakes.lost.take());
     }
 }

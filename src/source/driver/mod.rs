@@ -317,6 +317,7 @@ impl Driver<'_> {
                 clock.end();
                 self.pass_strays();
                 self.pass_queued();
+                self.tell_lost_handshakes();
             }
             Message::Resumed => {
                 self.state.urgent_port = extras.urgent_port;
