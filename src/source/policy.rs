@@ -44,13 +44,22 @@ pub const STALLED_ROUNDS: usize = 3;
 /// The same where the rest can follow by post-copy: giving up early costs less there.
 pub const STALLED_ROUNDS_AUTO: usize = 2;
 
+/// Fewer dirty pages are not worth a round.
+const WORTH_A_ROUND: u64 = 64;
+
+/// What a round takes, however little there is to send: a scan, and the way there and back.
+const LEAST_ROUND: Duration = Duration::from_millis(2);
+
+/// Rounds of that kind, at most: each is a guess.
+const ROUNDS_THAT_PAY: usize = 3;
+
 /// A round shrinks the dirty set if it leaves less than this many percent of the smallest one so far.
 const PROGRESS_PERCENT: u64 = 90;
 
 /// Why it is time to freeze.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum FreezeReason {
-    /// What is dirty fits into the allowed downtime.
+    /// What is dirty fits into the allowed downtime, and a round more would not leave much less.
     Converged,
     /// The last rounds did not shrink the dirty set: more of them would only cost time.
     NoProgress,
@@ -136,7 +145,7 @@ impl Told {
 /// Decides before the first round and after each. Without any measurement the answer is another round,
 /// unless post-copy or hurry was asked for.
 pub fn decide(rounds: &[Round], limits: &Limits, hurry: Option<Hurry>) -> Decision {
-    let fixed = FIXED_DOWNTIME.min(limits.max_downtime / 2);
+    let fixed = fixed(limits);
     let dirty = rounds.last().map_or(u64::MAX, |last| last.dirty_after);
     let of_all = pace(rounds).transfer_time(dirty).saturating_add(fixed);
     let verdict = verdict(rounds, limits, hurry, of_all);
@@ -153,6 +162,10 @@ pub fn decide(rounds: &[Round], limits: &Limits, hurry: Option<Hurry>) -> Decisi
     Decision { verdict, downtime, eager_pages }
 }
 
+fn fixed(limits: &Limits) -> Duration {
+    FIXED_DOWNTIME.min(limits.max_downtime / 2)
+}
+
 fn verdict(rounds: &[Round], limits: &Limits, hurry: Option<Hurry>, downtime: Duration) -> Verdict {
     if let Some(hurry) = hurry {
         return Verdict::Freeze(FreezeReason::Hurried(hurry));
@@ -162,9 +175,11 @@ fn verdict(rounds: &[Round], limits: &Limits, hurry: Option<Hurry>, downtime: Du
     }
     let Some(last) = rounds.last() else { return Verdict::Continue };
     let auto = limits.mode == Mode::Auto;
+    let are_all = rounds.len() >= usize::try_from(limits.max_rounds).unwrap_or(usize::MAX);
     if downtime <= limits.max_downtime {
-        Verdict::Freeze(FreezeReason::Converged)
-    } else if rounds.len() >= usize::try_from(limits.max_rounds).unwrap_or(usize::MAX) {
+        let more = !are_all && pays(rounds, limits);
+        if more { Verdict::Continue } else { Verdict::Freeze(FreezeReason::Converged) }
+    } else if are_all {
         Verdict::Freeze(FreezeReason::MaxRounds)
     } else if auto && last.pages >= MEASURED_PAGES && last.dirty_after >= last.pages {
         Verdict::Freeze(FreezeReason::Outrun)
@@ -173,6 +188,17 @@ fn verdict(rounds: &[Round], limits: &Limits, hurry: Option<Hurry>, downtime: Du
     } else {
         Verdict::Continue
     }
+}
+
+/// Whether a round more is worth its time although what is dirty fits: it leaves less than half of that, as it takes less
+/// than half as long as the last one.
+fn pays(rounds: &[Round], limits: &Limits) -> bool {
+    let time = |round: &Round| pace(rounds).transfer_time(round.dirty_after);
+    let fits = |round: &&Round| time(round).saturating_add(fixed(limits)) <= limits.max_downtime;
+    let Some(last) = rounds.last() else { return false };
+    last.dirty_after >= WORTH_A_ROUND
+        && rounds.iter().rev().take_while(fits).count() <= ROUNDS_THAT_PAY
+        && time(last).saturating_add(LEAST_ROUND).saturating_mul(2) <= last.duration
 }
 
 /// Pages sent in a time.
@@ -252,8 +278,18 @@ mod tests {
         let cases: &[(&str, Vec<Round>, Verdict)] = &[
             ("nothing measured", vec![], Continue),
             ("idle process, one round", vec![round(100_000, 100, 0)], Freeze(Converged)),
-            ("exactly the budget: 600 pages in 6 ms", vec![round(100_000, 100, 600)], Freeze(Converged)),
-            ("one page above it", vec![round(100_000, 100, 601)], Continue),
+            ("it fits, and a short round leaves less", vec![round(100_000, 100, 600)], Continue),
+            (
+                "exactly the budget: 600 pages in 6 ms",
+                vec![round(100_000, 100, 1500), round(1500, 100, 600)],
+                Freeze(Converged),
+            ),
+            ("one page above it", vec![round(100_000, 100, 1500), round(1500, 100, 601)], Continue),
+            ("too few to be worth it", vec![round(100_000, 100, 63)], Freeze(Converged)),
+            ("just enough", vec![round(100_000, 100, 64)], Continue),
+            ("twice as fast as the last round", vec![round(1600, 100, 600)], Continue),
+            ("not quite", vec![round(1599, 100, 600)], Freeze(Converged)),
+            ("three rounds have paid", vec![round(500_000, 100, 500); 4], Freeze(Converged)),
             ("still shrinking", vec![round(100_000, 100, 50_000), round(50_000, 100, 25_000)], Continue),
             (
                 "a tiny last round measures latency, not rate",
@@ -335,9 +371,15 @@ mod tests {
         let cases: &[(&str, Vec<Round>, Verdict, u64)] = &[
             ("nothing measured", vec![], Continue, u64::MAX),
             ("idle process, one round", vec![round(100_000, 100, 0)], Freeze(Converged), 600),
-            ("exactly the budget", vec![round(100_000, 100, 600)], Freeze(Converged), 600),
+            ("it fits, and a short round leaves less", vec![round(100_000, 100, 600)], Continue, u64::MAX),
+            (
+                "exactly the budget",
+                vec![round(100_000, 100, 1500), round(1500, 100, 600)],
+                Freeze(Converged),
+                600,
+            ),
             ("a slower link", vec![round(7_000, 7, 42)], Freeze(Converged), 42),
-            ("one page above it", vec![round(100_000, 100, 601)], Continue, u64::MAX),
+            ("one page above it", vec![round(100_000, 100, 1500), round(1500, 100, 601)], Continue, u64::MAX),
             ("the first round pays", vec![round(100_000, 100, 90_000)], Continue, u64::MAX),
             ("written as fast as sent", vec![round(100_000, 100, 100_000)], Freeze(Outrun), 600),
             (
