@@ -144,12 +144,13 @@ impl Holding {
             more = self.tap.take_of_peers(&before);
             self.tap.narrow(&left)?;
         }
-        if !self.over.is_empty() && !(packets.is_empty() && more.is_empty()) {
-            let all: Vec<Vec<u8>> = packets.iter().chain(&more).cloned().collect();
-            if let Err(error) = strays::put_in(&all, &goals(&self.over)) {
-                // Their peers send it again.
-                tracing::warn!(error = chain(&error), "strays are lost");
-            }
+        let all: Vec<Vec<u8>> = packets.iter().chain(&more).cloned().collect();
+        if !self.over.is_empty()
+            && !all.is_empty()
+            && let Err(error) = strays::put_in(&all, &goals(&self.over))
+        {
+            // Their peers send it again.
+            tracing::warn!(error = chain(&error), "strays are lost");
         }
         Ok(more)
     }
