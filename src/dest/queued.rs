@@ -15,11 +15,12 @@ use crate::engine::handshake::Held;
 use crate::engine::lock::{self, Connection, Lock};
 use crate::engine::queued::{Closed, Placer};
 use crate::engine::reason::chain;
+use crate::engine::state::files;
 use crate::engine::strays::{self, Strays};
 use crate::proto::control;
 use crate::proto::files::{Files, TcpConnection};
 
-/// How long the source may take from the resume on until all of them are here.
+/// How long the source may take from the resume on, and from each message on, until the next.
 const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Those that are to come, and what has come for them.
@@ -165,6 +166,9 @@ struct Placing {
 
 impl Placing {
     fn run(mut self, inbox: &Receiver<Came>) {
+        // Those that the process may have both ends of.
+        let own = self.expected.iter().filter(|one| one.is_of_one_host() && !self.halves.contains(one));
+        let own: Vec<_> = own.copied().collect();
         let images = if self.expected.is_empty() { Vec::new() } else { self.await_all(inbox) };
         let is_half =
             |image: &&TcpConnection| lock::connection_of(image).is_some_and(|one| self.halves.contains(&one));
@@ -210,6 +214,7 @@ impl Placing {
             Ok(count) => tracing::debug!(placed = images.len(), strays = count, "queues are as they were"),
             Err(error) => tracing::warn!(error = chain(&error), "strays are lost"),
         }
+        Placer::abort_halves(&own);
         match (lock, placer) {
             _ if ends.is_empty() => {}
             (Some(lock), Some(placer)) => Holding::run(lock, placer, held, tap, packets, inbox),
@@ -220,15 +225,29 @@ impl Placing {
     /// Those that were expected, in the order in which they come.
     fn await_all(&mut self, inbox: &Receiver<Came>) -> Vec<TcpConnection> {
         let mut all = Vec::new();
-        let deadline = Instant::now() + PATIENCE;
+        let mut room = files::MOST_QUEUED_BYTES;
+        let mut deadline = Instant::now() + PATIENCE;
         loop {
             match inbox.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
                 Ok(Came::Strays(packets)) => self.packets.extend(packets),
                 Ok(Came::Connections { images, last }) => {
-                    all.extend(images.into_iter().filter(|image| self.is_expected(image)));
+                    for image in images.into_iter().filter(|image| self.is_expected(image)) {
+                        match room.checked_sub(image.received.len()) {
+                            Some(left) => room = left,
+                            None => {
+                                tracing::error!(
+                                    port = image.remote_port,
+                                    "a connection is lost: too much has come"
+                                );
+                                continue;
+                            }
+                        }
+                        all.push(image);
+                    }
                     if last {
                         return all;
                     }
+                    deadline = Instant::now() + PATIENCE;
                 }
                 Err(_) => {
                     let missing = self.expected.len();

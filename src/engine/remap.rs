@@ -73,7 +73,14 @@ pub fn apply(files: &mut Files, remaps: &[Remap]) {
     for description in &mut files.descriptions {
         match &mut description.kind {
             Some(Kind::TcpConnection(socket)) => {
-                if ends(socket).is_some_and(|(local, remote)| inside.contains(&(remote, local))) {
+                // One that is asked for still has no other end; what asks its own host goes on to do so.
+                let asks_itself = |(local, remote): (SocketAddr, SocketAddr)| {
+                    socket.connecting && local.ip() == remote.ip()
+                };
+                let ends = ends(socket);
+                if ends.is_some_and(asks_itself)
+                    || ends.is_some_and(|(local, remote)| inside.contains(&(remote, local)))
+                {
                     apply_to(&mut socket.remote, remaps);
                 }
                 apply_to(&mut socket.local, remaps);

@@ -106,6 +106,17 @@ pub(super) fn listeners_and_waiting(inodes: &HashSet<u64>) -> Result<(Vec<Connec
     Ok((found, are_waiting))
 }
 
+/// How many connections wait to be accepted by these sockets: of those that were broken meanwhile, too.
+pub(super) fn waiting_for(inodes: &HashSet<u64>) -> Result<usize, Errno> {
+    let mut waiting = 0;
+    list(&[LISTEN], &mut |socket| {
+        if inodes.contains(&socket.inode) {
+            waiting += usize::try_from(socket.unread).unwrap_or(usize::MAX);
+        }
+    })?;
+    Ok(waiting)
+}
+
 /// The connections of these sockets, and those that nobody has accepted at the places of `listeners`; and the local
 /// ends of the connections that other processes have.
 pub(super) fn connections(
@@ -118,10 +129,11 @@ pub(super) fn connections(
         let unaccepted = socket.is_unaccepted_at(&places);
         if unaccepted || inodes.contains(&socket.inode) {
             found.all.push(socket.connection());
-            if unaccepted {
-                let which =
-                    if socket.state == SYN_RECEIVED { &mut found.half_open } else { &mut found.queued };
-                which.push(socket.connection());
+            if unaccepted && socket.state == SYN_RECEIVED {
+                found.half_open.push(socket.connection());
+            } else if unaccepted {
+                found.queued.push(socket.connection());
+                found.queued_bytes += u64::from(socket.unread);
             }
         } else if socket.inode != 0 {
             others.insert(canonical(socket.local));

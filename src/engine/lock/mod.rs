@@ -74,6 +74,10 @@ pub struct Locked {
     pub all: Vec<Connection>,
     /// Those among them that only wait to be accepted.
     pub queued: Vec<Connection>,
+    /// Bytes that have come by these.
+    pub queued_bytes: u64,
+    /// How many of these wait for other processes, which listen at the same places.
+    pub of_others: usize,
     /// Those whose handshake goes on.
     pub half_open: Vec<Connection>,
 }
@@ -223,6 +227,10 @@ impl Lock {
             let (left, queued) = diag::settled(&locked.half_open).map_err(LockError::List)?;
             locked.half_open = left;
             locked.queued.extend(queued);
+        }
+        if !locked.queued.is_empty() {
+            let own = diag::waiting_for(inodes).map_err(LockError::List)?;
+            locked.of_others = locked.queued.len().saturating_sub(own);
         }
         Ok(locked)
     }

@@ -3,18 +3,33 @@
 use std::collections::HashSet;
 use std::net::SocketAddr;
 
-use crate::engine::lock::Connection;
+use crate::engine::lock::{Connection, Locked};
 use crate::engine::reason::Reason;
 use crate::engine::state::files;
 
-/// Of those that wait to be accepted by a frozen process with `own` connections, the ones that cannot be carried: another
-/// process of this very host has the other end, or its address belongs to a device.
+/// Why what waits to be accepted by a frozen process cannot be carried: whose it is cannot be told, it is too much, another
+/// process of this very host has the other end, or that one's address belongs to a device.
 ///
 /// Where the process has the other end itself, that comes along. One that was closed is nobody's: if all that it had to
 /// say has come, nothing of it is left.
-pub fn against(queued: &[Connection], own: &[Connection]) -> Vec<Reason> {
-    let own: HashSet<&Connection> = own.iter().collect();
+pub fn against(Locked { all, queued, queued_bytes, of_others, .. }: &Locked) -> Vec<Reason> {
+    let own: HashSet<&Connection> = all.iter().collect();
     let mut reasons = Vec::new();
+    if *of_others > 0 {
+        reasons.push(Reason::new(
+            "connections not accepted yet",
+            format!(
+                "cannot be told from {of_others} that wait for another process, which listens at the same place \
+                 (SO_REUSEPORT)"
+            ),
+            "let that one accept them, or end it",
+        ));
+    }
+    if *queued_bytes > files::MOST_QUEUED_BYTES as u64 {
+        let (bytes, most) = (queued_bytes >> 20, files::MOST_QUEUED_BYTES >> 20);
+        let why = format!("hold {bytes} MiB not read, of which {most} MiB can be carried");
+        reasons.push(Reason::new("connections not accepted yet", why, "let the process accept them"));
+    }
     let mut refuse = |Connection { local, remote }: Connection, why: &str| {
         let remote = remote.map(|remote| remote.to_string()).unwrap_or_default();
         let what = format!("connection not accepted yet at {local}");

@@ -218,6 +218,11 @@ impl Placer {
             let value = program::value(waiting.local, waiting.remote, &waiting.agreed);
             self.array.set(waiting.place, &value).map_err(step("filling the array of a BPF program"))?;
         }
+        // What is left here of earlier connections would be taken for those that listen.
+        let ends: Vec<_> = queue.iter().map(|waiting| (waiting.local, waiting.remote)).collect();
+        if let Err(errno) = files::remove_remains(&ends) {
+            tracing::debug!(%errno, "removing what is left of earlier connections");
+        }
         let deadline = Instant::now() + PATIENCE;
         while !queue.is_empty() {
             for waiting in &*queue {
@@ -272,6 +277,21 @@ impl Placer {
             }
         }
         Ok(())
+    }
+
+    /// For those that are of this host, once each is where it will be, or is lost: if one end is not there, whoever has the
+    /// other is told, who would never hear of it. A reset is said once, and not what was said while nobody heard it.
+    pub fn abort_halves(ends: &[lock::Connection]) {
+        let both = ends.iter().filter(|one| one.is_of_one_host());
+        let both: Vec<_> = both.flat_map(|one| [Some(*one), one.reversed()]).flatten().collect();
+        let both: Vec<_> = both.into_iter().filter_map(|one| Some((one.local, one.remote?))).collect();
+        match files::abort_half(&both) {
+            Ok(0) => {}
+            Ok(count) => {
+                tracing::warn!(count, "connections of the process to itself had lost their other end")
+            }
+            Err(errno) => tracing::warn!(%errno, "asking for the ends of connections"),
+        }
     }
 
     fn outcome(&self, place: u32) -> Result<Outcome, QueuedError> {

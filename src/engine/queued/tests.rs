@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use nix::sched::{CloneFlags, unshare};
 
 use super::*;
-use crate::engine::lock::{Connection, Lock};
+use crate::engine::lock::{Connection, Lock, Locked};
 use crate::engine::strays::{Keeps, Strays};
 use crate::engine::trial::{PATIENCE as TRIAL, until};
 
@@ -256,9 +256,11 @@ fn only_what_no_other_process_of_this_host_has_can_be_carried() {
     let reasons = |local: &str, remote: &str| {
         let one = connection(local, remote);
         let all = [one, Connection { remote: None, ..one }];
-        let of_another = against(&all, &all).len();
         let own = connection(remote, local);
-        (of_another, against(&all, &[one, own]).len())
+        let against = |queued: &[Connection], all: &[Connection]| {
+            against(&Locked { queued: queued.to_vec(), all: all.to_vec(), ..Locked::default() }).len()
+        };
+        (against(&all, &all), against(&all, &[one, own]))
     };
     assert_eq!(reasons("10.0.0.1:80", "10.0.0.2:1000"), (0, 0));
     assert_eq!(reasons("[fd00::1]:80", "[fd00::2]:1000"), (0, 0));
@@ -270,16 +272,17 @@ fn only_what_no_other_process_of_this_host_has_can_be_carried() {
 /// The other end of one whose client has closed is nobody's, unless there was no room for all that it said.
 #[test]
 fn one_whose_client_has_closed_is_carried_if_it_has_everything() {
-    in_a_namespace(|| {
+    let waiting = |one| Locked { queued: vec![one], ..Locked::default() };
+    in_a_namespace(move || {
         for ip in [V4, V6] {
             let listener = TcpListener::bind((ip, 0)).unwrap();
             let to = listener.local_addr().unwrap();
             let client = Client::say(to, vec![3; MUCH], true);
             let connection = client.connection();
-            let why = against(&[connection], &[]);
+            let why = against(&waiting(connection));
             assert!(why.len() == 1 && !why[0].why.contains("closed"), "{why:?}");
             drop(client.stream);
-            assert_eq!(against(&[connection], &[]), []);
+            assert_eq!(against(&waiting(connection)), []);
 
             socket::set_int_option(listener.as_fd(), libc::SOL_SOCKET, libc::SO_RCVBUF, 4096).unwrap();
             let mut full = TcpStream::connect(to).unwrap();
@@ -287,9 +290,76 @@ fn one_whose_client_has_closed_is_carried_if_it_has_everything() {
             full.set_nonblocking(true).unwrap();
             while full.write(&[5; MUCH]).is_ok() {}
             drop(full);
-            let why = against(&[connection], &[]);
+            let why = against(&waiting(connection));
             assert!(why.len() == 1 && why[0].why.contains("closed"), "{why:?}");
         }
+    });
+}
+
+#[test]
+fn what_cannot_be_told_apart_and_what_is_too_much_is_refused() {
+    let one = Connection { local: "10.0.0.1:80".parse().unwrap(), remote: "10.0.0.2:1000".parse().ok() };
+    let all = Locked { queued: vec![one], ..Locked::default() };
+    assert_eq!(against(&all), []);
+    let why = against(&Locked { of_others: 1, ..all.clone() });
+    assert!(why.len() == 1 && why[0].why.contains("SO_REUSEPORT"), "{why:?}");
+    let most = files::MOST_QUEUED_BYTES as u64;
+    assert_eq!(against(&Locked { queued_bytes: most, ..all.clone() }), []);
+    let why = against(&Locked { queued_bytes: most + 1, ..all });
+    assert!(why.len() == 1 && why[0].why.contains("MiB"), "{why:?}");
+}
+
+/// What an earlier connection with the same ends has left is not in the way, as it is not in the way of a request.
+#[test]
+fn what_is_left_of_an_earlier_connection_goes() {
+    in_a_namespace(|| {
+        let listener = TcpListener::bind((V4, 0)).unwrap();
+        let to = listener.local_addr().unwrap();
+        let client = [Client::say(to, vec![3; MUCH], false)];
+        let (mut images, mut lock) = taken(&listener, &client);
+        // Its server ends first.
+        let mut earlier = TcpStream::connect(to).unwrap();
+        drop(listener.accept().unwrap());
+        assert_eq!(earlier.read(&mut [0]).unwrap(), 0);
+        let remote = earlier.local_addr().unwrap();
+        drop(earlier);
+        until(
+            "its end",
+            || matches!(files::ends_of(&[(to, remote)]).unwrap()[..], [Some(left)] if !left.is_held()),
+        );
+        assert_eq!(files::received_by(&[(to, remote)]).unwrap(), [None], "that is no connection");
+
+        // Another one with these ends comes.
+        lock.close_on(&[Connection { local: to, remote: Some(remote) }]).unwrap();
+        images[0].remote_port = remote.port().into();
+        assert_eq!(Placer::prepare().unwrap().place(&images).unwrap(), []);
+        let mut server = listener.accept().unwrap().0;
+        let mut heard = vec![0; MUCH];
+        server.read_exact(&mut heard).unwrap();
+        assert!(heard == vec![3; MUCH]);
+    });
+}
+
+#[test]
+fn who_has_lost_the_other_end_is_told() {
+    in_a_namespace(|| {
+        let listener = TcpListener::bind((V4, 0)).unwrap();
+        let to = listener.local_addr().unwrap();
+        let mut client = [Client::say(to, vec![3], false)];
+        let both = [client[0].connection()];
+        Placer::abort_halves(&both);
+        let (images, mut lock) = taken(&listener, &client);
+        Placer::abort_halves(&both);
+        let why = client[0].stream.read(&mut [0]).unwrap_err();
+        assert_eq!(why.kind(), ErrorKind::ConnectionAborted, "its server is gone");
+
+        assert_eq!(Placer::prepare().unwrap().place(&images).unwrap(), []);
+        lock.release().unwrap();
+        Placer::abort_halves(&both);
+        let mut server = listener.accept().unwrap().0;
+        assert_eq!(server.read(&mut [0]).unwrap(), 1);
+        let why = server.read(&mut [0]).unwrap_err();
+        assert_eq!(why.kind(), ErrorKind::ConnectionAborted, "its client is gone");
     });
 }
 

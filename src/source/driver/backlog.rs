@@ -69,9 +69,9 @@ impl Driver<'_> {
             })?,
         };
         tracing::debug!(count = locked.all.len(), queued = locked.queued.len(), "connections are locked");
-        self.state.against_queued = queued::against(&locked.queued, &locked.all);
+        self.state.against_queued = queued::against(&locked);
         self.state.queued = locked.queued;
-        self.lock_handshakes(locked.half_open);
+        self.lock_handshakes(locked.half_open, &locked.all);
         self.expect_strays(locked.all);
         if let Some(early) = &self.state.early {
             descriptors.glance(early);

@@ -42,8 +42,13 @@ impl Driver<'_> {
         }
     }
 
-    /// These are locked: they go on, and cannot come to an end here any more.
-    pub(super) fn lock_handshakes(&mut self, left: Vec<Connection>) {
+    /// These are locked: they go on, and cannot come to an end here any more. `all` that is the process's: what it asks of
+    /// itself it asks again.
+    pub(super) fn lock_handshakes(&mut self, mut left: Vec<Connection>, all: &[Connection]) {
+        let asks_itself = |one: &Connection| {
+            one.is_of_one_host() && one.reversed().is_some_and(|other| all.contains(&other))
+        };
+        left.retain(|one| !asks_itself(one));
         self.state.handshakes.left = left;
     }
 

@@ -13,7 +13,7 @@ use crate::proto::files::TcpConnection;
 use crate::wire::{Body, Control};
 
 /// Bytes of such connections in one message, beyond which another one begins.
-const MESSAGE_BYTES: usize = 8 << 20;
+const MESSAGE_BYTES: usize = 256 << 10;
 
 impl Driver<'_> {
     /// Whether those that wait now can be carried.

@@ -16,6 +16,8 @@ use crate::workload::Workload;
 const PORT: u16 = 4400;
 const MOVE: Duration = Duration::from_secs(60);
 const PATIENCE: Duration = Duration::from_secs(30);
+/// What the clients have said takes more than five seconds.
+const SLOW_MBIT: u32 = 8;
 const V6: &str = "::1";
 
 /// Where it listens, and what it connects to.
@@ -43,6 +45,13 @@ pub(crate) fn cases() -> Vec<Case> {
     cases.push(Case::new("own_queue/not_moved_with_all_that_was_read", not_arrived));
     cases.push(Case::new("own_queue/client_that_closed_before_all_has_come", closed_full));
     cases.push(Case::new("own_queue/client_of_another_process", of_another_process));
+    cases.push(Case::new("own_queue/waiting_for_another_process", of_a_sibling));
+    cases.push(Case::new("own_queue/sent_slowly", sent_slowly));
+    for (name, kind) in [("clients_closed_and_served", "closed"), ("no_room_for_all", "asked")] {
+        let run = move |lan: &Lan| one_end(lan, kind);
+        cases.push(Case::new(format!("own_queue/{name}"), run));
+    }
+    cases.push(Case::new("own_queue/asks_itself_all_the_time", asks_all_the_time));
     cases
 }
 
@@ -152,4 +161,66 @@ fn of_another_process(lan: &Lan) -> Result {
     let outcome = lan.move_to(&lan.a, &service, workload.pid(), &["--tcp-established"], MOVE)?;
     says(&outcome, &["not accepted yet", "of this very host", &name])?;
     workload.check_going_on(&lan.a)
+}
+
+/// Where a sibling listens as well, nobody can tell whose those are that wait.
+fn of_a_sibling(lan: &Lan) -> Result {
+    let port = PORT.to_string();
+    let mut sibling = Workload::start(&lan.a, "tcp_own", &["sibling", &port])?;
+    let mut workload = Workload::start(&lan.a, "tcp_own", &["crowd", &port])?;
+    lan.share_identity()?;
+    let service = lan.serve(&lan.b)?;
+    let options = ["--tcp-established", "--mode", "precopy"];
+    let outcome = lan.move_to(&lan.a, &service, workload.pid(), &options, MOVE)?;
+    says(&outcome, &["not accepted yet", "another process", "so_reuseport"])?;
+    sibling.check_going_on(&lan.a)?;
+    is_told_to_serve(&lan.a, &mut workload)
+}
+
+/// More waits than the link carries in the time that one message may take.
+fn sent_slowly(lan: &Lan) -> Result {
+    let (mut workload, resets) = start(lan, V4, &[])?;
+    lan.share_identity()?;
+    let service = lan.serve(&lan.b)?;
+    lan.limit_rate(&lan.a, SLOW_MBIT)?;
+    let options = ["--tcp-established", "--mode", "precopy"];
+    let moved = lan.move_to(&lan.a, &service, workload.pid(), &options, MOVE)?.expect_moved()?;
+    println!("    total {} ms", moved.report["total_ms"]);
+    all_are_served(lan, &lan.b, &mut workload, &resets, 1)
+}
+
+fn is_told_to_serve(host: &Host, workload: &mut Workload) -> Result {
+    workload.check(host)?;
+    host.signal(workload.pid(), libc::SIGUSR2)?;
+    wait_for("its connections being served", PATIENCE, || {
+        Ok(host.stdout(&workload.job).lines().any(|line| line == "served").then_some(()))
+    })
+    .map_err(|error| format!("{error}: {}", host.stdout(&workload.job)))?;
+    workload.check_going_on(host)
+}
+
+/// There and back, and then it is told.
+fn one_end(lan: &Lan, kind: &str) -> Result {
+    let mut workload = Workload::start(&lan.a, "tcp_own", &[kind, &PORT.to_string()])?;
+    lan.share_identity()?;
+    let services = [lan.serve(&lan.b)?, lan.serve(&lan.a)?];
+    for (from, service) in [(&lan.a, &services[0]), (&lan.b, &services[1])] {
+        lan.move_to(from, service, workload.pid(), &["--tcp-established"], MOVE)?.expect_moved()?;
+        workload.check(lan.other(from))?;
+    }
+    is_told_to_serve(&lan.a, &mut workload)
+}
+
+/// Whatever the connection is doing that it has at that moment.
+fn asks_all_the_time(lan: &Lan) -> Result {
+    let mut workload = Workload::start(&lan.a, "tcp_own", &["asking", &PORT.to_string()])?;
+    lan.share_identity()?;
+    let services = [lan.serve(&lan.b)?, lan.serve(&lan.a)?];
+    for _ in 0..5 {
+        for (from, service) in [(&lan.a, &services[0]), (&lan.b, &services[1])] {
+            lan.move_to(from, service, workload.pid(), &["--tcp-established"], MOVE)?.expect_moved()?;
+            workload.check_going_on(lan.other(from))?;
+        }
+    }
+    Ok(())
 }

@@ -60,11 +60,11 @@ pub use lasting::Lasting;
 pub use path::{add_content, compare_here, describe};
 pub use scan::Descriptors;
 pub use tcp::{
-    AheadSockets, ListenPort, MOST_AHEAD, SilentConnections, TakenQueues, close_peers, drop_connections,
-    drop_silently, is_listening, is_unsettled, leave_repair, port_free, take_queued, unsettled,
-    wake_connections,
+    AheadSockets, ListenPort, MOST_AHEAD, MOST_QUEUED_BYTES, SilentConnections, TakenQueues, close_peers,
+    drop_connections, drop_silently, is_listening, is_unsettled, leave_repair, port_free, take_queued,
+    unsettled, wake_connections,
 };
-pub(in crate::engine) use tcp::{ends_of, received_by};
+pub(in crate::engine) use tcp::{abort_half, ends_of, received_by, remove_remains};
 pub use unix_names::UnixNames;
 
 /// What the operator allows.

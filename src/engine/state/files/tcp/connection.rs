@@ -33,8 +33,9 @@ use crate::engine::sys::tcp::{self, Queue, REPAIR_OFF_SILENTLY, REPAIR_ON};
 use crate::engine::sys::{fds, socket};
 use crate::proto::files::TcpConnection;
 
-/// Most bytes in the queues of all connections together: they travel within the final state.
-const MAX_QUEUED_BYTES: usize = 192 << 20;
+/// Most bytes in the queues of all connections together: they travel within the final state. As many may be in those that
+/// wait to be accepted.
+pub const MOST_QUEUED_BYTES: usize = 192 << 20;
 /// How often a connection that changes under the look is looked at again.
 const LOOKS: usize = 8;
 /// Beside what the peer has not acknowledged, the first segment may hold this much that it has.
@@ -176,7 +177,7 @@ pub(super) struct QueueRoom(AtomicUsize);
 impl QueueRoom {
     /// All of it.
     pub(super) fn new() -> Self {
-        Self(AtomicUsize::new(MAX_QUEUED_BYTES))
+        Self(AtomicUsize::new(MOST_QUEUED_BYTES))
     }
 
     fn take(&self, bytes: usize) -> bool {
@@ -229,7 +230,7 @@ fn look(repair: &Repair<'_>, state: u8, image: &mut TcpConnection, room: &QueueR
     let waiting = fds::readable_bytes(fd).map_err(read_step)?;
     let queued = written as usize + waiting;
     if !room.take(queued) {
-        let limit = MAX_QUEUED_BYTES >> 20;
+        let limit = MOST_QUEUED_BYTES >> 20;
         return Err(Stop::refuse(format!(
             "is a TCP connection with {written} bytes not acknowledged and {waiting} not read: more than \
              {limit} MiB with those of the others, which cannot be carried"

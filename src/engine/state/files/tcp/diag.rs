@@ -7,7 +7,7 @@ use nix::errno::Errno;
 use nix::sys::socket::SockProtocol;
 
 use super::STATE_LISTEN;
-use super::connection::{CLOSE_WAIT, ESTABLISHED, SYN_SENT};
+use super::connection::{CLOSE_WAIT, ESTABLISHED, FIN_WAIT1, FIN_WAIT2, SYN_SENT};
 use crate::engine::sys::netlink::{Netlink, attributes, u32_at};
 use crate::engine::tcp_diag::{self, ANSWER_BYTES, REQUEST_BYTES, SOCK_DIAG_BY_FAMILY, TCP};
 
@@ -23,6 +23,8 @@ const ATTR_SIGNATURES: u16 = 18;
 /// Where struct tcp_info has the number of bytes that have come, the end included.
 const BYTES_RECEIVED: usize = 128;
 
+const TIME_WAIT: u8 = 6;
+
 /// One connection as the kernel sees it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Seen {
@@ -32,8 +34,8 @@ pub(super) struct Seen {
     pub(super) signed: bool,
     /// Bytes received since it began, the end included.
     received: u64,
-    /// It is no connection: in its absence the kernel tells of what listens for it.
-    listens: bool,
+    /// It is no connection: in its absence the kernel tells of what listens for it, or of one that has ended.
+    is_none: bool,
 }
 
 /// Asks about connections by their two ends; `None` for one that is not there any more.
@@ -51,14 +53,15 @@ fn seen(answer: &[u8]) -> Option<Seen> {
             received = bytes.map_or(0, |bytes| u64::from_ne_bytes(*bytes));
         }
     }
-    Some(Seen { unread, signed, received, listens: answer.get(1) == Some(&STATE_LISTEN) })
+    let is_none = answer.get(1).is_some_and(|state| [STATE_LISTEN, TIME_WAIT].contains(state));
+    Some(Seen { unread, signed, received, is_none })
 }
 
 /// How many bytes have come by each of these connections since it began, the end of the stream included; `None` for
 /// one that is not there.
 pub(in crate::engine) fn received_by(ends: &[(SocketAddr, SocketAddr)]) -> Result<Vec<Option<usize>>, Errno> {
     let received = |seen: Seen| usize::try_from(seen.received).unwrap_or(usize::MAX);
-    Ok(ask(ends)?.into_iter().map(|seen| seen.filter(|seen| !seen.listens).map(received)).collect())
+    Ok(ask(ends)?.into_iter().map(|seen| seen.filter(|seen| !seen.is_none).map(received)).collect())
 }
 
 /// What the kernel has at an end of a connection of this host.
@@ -92,6 +95,22 @@ pub(in crate::engine) fn ends_of(ends: &[(SocketAddr, SocketAddr)]) -> Result<Ve
     let all = tcp_diag::ask(ends, 0, read)?;
     // In the absence of a connection the kernel tells of what listens for it.
     Ok(all.into_iter().map(|end| end.filter(|end| end.state != STATE_LISTEN)).collect())
+}
+
+/// Removes what is left of connections that had these ends and have come to an end (TIME_WAIT): as a request for a new one
+/// would. Returns how many there were.
+pub(in crate::engine) fn remove_remains(ends: &[(SocketAddr, SocketAddr)]) -> Result<usize, Errno> {
+    tcp_diag::destroy(ends, |answer| answer.get(1) == Some(&TIME_WAIT))
+}
+
+/// Breaks connections of processes with these ends, whose other end is not there: they have not heard of its end. Returns
+/// how many there were.
+pub(in crate::engine) fn abort_half(ends: &[(SocketAddr, SocketAddr)]) -> Result<usize, Errno> {
+    let others: Vec<_> = ends.iter().map(|(local, remote)| (*remote, *local)).collect();
+    let halves = ends.iter().zip(ends_of(&others)?).filter(|(_, other)| other.is_none());
+    let halves: Vec<_> = halves.map(|(ends, _)| *ends).collect();
+    let unaware = [ESTABLISHED, FIN_WAIT1, FIN_WAIT2];
+    tcp_diag::destroy(&halves, |answer| answer.get(1).is_some_and(|state| unaware.contains(state)))
 }
 
 /// Whether segments for a place where somebody listens are signed (TCP_MD5SIG).

@@ -78,7 +78,7 @@ pub(super) fn is_tcp(fd: BorrowedFd<'_>) -> bool {
 /// has nothing more to say. `listening`: where the process listens, if what waits to be accepted there comes along.
 ///
 /// - A connection to another process of this very host: its other end would stay where the address does
-///   not lead any more. Not so one that waits to be accepted by the process itself.
+///   not lead any more. Not so one that waits to be accepted by the process itself, or will, or was closed.
 /// - One to the process itself whose two ends do not fit together.
 /// - What the kernel says only from outside, see [`diag`].
 pub(in super::super) fn examine<'a>(
@@ -100,11 +100,17 @@ pub(in super::super) fn examine<'a>(
         !index.contains_key(&(remote, local)) && (remote.ip().is_loopback() || remote.ip() == local.ip())
     };
     let halves = all.iter().map(|(_, _, (local, remote))| (canonical(*local), canonical(*remote)));
-    let halves = halves.filter(|(local, remote)| is_half(*local, *remote) && lock::is_at(*remote, listening));
+    let halves = halves.filter(|(local, remote)| is_half(*local, *remote));
     let others: Vec<_> = halves.map(|(local, remote)| (remote, local)).collect();
-    let waiting = others.iter().zip(diag::ends_of(&others)?);
-    let waiting: HashSet<_> =
-        waiting.filter(|(_, end)| end.is_some_and(|end| end.waits())).map(|(ends, _)| *ends).collect();
+    let others: HashMap<_, _> = others.iter().copied().zip(diag::ends_of(&others)?).collect();
+    let needs_nobody = |image: &TcpConnection, local: SocketAddr, remote: SocketAddr| {
+        let end = others.get(&(remote, local)).copied().flatten();
+        let is_own = lock::is_at(remote, listening);
+        // It asks again at the destination; or its other end waits for the process itself, or was closed, and all of it
+        // has come.
+        is_own && (image.connecting || end.is_some_and(|end| end.waits()))
+            || image.read_ended && !end.is_some_and(|end| end.is_held())
+    };
     let is_asked = |at: &usize| !quiet.contains(at);
     let asked: Vec<_> = all.iter().filter(|(at, ..)| is_asked(at)).map(|(_, _, ends)| *ends).collect();
     let mut answers = diag::ask(&asked)?.into_iter();
@@ -113,7 +119,7 @@ pub(in super::super) fn examine<'a>(
         let seen = if is_asked(at) { answers.next().flatten() } else { None };
         let (local, remote) = (canonical(*local), canonical(*remote));
         let why = match (index.get(&(remote, local)), seen) {
-            (None, _) if is_half(local, remote) && !waiting.contains(&(remote, local)) => {
+            (None, _) if is_half(local, remote) && !needs_nobody(image, local, remote) => {
                 format!("is a TCP connection to another process of this host ({remote})")
             }
             (Some(other), _) if still && !fit(image, other) => {

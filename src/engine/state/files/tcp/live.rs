@@ -21,6 +21,7 @@ use super::connection::{complete, make, push};
 use super::list::{each_tcp, state};
 use super::recipe::Recipe;
 use super::{STATE_CLOSE, STATE_LISTEN, address_of, shut};
+use crate::engine::address::ip_of;
 use crate::engine::many;
 use crate::engine::reason::Reason;
 use crate::engine::remote::Tid;
@@ -41,6 +42,9 @@ pub(in super::super) struct Silent {
     owes: bool,
     /// Nothing needs to be said when it is live.
     quiet: bool,
+    /// It has nothing to say, and nobody may be at its other end, which was of this host and has ended: the kernel would
+    /// answer with a reset.
+    alone: bool,
 }
 
 /// Of so many connections of one local end, those that have nothing to say say nothing: a probe and its answer take
@@ -48,6 +52,17 @@ pub(in super::super) struct Silent {
 /// is told at once. And connections that the process has opened do, each of which has a local end of its own: a
 /// firewall of this host that knows connections would take what their peers send for something new.
 const MANY: usize = 1000;
+
+/// Whether it has nothing to say, and its other end may have been closed, on the same host, which then has no connection
+/// any more.
+fn is_alone(image: &TcpConnection) -> bool {
+    let owes = image.write_ended || !image.sent.is_empty() || !image.unsent.is_empty();
+    let of_this_host = || match (ip_of(&image.local), ip_of(&image.remote)) {
+        (Some(local), Some(remote)) => remote.to_canonical().is_loopback() || local == remote,
+        _ => false,
+    };
+    image.read_ended && !owes && of_this_host()
+}
 
 /// What is in the kernel by now is not kept twice: of most connections that is nearly all.
 fn still_needed(image: &TcpConnection, complete: bool) -> TcpConnection {
@@ -154,9 +169,10 @@ impl Silent {
         if complete && !(image.sent.is_empty() && image.received.is_empty()) {
             set_buffers(fd.as_fd(), image, Room::AsBefore, recipe)?;
         }
-        let (quiet, recipe) = (!image.connecting && is_quiet(image), recipe.clone());
+        let (quiet, alone) = (!image.connecting && is_quiet(image), is_alone(image));
+        let recipe = recipe.clone();
         let image = still_needed(image, complete);
-        Ok(Self { fd, recipe, image, complete, owes, quiet })
+        Ok(Self { fd, recipe, image, complete, owes, quiet, alone })
     }
 
     /// The socket, which the process is to have too.
@@ -181,7 +197,8 @@ impl Silent {
             tcp::choose_queue(fd, Queue::None).map_err(step("leaving a queue"))?;
         }
         // The answer to the probe tells what the peer has got meanwhile.
-        let off = if image.connecting || self.quiet && many { REPAIR_OFF_SILENTLY } else { REPAIR_OFF };
+        let is_silent = image.connecting || self.alone || self.quiet && many;
+        let off = if is_silent { REPAIR_OFF_SILENTLY } else { REPAIR_OFF };
         tcp::set_repair(fd, off).map_err(step("leaving TCP_REPAIR"))?;
         let set = |level, name, value| {
             socket::set_int_option(fd, level, name, value).map_err(step("setting an option again"))

@@ -43,7 +43,8 @@ use connection::{POLLED, QueueRoom};
 pub(super) use table::{Known, Sets};
 
 pub use ahead::{AheadSockets, MOST_AHEAD};
-pub(in crate::engine) use diag::{ends_of, received_by};
+pub use connection::MOST_QUEUED_BYTES;
+pub(in crate::engine) use diag::{abort_half, ends_of, received_by, remove_remains};
 pub(super) use glance::{Glance, Seen};
 pub(super) use list::examine;
 pub use list::{is_unsettled, unsettled};
