@@ -22,6 +22,7 @@ use super::remote::{Batch, InjectError, Outcome, RemoteCalls, Tid};
 use super::rseq;
 use super::sleep::{self, SleepBook};
 use super::sys::ptrace::{self, Stop};
+use super::undertaker;
 use super::vdso;
 use crate::proto::control::LateSignal;
 
@@ -277,15 +278,8 @@ impl Frozen {
     /// Kills the process; the threads are reaped so that its parent can be told.
     pub fn kill(mut self) {
         self.over = true;
-        let _ = kill(Pid::from_raw(self.pid), Signal::SIGKILL);
-        // Threads before the leader: it cannot be waited for while traced threads have not been.
-        for thread in self.threads.iter().rev() {
-            while let Ok((stop, _)) = ptrace::wait(thread.tid) {
-                if stop == Stop::Gone {
-                    break;
-                }
-            }
-        }
+        let threads: Vec<Tid> = self.threads.iter().map(|thread| thread.tid).collect();
+        undertaker::end(self.pid, &threads);
     }
 
     fn let_go(&mut self) -> Result<(), InjectError> {

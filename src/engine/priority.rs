@@ -1,5 +1,6 @@
 //! How much of the CPU we take: little while memory is copied, as much as there is during the freeze.
 
+use crate::engine::remote::Tid;
 use crate::engine::sys::attrs::{SchedAttr, set_sched_attr};
 use crate::engine::sys::priority::{self as sys, set_nice};
 
@@ -33,6 +34,24 @@ pub fn at_once() {
         SchedAttr { policy: SCHED_FIFO, priority: AT_ONCE, flags: RESET_ON_FORK, ..SchedAttr::default() };
     if let Err(errno) = set_sched_attr(0, attr) {
         tracing::debug!(%errno, "no real-time priority");
+    }
+}
+
+/// A thread that is about to end, and whose end takes long, runs when nobody else wants to.
+pub fn stand_back(tid: Tid) {
+    set_policy(tid, libc::SCHED_IDLE);
+}
+
+/// A thread is one like others.
+pub fn as_others(tid: Tid) {
+    set_policy(tid, libc::SCHED_OTHER);
+}
+
+fn set_policy(tid: Tid, policy: i32) {
+    let attr = SchedAttr { policy: policy.unsigned_abs(), ..SchedAttr::default() };
+    // It may have ended.
+    if let Err(errno) = set_sched_attr(tid, attr) {
+        tracing::debug!(tid, policy, %errno, "policy not changed");
     }
 }
 

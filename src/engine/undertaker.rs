@@ -1,4 +1,4 @@
-//! Reaps the threads of a process that is killed while it is held.
+//! Ends a process, and reaps the threads of one that is killed while it is held.
 //!
 //! A leader's end is told to its tracer only when no other thread is left, and each of them is left until its
 //! tracer has waited for it (ptrace(2): "the tracer must reap"). So whoever waits for the leader to stop would
@@ -8,12 +8,17 @@
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::time::Duration;
 
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
 use super::freeze::thread_ids;
-use super::procfs;
 use super::remote::Tid;
-use super::sys::ptrace;
+use super::sys::ptrace::{self, Stop};
+use super::{priority, procfs};
 
 const EVERY: Duration = Duration::from_millis(200);
+/// How long one that ends lets all others go first.
+const STANDS_BACK: Duration = Duration::from_millis(200);
 
 /// Looks after one process until it is dropped.
 #[derive(Debug)]
@@ -41,6 +46,35 @@ impl Undertaker {
         std::thread::Builder::new().name("undertaker".into()).spawn(work)?;
         Ok(Self { _until: until })
     }
+}
+
+/// Kills a process that we trace, of which these are the threads, the leader first; returns when it is gone.
+///
+/// It takes its memory apart as it ends, which may take long. At first others need the processors more than that: those
+/// whose clients come back now.
+pub(super) fn end(pid: Tid, threads: &[Tid]) {
+    threads.iter().for_each(|tid| priority::stand_back(*tid));
+    let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+    std::thread::scope(|scope| {
+        let (is_gone, gone) = channel::<()>();
+        let hurry = move || {
+            if gone.recv_timeout(STANDS_BACK) == Err(RecvTimeoutError::Timeout) {
+                thread_ids(pid).unwrap_or_default().into_iter().for_each(priority::as_others);
+            }
+        };
+        if std::thread::Builder::new().name("hurry".into()).spawn_scoped(scope, hurry).is_err() {
+            threads.iter().for_each(|tid| priority::as_others(*tid));
+        }
+        // Threads before the leader: it cannot be waited for while traced threads have not been.
+        for tid in threads.iter().rev() {
+            while let Ok((stop, _)) = ptrace::wait(*tid) {
+                if stop == Stop::Gone {
+                    break;
+                }
+            }
+        }
+        drop(is_gone);
+    });
 }
 
 fn reap_threads(pid: Tid) {

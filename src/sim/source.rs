@@ -119,8 +119,13 @@ impl World {
                 self.transmit(self.source_link, Body::Round(round));
                 // Two rounds: the first does not fit into the downtime, the second does.
                 let dirty_after = if round == 1 { 100_000 } else { 0 };
-                let measured =
-                    Round { pages: 9000, bytes: 1, duration: Duration::from_millis(90), dirty_after };
+                let measured = Round {
+                    pages: 9000,
+                    bytes: 1,
+                    duration: Duration::from_millis(90),
+                    dirty_after,
+                    ..Round::default()
+                };
                 self.source_tells(Told::RoundSent(measured));
             }
             Action::Freeze { .. } => {

@@ -158,7 +158,13 @@ fn hurry_ends_the_rounds() {
             assert_eq!(tell(Event::Hurry(hurry)), vec![]);
         }
         let dirty_after = 50_000;
-        let round = Round { pages: 90_000, bytes: 1, duration: Duration::from_millis(900), dirty_after };
+        let round = Round {
+            pages: 90_000,
+            bytes: 1,
+            duration: Duration::from_millis(900),
+            dirty_after,
+            ..Round::default()
+        };
         tell(Event::RoundSent(round));
         let actions = tell(Event::Message(Message::RoundPlaced(1)));
         let want = match hurry {

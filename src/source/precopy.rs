@@ -9,6 +9,7 @@ mod ranges;
 mod windows;
 
 use std::collections::HashSet;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use prost::Message as _;
@@ -77,6 +78,8 @@ pub struct Sent {
     pub pages: u64,
     /// Bytes of all frames.
     pub bytes: u64,
+    /// How long its looks at the memory took: that does not depend on how much there was to send.
+    pub scanning: Duration,
 }
 
 /// Whether to go on, asked between two reads with the number of pages that are still to be sent.
@@ -208,9 +211,11 @@ impl Precopy {
         sink: &mut impl Sink<E>,
         go: &dyn Fn(u64) -> Go,
     ) -> Result<(Sent, u64), PrecopyError<E>> {
+        let start = Instant::now();
         if self.pending.is_none() {
             self.scan()?;
         }
+        let mut scanning = start.elapsed();
         let Some((layout, Selected { mapped: runs, mut windows, suspects })) = self.pending.take() else {
             return Ok((Sent::default(), 0));
         };
@@ -226,11 +231,14 @@ impl Precopy {
         self.packer.flush(sink)?;
         self.put(frame::round_end(round), sink)?;
         let after = self.stats();
+        let start = Instant::now();
+        self.scan()?;
+        scanning += start.elapsed();
         let sent = Sent {
             pages: after.pages_data + after.pages_zero - before.pages_data - before.pages_zero,
             bytes: after.bytes_wire - before.bytes_wire,
+            scanning,
         };
-        self.scan()?;
         let Some((layout, selected)) = &mut self.pending else { return Ok((sent, 0)) };
         let runs = &mut selected.mapped;
         if !left.is_empty() {

@@ -263,3 +263,69 @@ fn ordinary_memory_in_the_place_of_droppable_memory_is_sent() {
     let (again, kind, written, _) = last(&target, &before);
     assert_eq!((again, kind, written), (looked, Some(VmaKind::VmaAnonPrivate), vec![0, 1, 2, 3]));
 }
+
+/// A Python program with 64 MiB of memory of its own, all written, that does with its pages what it is told: `s PAGE` stores,
+/// `d PAGE COUNT` drops, `r PAGE COUNT` drops and reads, `g PAGE COUNT` guards, `t PAGE COUNT` drops and stores.
+const LARGE: &str = r#"
+import ctypes, mmap, sys
+libc = ctypes.CDLL(None, use_errno=True)
+libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+P = 4096
+m = mmap.mmap(-1, 16384 * P, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+at = ctypes.addressof(ctypes.c_char.from_buffer(m))
+libc.madvise(at, 16384 * P, 15)
+for i in range(16384 - 100):
+    m[i * P] = 1
+print(at, flush=True)
+for line in sys.stdin:
+    word, page, *more = line.split()
+    page, count = int(page), int(more[0]) if more else 1
+    if word != 's':
+        assert libc.madvise(at + page * P, count * P, 102 if word == 'g' else 4) == 0
+    for i in range(page, page + count):
+        if word in 'st':
+            m[i * P] = 2
+        if word == 'r':
+            assert m[i * P] == 0
+    print('done', flush=True)
+"#;
+
+#[test]
+fn of_large_memory_the_last_look_finds_what_is_written_dropped_and_guarded() {
+    let mut target = Target::running(LARGE, 16384);
+    let mut frozen = target.freeze();
+    let mut tracker = UffdTracker::start(&mut frozen).unwrap();
+    frozen.thaw().unwrap();
+    let look = |target: &Target, before: &Layout| {
+        let mut layout = mm::capture(target.pid(), &FlagCache::default()).unwrap().layout;
+        layout.vmas.retain(|v| v.start <= target.at && target.at < v.end);
+        mm::mark_replaced(&mut layout, before);
+        layout
+    };
+    let mut before = look(&target, &Layout::default());
+    let runs = tracker.scan(&mut before).unwrap();
+    let mut sent = Extents::new();
+    runs.iter().for_each(|r| sent.insert(r.start, r.start + r.len as u64));
+    assert!(sent.total() >= (16384 - 100) * PAGE);
+
+    let mut written = vec![3, 700, 701, 5000, 16300, 16383];
+    written.iter().for_each(|page| target.tell(&format!("s {page}")));
+    for what in ["d 100 3", "d 9000 1", "g 200 2", "g 16350 1", "t 300 2", "r 400 2"] {
+        target.tell(what);
+    }
+    written.extend([300, 301, 400, 401]);
+    written.sort_unstable();
+
+    let frozen = target.freeze();
+    let mut layout = look(&target, &before);
+    let last = tracker.final_scan(&mut layout, &sent).unwrap();
+    assert!(layout.vmas.iter().all(|v| !v.fresh));
+    let found = last.written.iter().map(|r| (r.start, r.start + r.len as u64));
+    assert_eq!(target.pages(found), written);
+    let guards = last.guards.iter().map(|r| (r.start, r.end));
+    assert_eq!(target.pages(guards), [200, 201, 16350]);
+    let mut gone = target.pages(last.gone.iter().copied());
+    gone.sort_unstable();
+    assert_eq!(gone, [100, 101, 102, 200, 201, 9000]);
+    frozen.thaw().unwrap();
+}

@@ -11,6 +11,7 @@
 //! destination starts it over.
 
 mod last;
+mod quick;
 mod register;
 mod removals;
 mod uffd;

@@ -39,6 +39,9 @@ use crate::transport::{self, Settings, TransportError};
 use super::late;
 use super::{ActionError, Driver, FREEZE_PATIENCE, ordered};
 
+/// So few pages are packed in a few milliseconds.
+const FEW_PAGES: u64 = 1024;
+
 impl Driver<'_> {
     pub(super) fn perform(
         &mut self,
@@ -246,7 +249,13 @@ impl Driver<'_> {
         // What the link and we can do is what the freeze will need.
         let worked = took.saturating_sub(pacer.map(|p| p.into_inner().take_rested()).unwrap_or_default());
         self.report.rounds.push(Round { pages: sent.pages, bytes_wire: sent.bytes, took, dirty_after });
-        let round = policy::Round { pages: sent.pages, bytes: sent.bytes, duration: worked, dirty_after };
+        let round = policy::Round {
+            pages: sent.pages,
+            bytes: sent.bytes,
+            duration: worked,
+            scanning: sent.scanning,
+            dirty_after,
+        };
         let per_second = u128::from(dirty_after) * 1_000_000 / took.as_micros().max(1);
         let per_second = u64::try_from(per_second).unwrap_or(u64::MAX);
         self.posting.remaining(dirty_after);
@@ -310,7 +319,7 @@ impl Driver<'_> {
         let (scanned, pid) = (&self.scanned, self.config.pid);
         let (asked, wait) = mpsc::channel::<()>();
         // Pages are read from outside, the state is asked for from inside: neither needs to wait for the other. But its
-        // threads come to a processor sooner if nobody packs pages meanwhile.
+        // threads come to a processor sooner if nobody packs pages meanwhile, which for a few of them takes no time.
         let (last, captured) = std::thread::scope(|scope| {
             let (pages, given_up, sink, go) = (&mut *precopy, &given_up, &mut sink, &go);
             let work = move || {
@@ -320,8 +329,10 @@ impl Driver<'_> {
                     (rest.pages(), std::mem::take(&mut rest.guards), start.elapsed());
                 let begun = preflight::begun_since(pid);
                 given_up.fetch_or(!begun.is_empty(), Ordering::Relaxed);
-                // The end of the other side is as good as its word.
-                let _ = wait.recv();
+                if count.min(follow.eager_pages) <= FEW_PAGES {
+                    // The end of the other side is as good as its word.
+                    let _ = wait.recv();
+                }
                 let start = Instant::now();
                 let owes = pages.send_rest(round, rest, follow, sink, go);
                 Ok(Last { count, guards, begun, owes, scanned, sent: start.elapsed() })
