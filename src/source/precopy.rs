@@ -172,8 +172,7 @@ impl Precopy {
 
     /// Looks at the map and protects and reports what was written since the last look.
     fn scan<E: std::error::Error>(&mut self) -> Result<(), PrecopyError<E>> {
-        // smaps walks the page tables, but the process runs.
-        self.flags = FlagCache::look(self.pid)?;
+        self.flags.renew(self.pid)?;
         let mut map = mm::capture(self.pid, &self.flags)?;
         map.reasons.extend(self.objects.look(&mut map.layout, true)?);
         if !map.reasons.is_empty() {

@@ -3,12 +3,11 @@
 use std::os::unix::fs::FileExt;
 
 use super::TrackError;
-use super::quick::{self, Places};
 use super::uffd::{Runs, UffdTracker, whole};
 use crate::engine::extents::Extents;
 use crate::engine::memory::PAGE_BYTES;
 use crate::engine::state::objects::by_window;
-use crate::engine::sys::pagemap::{self, PageRegion, Query};
+use crate::engine::sys::pagemap::{self, Query};
 use crate::proto::image::{Vma, VmaKind};
 
 impl UffdTracker {
@@ -135,37 +134,6 @@ impl UffdTracker {
             VmaKind::VmaMemfdShared | VmaKind::VmaSysv => Ok(true),
             VmaKind::VmaFileShared | VmaKind::VmaVdso | VmaKind::VmaDroppable | VmaKind::Invalid => Ok(true),
         }
-    }
-
-    /// Where to look for what was written; `None`: the mapping is not registered.
-    fn places_written(&mut self, vma: &Vma) -> Result<Option<Vec<(u64, u64)>>, TrackError> {
-        if !(quick::is_worth(vma.start, vma.end) && quick::tells_all(self.swap)) {
-            return Ok(Some(vec![(vma.start, vma.end)]));
-        }
-        let query = Query {
-            flags: pagemap::CHECK_WPASYNC,
-            all: pagemap::WRITTEN,
-            report: pagemap::WRITTEN,
-            ..Query::default()
-        };
-        let mut places = Places::default();
-        let tracked = self.query(vma.start, vma.end, query, |r| places.push(r.start, r.end))?;
-        Ok(tracked.then(|| places.into_vec()))
-    }
-
-    /// The same as [`UffdTracker::query`] in several places.
-    fn query_at(
-        &mut self,
-        places: &[(u64, u64)],
-        query: Query,
-        mut each: impl FnMut(PageRegion),
-    ) -> Result<bool, TrackError> {
-        for (start, end) in places {
-            if !self.query(*start, *end, query, &mut each)? {
-                return Ok(false);
-            }
-        }
-        Ok(true)
     }
 
     /// What the process has told of this mapping, and no scan reports.

@@ -4,6 +4,11 @@
 
 use nix::sys::utsname::uname;
 
+use super::TrackError;
+use super::uffd::UffdTracker;
+use crate::engine::sys::pagemap::{self, PageRegion, Query};
+use crate::proto::image::{Vma, VmaKind};
+
 /// Mappings that hold less are looked at once.
 const LEAST_BYTES: u64 = 32 << 20;
 /// Places that are not further apart than this are looked at as one: a call takes as long as a look at so many pages.
@@ -12,7 +17,7 @@ const NEAR_BYTES: u64 = 1 << 20;
 const SINCE: (u32, u32) = (6, 18);
 
 /// Whether the kernel tells all on its quick way, which is known of what it has tried.
-pub(super) fn tells_all(swap: bool) -> bool {
+fn tells_all(swap: bool) -> bool {
     // Swap has marks of its own.
     !swap && uname().is_ok_and(|name| is_since(&name.release().to_string_lossy()))
 }
@@ -22,24 +27,58 @@ fn is_since(release: &str) -> bool {
     matches!((numbers.next(), numbers.next()), (Some(major), Some(minor)) if (major, minor) >= SINCE)
 }
 
-pub(super) fn is_worth(start: u64, end: u64) -> bool {
+fn is_worth(start: u64, end: u64) -> bool {
     end.saturating_sub(start) >= LEAST_BYTES
 }
 
 /// Places to look at, in order of address.
 #[derive(Debug, Default)]
-pub(super) struct Places(Vec<(u64, u64)>);
+struct Places(Vec<(u64, u64)>);
 
 impl Places {
-    pub(super) fn push(&mut self, start: u64, end: u64) {
+    fn push(&mut self, start: u64, end: u64) {
         match self.0.last_mut() {
             Some(last) if start <= last.1.saturating_add(NEAR_BYTES) => last.1 = end,
             _ => self.0.push((start, end)),
         }
     }
 
-    pub(super) fn into_vec(self) -> Vec<(u64, u64)> {
+    fn into_vec(self) -> Vec<(u64, u64)> {
         self.0
+    }
+}
+
+impl UffdTracker {
+    /// Where to look for what was written; `None`: the mapping is not registered.
+    pub(super) fn places_written(&mut self, vma: &Vma) -> Result<Option<Vec<(u64, u64)>>, TrackError> {
+        let is_simple = vma.kind() == VmaKind::VmaAnonPrivate && vma.page_bytes == 0;
+        if !is_simple || !is_worth(vma.start, vma.end) || !tells_all(self.swap) {
+            return Ok(Some(vec![(vma.start, vma.end)]));
+        }
+        let query = Query {
+            flags: pagemap::CHECK_WPASYNC,
+            all: pagemap::WRITTEN,
+            report: pagemap::WRITTEN,
+            ..Query::default()
+        };
+        let mut places = Places::default();
+        let tracked = self.query(vma.start, vma.end, query, |r| places.push(r.start, r.end))?;
+        Ok(tracked.then(|| places.into_vec()))
+    }
+
+    /// The same as [`UffdTracker::query`] in several places.
+    pub(super) fn query_at(
+        &mut self,
+        places: &[(u64, u64)],
+        query: Query,
+        mut each: impl FnMut(PageRegion),
+    ) -> Result<bool, TrackError> {
+        for (start, end) in places {
+            if !self.query(*start, *end, query, &mut each)? {
+                return Ok(false);
+            }
+        }
+        Ok(true)
     }
 }
 

@@ -157,7 +157,10 @@ impl UffdTracker {
         };
         let owed = self.owed.overlap(vma.start, vma.end).next().is_some();
         if !vma.fresh && !owed {
-            if self.query(vma.start, vma.end, query, |r| push(r, runs))? {
+            // What is written elsewhere meanwhile is the next scan's.
+            if let Some(places) = self.places_written(vma)?
+                && self.query_at(&places, query, |r| push(r, runs))?
+            {
                 return self.add_unreported(vma, runs);
             }
             runs.forget();

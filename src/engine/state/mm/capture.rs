@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
+use std::time::{Duration, Instant};
 
 use super::MapError;
 use crate::engine::procfs::{self, MapsEntry};
@@ -23,7 +24,11 @@ fn read(path: String) -> Result<(Vec<u8>, String), MapError> {
 #[derive(Debug, Default, Clone)]
 pub struct FlagCache {
     flags: Vec<procfs::MappingFlags>,
+    at: Option<Instant>,
 }
+
+/// How long a look is good for: short rounds would become long by another one.
+const HOLDS: Duration = Duration::from_millis(100);
 
 impl FlagCache {
     /// Reads smaps: milliseconds per GiB, so only while the process runs.
@@ -33,7 +38,18 @@ impl FlagCache {
     pub fn look(pid: Tid) -> Result<Self, MapError> {
         let (text, path) = read(format!("/proc/{pid}/smaps"))?;
         let flags = procfs::parse_smaps_flags(&text).map_err(|source| MapError::Parse { path, source })?;
-        Ok(Self { flags })
+        Ok(Self { flags, at: Some(Instant::now()) })
+    }
+
+    /// Looks again, unless the last look was just now.
+    ///
+    /// # Errors
+    /// See [`FlagCache::look`].
+    pub fn renew(&mut self, pid: Tid) -> Result<(), MapError> {
+        if self.at.is_none_or(|at| at.elapsed() >= HOLDS) {
+            *self = Self::look(pid)?;
+        }
+        Ok(())
     }
 
     /// The flags of a mapping, if it was there at the last look: of what else was there they say nothing.
